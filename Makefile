@@ -1,0 +1,48 @@
+# Everything runs inside an environment of its own; `make` alone lists the targets.
+# PYTHON=python3.12 make test uses .venv-3.12, beside the default .venv.
+# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids torch's CUDA libraries.
+SHELL := /bin/bash
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint gpu-check clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## create the environment (again when setup.py or constraints.txt change)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("Python %d.%d found; 3.11 or 3.12 is needed: make PYTHON=python3.11 ..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP) ## real images to a checkpoint on two CPU processes; run it again to resume
+	$(BIN)/python tools/prepare_demo_data.py --out data/demo
+	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain_stage15.py --config examples/demo.yaml
+
+test: $(STAMP) ## all tests that need no GPU, quick ones first
+	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu"
+
+lint: $(STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu-check: $(STAMP) ## the tests that need a GPU
+	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
+
+clean: ## remove the environments, the caches and the demo's files
+	rm -rf .venv .venv-3.* .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info data/demo runs/demo
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

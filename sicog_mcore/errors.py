@@ -1,0 +1,82 @@
+"""Every failure a user can cause or meet, each with the exit code a job script may act on.
+
+Error text says what was found, what was expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_CONFIG = 2  # wrong configuration or input: do not retry
+EXIT_GIVE_UP = 17  # too many bad samples, or a diverged run: do not retry
+EXIT_CRASH = 1
+
+
+@dataclass(frozen=True)
+class ConfigProblem:
+    """One thing wrong with the configuration: where, what was found, and what to do about it."""
+
+    path: str  # dotted path, e.g. "parallel.tensor"
+    value: object
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.path} = {self.value!r}: {self.problem}; {self.fix}"
+
+
+class SicogError(Exception):
+    """Base of all errors that are reported as one clear message, without a traceback."""
+
+    exit_code = EXIT_CRASH
+    same_on_all_ranks = True  # then only rank 0 prints it
+
+
+class ConfigError(SicogError):
+    """The configuration cannot work; carries every problem found, not only the first."""
+
+    exit_code = EXIT_CONFIG
+
+    def __init__(self, problems: list[ConfigProblem]):
+        self.problems = problems
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = [f"{len(problems)} configuration {noun}:"] + [f"  - {p}" for p in problems]
+        super().__init__("\n".join(lines))
+
+
+class SampleError(SicogError):
+    """One sample cannot be used. ``reason`` is a stable code that is counted and logged."""
+
+    def __init__(self, reason: str, detail: str):
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason}: {detail}")
+
+    def __reduce__(self):  # crosses process borders in loader workers
+        return SampleError, (self.reason, self.detail)
+
+
+class DataError(SicogError):
+    """The data as a whole cannot be used (too many bad samples, nothing left to train on)."""
+
+    exit_code = EXIT_GIVE_UP
+    same_on_all_ranks = False
+
+
+class PeerError(DataError):
+    """Another rank of this model copy met the error and reports it; this one only stops with it."""
+
+    same_on_all_ranks = True
+
+
+class TrainingError(SicogError):
+    """The run itself went wrong (a loss that is not a number); trying again from the same state would repeat it."""
+
+    exit_code = EXIT_GIVE_UP
+
+
+class CheckpointError(SicogError):
+    """A checkpoint is missing, damaged, or does not fit this run."""
+
+    exit_code = EXIT_CONFIG

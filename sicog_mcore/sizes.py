@@ -1,0 +1,72 @@
+"""Sizes by arithmetic: parameters of every part, and the most visual tokens an image can take.
+
+In: the dataclasses of config.py.  Out: plain integers, before anything is built.  Next: validation.py, train/.
+Standard library only; a test compares these numbers with the built model.
+"""
+
+from __future__ import annotations
+
+from sicog_mcore.config import DecoderConfig, ModelConfig, ResamplerConfig, SlicingConfig, TowerConfig
+
+VOCAB_MULTIPLE = 128  # the same for every tensor-parallel size, so that checkpoints move between layouts
+
+
+def padded_vocab(config: DecoderConfig) -> int:
+    """Rows of the embedding table as it is built."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def tower_params(config: TowerConfig, all_layers: bool = False) -> int:
+    """Parameters of the vision tower.
+
+    Args:
+        config: sizes of the tower.
+        all_layers: count the source checkpoint (every layer and the last norm) instead of the part that is built.
+    """
+    c, f = config.hidden, config.ffn
+    layer = 4 * c * c + 2 * c * f + (4 + 4 + 1) * c + f  # attention and MLP matrices; two norms, biases
+    positions = (config.grid**2 + 1) * c  # one row more for the class token
+    class_token = c
+    norms = 4 * c if all_layers else 2 * c
+    layers = config.num_layers if all_layers else config.layers_used
+    return layers * layer + config.patch_dim * c + positions + class_token + norms
+
+
+def resampler_params(config: ResamplerConfig, kv_width: int, width: int) -> int:
+    """Parameters of the window resampler, its position table counted whether it is trained or not.
+
+    Args:
+        config: sizes of the resampler.
+        kv_width: width c of the features that come in.
+        width: decoder width h that goes out.
+    """
+    kv_projection = kv_width * width
+    attention = 4 * width * width + 4 * width
+    projection = width * width
+    queries_and_positions = 2 * config.queries * width
+    norms = 3 * 2 * width
+    return kv_projection + attention + projection + queries_and_positions + norms
+
+
+def decoder_params(config: DecoderConfig) -> int:
+    """Parameters of the language model, the padding of the vocabulary included."""
+    h, query, key_value = config.hidden, config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    matrices = h * (query + key_value) + query * h + 3 * h * config.ffn
+    biases = query + key_value if config.qkv_bias else 0
+    tables = padded_vocab(config) * h * (1 if config.tie_embeddings else 2)
+    return config.num_layers * (matrices + biases + 2 * h) + h + tables
+
+
+def model_params(config: ModelConfig) -> int:
+    """Parameters of the whole model as it is built."""
+    resampler = resampler_params(config.resampler, config.tower.hidden, config.decoder.hidden)
+    return tower_params(config.tower) + resampler + decoder_params(config.decoder)
+
+
+def most_visual_tokens(slicing: SlicingConfig, resampler: ResamplerConfig) -> int:
+    """Visual tokens, separators included, of the image that takes the most of them."""
+    side, queries, most = resampler.query_grid, resampler.queries, slicing.max_slices
+    grids = [(rows, most // rows) for rows in range(1, most + 1)] if most > 1 else []
+    if slicing.layout == "per_slice":
+        return max([(queries + 1) * rows * columns + queries for rows, columns in grids], default=queries)
+    return max([side * rows * (side * columns + 1) + 1 + queries for rows, columns in grids], default=queries)

@@ -1,0 +1,152 @@
+"""Imports go down only: one table says what each package may use, and the syntax trees are held against it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.architecture.source import dotted, imports, python_files, read
+
+
+class Rule(NamedTuple):
+    """What the files of a package may import: of ours, and of others (the standard library is always allowed)."""
+
+    ours: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+VERSION = "sicog_mcore.__version__"
+CONTRACTS = ("sicog_mcore.config", "sicog_mcore.errors")
+BATCH = (*CONTRACTS, "sicog_mcore.data.batch", "sicog_mcore.sizes", "sicog_kernels")
+BELOW_CHECKPOINT = (*BATCH, "sicog_mcore.cli", "sicog_mcore.data", "sicog_mcore.model", "sicog_mcore.parallel")
+BELOW_TRAIN = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.presets")
+TRAINING = ("torch", "megatron.core", "numpy")
+
+# The first row that matches a path counts; names stand for themselves and everything below them.
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("sicog_mcore/__init__.py", Rule((), ())),
+    ("sicog_mcore/config.py", Rule((), ())),
+    ("sicog_mcore/errors.py", Rule((), ())),
+    ("sicog_mcore/sizes.py", Rule(CONTRACTS, ())),
+    ("sicog_mcore/presets.py", Rule(CONTRACTS, ())),
+    ("sicog_mcore/validation.py", Rule((*CONTRACTS, "sicog_mcore.sizes"), ())),
+    (
+        "sicog_mcore/cli.py",
+        Rule(
+            (*CONTRACTS, "sicog_mcore.presets", "sicog_mcore.validation"),
+            ("jsonargparse", "docstring_parser", "yaml"),
+        ),
+    ),
+    ("sicog_mcore/data/", Rule((*CONTRACTS, "sicog_mcore.data"), ("torch", "numpy", "PIL", "tokenizers", "xxhash"))),
+    (
+        "sicog_mcore/model/",
+        Rule((*BATCH, "sicog_mcore.model"), (*TRAINING, "transformer_engine", "flash_attn", "safetensors", "xxhash")),
+    ),
+    ("sicog_mcore/parallel/", Rule((*BATCH, "sicog_mcore.parallel"), TRAINING)),
+    (
+        "sicog_mcore/checkpoint/",
+        Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
+    ),
+    ("sicog_mcore/train/", Rule((*BELOW_TRAIN, "sicog_mcore.train"), (*TRAINING, "rich", "tensorboard"))),
+    ("kernels/sicog_kernels/triton/", Rule(("sicog_kernels",), ("torch", "triton"))),
+    ("kernels/sicog_kernels/", Rule(("sicog_kernels",), ("torch",))),
+    ("examples/", Rule((*CONTRACTS, "sicog_mcore.presets"), ())),
+)
+LAYERED = ("sicog_mcore", "kernels", "examples")
+
+COMMUNICATION = ("torch.distributed", "megatron.core.parallel_state", "megatron.core.mpu")
+BANNED_EVERYWHERE = ("megatron.training", "torchvision", "hydra")
+
+
+def below(name: str, packages: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the packages, or stands in one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def layer_violations(file: Path, tree: ast.AST) -> list[str]:
+    """What a file imports against the table."""
+    rule = next((rule for prefix, rule in RULES if file.as_posix().startswith(prefix)), None)
+    if rule is None:
+        return [f"{file} belongs to no layer: add a row to RULES"]
+    found = []
+    for name in imports(tree):
+        top = name.partition(".")[0]
+        if top == "":
+            found.append(f"{file}: relative import {name}")
+        elif top in ("sicog_mcore", "sicog_kernels"):
+            if name != VERSION and not below(name, rule.ours):
+                found.append(f"{file}: {name} is not below it")
+        elif top not in sys.stdlib_module_names and not below(name, rule.others):
+            found.append(f"{file}: {name} is not allowed here")
+    return found
+
+
+def communication_violations(file: Path, tree: ast.AST) -> list[str]:
+    """Uses of process groups, as imports or as attributes, outside of the package for them."""
+    if file.as_posix().startswith(("sicog_mcore/parallel/", "tests/")):
+        return []
+    used = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} | set(imports(tree))
+    return [f"{file}: {name}" for name in sorted(used) if below(name, COMMUNICATION)]
+
+
+def banned(file: Path, tree: ast.AST) -> list[str]:
+    """Imports that no file may have."""
+    return [f"{file}: {name}" for name in imports(tree) if below(name, BANNED_EVERYWHERE)]
+
+
+@pytest.mark.parametrize("file", python_files(*LAYERED), ids=str)
+def test_a_file_imports_only_from_below(file: Path) -> None:
+    assert layer_violations(file, read(file)) == []
+
+
+@pytest.mark.parametrize("file", python_files(), ids=str)
+def test_only_parallel_talks_to_process_groups(file: Path) -> None:
+    assert communication_violations(file, read(file)) == []
+
+
+@pytest.mark.parametrize("file", python_files(), ids=str)
+def test_nothing_imports_a_banned_package(file: Path) -> None:
+    assert banned(file, read(file)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("sicog_mcore/config.py", "import torch"),
+        ("sicog_mcore/validation.py", "def f():\n    import jsonargparse"),
+        ("sicog_mcore/data/slicing.py", "from megatron.core import tensor_parallel"),
+        ("sicog_mcore/data/slicing.py", "from sicog_mcore.model.tower import Tower"),
+        ("sicog_mcore/model/tower.py", "from sicog_mcore.data.loader import Loader"),
+        ("sicog_mcore/model/tower.py", "from sicog_mcore.parallel.topology import Topology"),
+        ("sicog_mcore/model/tower.py", "from .layers import x"),
+        ("sicog_mcore/parallel/wrap.py", "import sicog_mcore.checkpoint.store"),
+        ("sicog_mcore/checkpoint/store.py", "from sicog_mcore.train import loop"),
+        ("kernels/sicog_kernels/gather.py", "import triton"),
+        ("sicog_mcore/new.py", "import os"),
+    ],
+)
+def test_the_layer_check_sees_a_violation(file: str, code: str) -> None:
+    assert len(layer_violations(Path(file), ast.parse(code))) == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "import torch\ndef f():\n    torch.distributed.barrier()",
+        "from megatron.core import parallel_state",
+        "from megatron.core import mpu",
+    ],
+)
+def test_the_communication_check_sees_a_violation(code: str) -> None:
+    assert communication_violations(Path("sicog_mcore/train/loop.py"), ast.parse(code))
+    assert communication_violations(Path("sicog_mcore/parallel/wrap.py"), ast.parse(code)) == []
+
+
+def test_the_check_of_banned_packages_sees_a_violation() -> None:
+    assert banned(Path("tools/x.py"), ast.parse("from megatron.training import pretrain"))
