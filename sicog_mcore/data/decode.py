@@ -1,0 +1,226 @@
+"""Bytes of an image to RGB pixels, strictly: an image is either decoded whole or refused with a reason.
+
+In: ImageRef   Out: uint8 [height, width, 3]   Next: slicing.py, patches.py
+Reasons: image_missing, image_unreadable, image_empty, image_unidentified, image_too_large, image_aspect,
+image_animated, image_truncated, image_corrupt. Sizes are judged from the header, before any pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from sicog_mcore.config import DataConfig
+from sicog_mcore.data.sample import ImageRef, Size
+from sicog_mcore.errors import SampleError
+
+# Pillow knows some 40 formats. Let in are those of still images that cannot run programs, as EPS can, and whose decoder
+# refuses a file that is cut off, as JPEG 2000's does not.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_FILE_BYTES = 1 << 30
+
+# EXIF orientation -> what brings the image upright (orientation 1, or an unknown one, leaves it alone)
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = (5, 6, 7, 8)
+
+# What Pillow's plugins raise on bytes that do not follow their format.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+def read_bytes(ref: ImageRef) -> bytes:
+    """Reads the encoded image.
+
+    Raises:
+        SampleError: image_missing; image_unreadable (no regular file, no permission, too many bytes, shard became
+            shorter); image_empty.
+    """
+    try:
+        status = os.stat(ref.path)
+        length = status.st_size if ref.length < 0 else ref.length
+        if not stat.S_ISREG(status.st_mode) or length > MAX_FILE_BYTES:
+            detail = f"{ref.path} is no regular file of at most {MAX_FILE_BYTES} bytes; check the row"
+            raise SampleError("image_unreadable", detail)
+        with open(ref.path, "rb") as file:
+            file.seek(ref.offset)
+            data = file.read(length)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        detail = f"no file {ref.path}; check the row and the images folder of its source"
+        raise SampleError("image_missing", detail) from error
+    except (OSError, ValueError) as error:
+        raise SampleError("image_unreadable", f"{ref.path}: {error}") from error
+    if len(data) < length:
+        raise SampleError("image_unreadable", f"{ref.path}: found {len(data)} bytes at {ref.offset}, expected {length}")
+    if not data:
+        raise SampleError("image_empty", f"{ref.path} has no bytes")
+    return data
+
+
+def read_size(data: bytes, limits: DataConfig) -> Size:
+    """Height and width of an upright image, from its header alone.
+
+    Args:
+        data: the encoded image.
+        limits: ``max_image_px`` and ``max_aspect`` are used.
+
+    Raises:
+        SampleError: image_unidentified, image_too_large, image_aspect, image_animated, image_truncated, image_corrupt.
+    """
+    with _naming_damage(data):
+        return _upright_size(_open(data, limits), data)
+
+
+def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
+    """Decodes an image to upright RGB; transparency shows white, and 16-bit or float pixels are scaled to 8 bit.
+
+    Args:
+        data: the encoded image.
+        limits: ``max_image_px`` and ``max_aspect`` are used.
+
+    Returns:
+        uint8 [height, width, 3]; the size is the one ``read_size`` gives.
+
+    Raises:
+        SampleError: as ``read_size``; image_truncated and image_corrupt also for damage behind the header.
+    """
+    with _naming_damage(data):
+        image = _open(data, limits)
+        orientation = _orientation(image, data)
+        image.load()
+        rgb = _to_rgb(image)
+        if orientation in UPRIGHT:
+            rgb = rgb.transpose(UPRIGHT[orientation])
+        return np.array(rgb)
+
+
+@contextmanager
+def _naming_damage(data: bytes) -> Iterator[None]:
+    """Turns what Pillow raises on damaged bytes into a SampleError, and silences its warnings about them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Image.DecompressionBombError as error:
+            raise SampleError("image_too_large", str(error)) from error
+        except DAMAGE as error:
+            reason = "image_truncated" if _is_cut_short(data) or "truncated" in str(error) else "image_corrupt"
+            raise SampleError(reason, f"{type(error).__name__}: {error} ({len(data)} bytes)") from error
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Whether the end of the file is missing, for formats that mark their end. Asked only after decoding failed."""
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-64:]
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    if data.startswith(b"RIFF"):
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data.startswith(b"GIF8"):
+        return b"\x3b" not in data[-16:]
+    return False
+
+
+def _open(data: bytes, limits: DataConfig) -> Image.Image:
+    """Identifies the image and judges its header; no pixel is decoded."""
+    image = _identify(data)
+    width, height = image.size
+    if width * height > limits.max_image_px:
+        detail = f"{width}x{height} px, at most {limits.max_image_px} px in all; shrink it or raise data.max_image_px"
+        raise SampleError("image_too_large", detail)
+    if max(width, height) > limits.max_aspect * min(width, height):
+        detail = f"{width}x{height} px, at most {limits.max_aspect:g}:1; crop it or raise data.max_aspect"
+        raise SampleError("image_aspect", detail)
+    # A JPEG from a phone may carry a preview or a second view (MPO): its first image is the photograph.
+    if image.format != "MPO" and hasattr(image, "is_animated") and image.is_animated:
+        detail = f"{image.format} with several frames, expected one; export the frame that is meant"
+        raise SampleError("image_animated", detail)
+    return image
+
+
+def _identify(data: bytes) -> Image.Image:
+    """Opens the image with the plugin that recognises it.
+
+    Not ``Image.open``: it compares the size with a limit global to the process, before ours is asked.
+    """
+    Image.init()
+    start = data[:16]
+    for name in FORMATS:
+        plugin, accepts = Image.OPEN[name]
+        try:
+            if accepts is None or accepts(start) is True:  # a text instead says that this Pillow was built without it
+                return plugin(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            if _is_cut_short(data):
+                raise
+    detail = f"bytes {start!r}... are no {', '.join(FORMATS)}; convert or remove the image"
+    raise SampleError("image_unidentified", detail)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation that is still to be applied; damaged EXIF counts as none, as in every viewer."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF upright itself, in the header already
+    if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in data:
+        return 1  # asking Pillow would decode the image, to look for EXIF behind the pixels
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return 1
+
+
+def _upright_size(image: Image.Image, data: bytes) -> Size:
+    width, height = image.size
+    return Size(width, height) if _orientation(image, data) in SWAPS_SIDES else Size(height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any pixel format to RGB: deep pixels scaled to 8 bit, transparency over white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _to_8_bit(pixels: NDArray[np.generic], mode: str) -> NDArray[np.uint8]:
+    """Scales by the format's value range, or by the image's own where the format names none or the image exceeds it."""
+    values = pixels.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("pixels hold NaN or infinity")
+    low, high = 0.0, 1.0 if mode == "F" else 65535.0
+    if values.min() < low or values.max() > high:
+        low, high = float(values.min()), float(values.max())
+    span = high - low or 1.0  # an image of one value is black
+    scaled: NDArray[np.uint8] = np.rint((values - low) * (255.0 / span)).astype(np.uint8)
+    return scaled

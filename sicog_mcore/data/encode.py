@@ -1,0 +1,177 @@
+"""A sample as numbers: text, labels, patch rows, and which visual token goes where.
+
+In: Sample   Out: Measured (headers only), EncodedSample (pixels too)   Next: packing.py
+Both come from the same token stream, so what was measured is what is encoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sicog_mcore.config import DataConfig, ModelConfig
+from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
+from sicog_mcore.data.chat import IMAGE_MARKER, Chat, ChatTokens, find_separators
+from sicog_mcore.data.decode import decode_image, read_bytes, read_size
+from sicog_mcore.data.patches import cut_patches
+from sicog_mcore.data.sample import Sample
+from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, lay_out, plan_slices
+from sicog_mcore.errors import SampleError
+
+TEXT = -1  # in _Stream.rows: this position is no visual token
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a sample takes of the budgets: tokens with visual ones, slices with overviews."""
+
+    id: str
+    num_tokens: int
+    num_slices: int
+    is_truncated: bool
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The token stream of one sample.
+
+    Attributes:
+        tokens: int64 [s].
+        supervised: bool [s].
+        rows: int64 [s]; row of the resampler's output [k * q] that replaces the token, or TEXT.
+    """
+
+    tokens: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+
+    def part(self, start: int, stop: int) -> _Stream:
+        return _Stream(self.tokens[start:stop], self.supervised[start:stop], self.rows[start:stop])
+
+
+class Encoder:
+    """Encodes samples for one model; picklable, so that workers can have it.
+
+    Args:
+        model: slicing and sizes.
+        data: tokenizer, template, budgets and limits.
+    """
+
+    def __init__(self, model: ModelConfig, data: DataConfig) -> None:
+        self._model = model
+        self._data = data
+        self.chat = Chat(data.tokenizer, data.template, data.system_prompt)
+        separators = find_separators(self.chat.tokenizer, model.slicing.separators)
+        self._separator_ids = {NEWLINE: separators.newline, COMMA: separators.comma}
+
+    def measure(self, sample: Sample) -> Measured:
+        """Length of a sample, from its text and the headers of its images.
+
+        Raises:
+            SampleError: whatever makes the sample unusable and can be seen without decoding pixels.
+        """
+        plans = [self._plan(read_bytes(image)) for image in sample.images]
+        full = self._write(self.chat.tokenize(sample.turns), plans)
+        fitted = self._fit(full)
+        return Measured(sample.id, len(fitted.tokens), _num_slices(plans), len(fitted.tokens) < len(full.tokens))
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """The sample with its pixels cut into patches; as many tokens and slices as ``measure`` says.
+
+        Raises:
+            SampleError: as ``measure``, and images whose pixels cannot be decoded.
+        """
+        return self._encode(sample, self.chat.tokenize(sample.turns), is_prompt=False)
+
+    def encode_prompt(self, sample: Sample) -> EncodedSample:
+        """The sample without its last answer, open for generation; no position is supervised.
+
+        Raises:
+            SampleError: as ``encode``.
+        """
+        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+        return self._encode(sample, self.chat.open_prompt(turns), is_prompt=True)
+
+    def _encode(self, sample: Sample, chat: ChatTokens, *, is_prompt: bool) -> EncodedSample:
+        images = [read_bytes(image) for image in sample.images]
+        plans = [self._plan(image) for image in images]
+        full = self._write(chat, plans)
+        stream = full if is_prompt else self._fit(full)
+        pixels = [cut_patches(decode_image(i, self._data), p) for i, p in zip(images, plans, strict=True)]
+        no_pixels = torch.empty(0, self._model.tower.patch_dim, dtype=torch.uint8)
+        is_visual = stream.rows != TEXT
+        return EncodedSample(
+            id=sample.id,
+            tokens=torch.from_numpy(stream.tokens),
+            labels=torch.from_numpy(_shifted_labels(stream)),
+            patches=torch.cat([no_pixels, *pixels]),  # [p, 3 * patch_px**2]
+            grids=torch.tensor([size for plan in plans for size in plan.encoded], dtype=torch.int64).reshape(-1, 2),
+            image_slots=torch.from_numpy(np.flatnonzero(is_visual)),
+            visual_rows=torch.from_numpy(stream.rows[is_visual]),
+            num_images=len(images),
+        )
+
+    def _plan(self, image: bytes) -> SlicePlan:
+        return plan_slices(read_size(image, self._data), self._model.slicing, self._model.tower.patch_px)
+
+    def _write(self, chat: ChatTokens, plans: list[SlicePlan]) -> _Stream:
+        """Puts each image's visual tokens and separators where its marker stands."""
+        ids, supervised = np.array(chat.ids, dtype=np.int64), np.array(chat.supervised, dtype=np.bool_)
+        markers = np.flatnonzero(ids == IMAGE_MARKER).tolist()
+        if _num_slices(plans) > self._data.slice_budget:
+            found = f"{_num_slices(plans)} slices, at most {self._data.slice_budget} fit"
+            raise SampleError("too_many_slices", f"{found}; raise data.slice_budget or lower model.slicing.max_slices")
+        text = _Stream(ids, supervised, np.full_like(ids, TEXT))
+        parts: list[_Stream] = []
+        start = first_row = 0
+        for marker, plan in zip(markers, plans, strict=True):
+            parts += [text.part(start, marker), self._write_image(plan, first_row)]
+            start = marker + 1
+            first_row += len(plan.encoded) * self._model.resampler.queries
+        parts.append(text.part(start, len(ids)))
+        return _Stream(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            supervised=np.concatenate([part.supervised for part in parts]),
+            rows=np.concatenate([part.rows for part in parts]),
+        )
+
+    def _write_image(self, plan: SlicePlan, first_row: int) -> _Stream:
+        """The stream of one image, whose first slice's output starts at ``first_row``."""
+        layout = lay_out(plan, self._model.resampler.query_grid, self._model.slicing.layout).rows
+        tokens = np.full_like(layout, self.chat.pad_id)
+        for separator, token in self._separator_ids.items():
+            tokens[layout == separator] = token
+        rows = np.where(layout >= 0, layout + first_row, TEXT)
+        return _Stream(tokens, np.zeros(len(layout), dtype=np.bool_), rows)
+
+    def _fit(self, stream: _Stream) -> _Stream:
+        """Holds a stream against the token budget and makes sure that something is left to learn."""
+        length, limit = len(stream.tokens), self._data.token_budget
+        if length > limit:
+            answer = _last_answer(stream)
+            if self._data.too_long == "quarantine" or limit <= answer or (stream.rows[limit:] != TEXT).any():
+                raise SampleError("too_long", f"{length} tokens, at most {limit} fit; raise data.token_budget")
+            stream = stream.part(0, limit)
+        if not stream.supervised[1:].any():
+            raise SampleError("no_labels", "no token is supervised; the sample needs an answer of the assistant")
+        return stream
+
+
+def _num_slices(plans: list[SlicePlan]) -> int:
+    return sum(len(plan.encoded) for plan in plans)
+
+
+def _last_answer(stream: _Stream) -> int:
+    """Where the last answer starts; the stream's end if there is none."""
+    starts = np.flatnonzero(np.diff(stream.supervised, prepend=False) & stream.supervised)
+    return int(starts[-1]) if len(starts) else len(stream.tokens)
+
+
+def _shifted_labels(stream: _Stream) -> NDArray[np.int64]:
+    """For each position the token after it, where that one is supervised."""
+    labels = np.full_like(stream.tokens, IGNORED_LABEL)
+    labels[:-1] = np.where(stream.supervised[1:], stream.tokens[1:], IGNORED_LABEL)
+    return labels

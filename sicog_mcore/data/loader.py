@@ -1,0 +1,294 @@
+"""The deterministic stream of packed batches, shared out over data-parallel replicas.
+
+In: Experiment, LoaderState   Out: PackedBatch, one replica's share   Next: parallel/distribute.py, train/trainer.py
+Every replica plans the same packs from texts and image headers, whatever their number, and decodes only its own.
+A sample that fails while it is decoded leaves a hole in its pack; nothing else moves, so a position is three integers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sicog_mcore.config import DataConfig, Experiment, ModelConfig
+from sicog_mcore.data.batch import EncodedSample, PackedBatch
+from sicog_mcore.data.encode import Encoder, Measured
+from sicog_mcore.data.packing import PackPlan, collate, pack_window
+from sicog_mcore.data.quarantine import Quarantine, Rejection
+from sicog_mcore.data.sample import Sample
+from sicog_mcore.data.sources import SampleIndex, open_sources
+from sicog_mcore.errors import DataError, SampleError
+
+T = TypeVar("T")
+WORKER_REMEDY = "look for out-of-memory kills, lower data.workers, or raise data.worker_timeout_s"
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Position of the next step's first pack in the global stream."""
+
+    epoch: int = 0
+    window: int = 0
+    pack: int = 0
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Samples that were packed together.
+
+    Attributes:
+        packs: in the order of the stream; empty if no sample of the window can be used.
+        rejected: by row of the data set.
+        truncated: rows that lose the end of their answer.
+    """
+
+    packs: tuple[PackPlan, ...]
+    rejected: Mapping[int, Rejection]
+    truncated: tuple[int, ...]
+
+
+class WindowPlanner:
+    """Plans any window of any epoch: a function of seed, epoch and window alone."""
+
+    def __init__(self, samples: SampleIndex, encoder: Encoder, data: DataConfig, seed: int) -> None:
+        self._samples = samples
+        self._encoder = encoder
+        self._data = data
+        self._seed = seed
+        self.num_windows = -(-len(samples) // data.window_samples)
+
+    def plan(self, epoch: int, window: int) -> WindowPlan:
+        """Measures the samples of a window and packs them."""
+        order = self._random(epoch).permutation(len(self._samples))
+        start = window * self._data.window_samples
+        measured: dict[int, Measured] = {}
+        rejected: dict[int, Rejection] = {}
+        for row in order[start : start + self._data.window_samples].tolist():
+            outcome = _attempt(self._encoder.measure, self._samples, row, epoch)
+            if isinstance(outcome, Rejection):
+                rejected[row] = outcome
+            else:
+                measured[row] = outcome
+        rows = list(measured)
+        sizes = [(sample.num_tokens, sample.num_slices) for sample in measured.values()]
+        packs = pack_window(sizes, self._data.token_budget, self._data.slice_budget)
+        shuffled = self._random(epoch, window).permutation(len(packs)).tolist()
+        plans = (
+            PackPlan(epoch, window, place, tuple(rows[member] for member in packs[pack]))
+            for place, pack in enumerate(shuffled)
+        )
+        return WindowPlan(tuple(plans), rejected, tuple(row for row in rows if measured[row].is_truncated))
+
+    def after(self, plan: PackPlan, num_packs: int) -> LoaderState:
+        """Position behind a pack of a window of ``num_packs``."""
+        if plan.pack + 1 < num_packs:
+            return LoaderState(plan.epoch, plan.window, plan.pack + 1)
+        return LoaderState(*self.next_window(plan.epoch, plan.window))
+
+    def next_window(self, epoch: int, window: int) -> tuple[int, int]:
+        return (epoch, window + 1) if window + 1 < self.num_windows else (epoch + 1, 0)
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self._seed, *key]))
+
+
+class PackBuilder(Dataset[tuple[PackedBatch, list[Rejection]]]):
+    """Decodes the samples of a pack; what runs in the workers."""
+
+    def __init__(self, samples: SampleIndex, encoder: Encoder, model: ModelConfig, data: DataConfig) -> None:
+        self._samples = samples
+        self._encoder = encoder
+        self._model = model
+        self._data = data
+
+    def __getitem__(self, plan: PackPlan) -> tuple[PackedBatch, list[Rejection]]:
+        outcomes = [_attempt(self._encoder.encode, self._samples, row, plan.epoch) for row in plan.members]
+        batch = collate(
+            [outcome for outcome in outcomes if isinstance(outcome, EncodedSample)],
+            token_budget=self._data.token_budget,
+            pad_id=self._encoder.chat.pad_id,
+            queries=self._model.resampler.queries,
+            patch_dim=self._model.tower.patch_dim,
+        )
+        return batch, [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
+
+
+def _attempt(use: Callable[[Sample], T], samples: SampleIndex, row: int, epoch: int) -> T | Rejection:
+    """Uses one sample, or says why it cannot be used."""
+    sample_id = f"row {row}"
+    try:
+        sample = samples.read(row)
+        sample_id = sample.id
+        return use(sample)
+    except SampleError as error:
+        return Rejection(sample_id, samples.origin(row), error.reason, error.detail, epoch)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One pack of this replica.
+
+    Attributes:
+        plan: the pack.
+        entered: windows whose bad samples are to be reported with this pack.
+        after: position behind the step, on the step's last task.
+    """
+
+    plan: PackPlan
+    entered: tuple[WindowPlan, ...]
+    after: LoaderState | None
+
+
+class Loader(Iterator[PackedBatch]):
+    """Endless iterator over one replica's batches; ``packs_per_step / size`` of them are one optimiser step.
+
+    Args:
+        experiment: data, model sizes, seed and packs per step.
+        rank: this replica among the data-parallel ones.
+        size: number of replicas; divides ``train.packs_per_step``.
+        quarantine: takes the bad samples of this replica.
+        state: where to start.
+        pin_memory: put batches into page-locked memory (needs CUDA).
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        rank: int,
+        size: int,
+        quarantine: Quarantine,
+        state: LoaderState = LoaderState(),
+        pin_memory: bool = False,
+    ) -> None:
+        data, model = experiment.data, experiment.model
+        self._packs_per_step = experiment.train.packs_per_step
+        assert self._packs_per_step % size == 0, f"{self._packs_per_step} packs cannot be shared by {size} replicas"
+        samples, encoder = open_sources(data.sources, data), Encoder(model, data)
+        self.num_rows = len(samples)
+        self._planner = WindowPlanner(samples, encoder, data, experiment.train.seed)
+        self._builder = PackBuilder(samples, encoder, model, data)
+        self._data = data
+        self._rank, self._size = rank, size
+        self._quarantine = quarantine
+        self._state = state
+        self._pin_memory = pin_memory
+        self._planning = ThreadPoolExecutor(1, thread_name_prefix="window-planner")
+        self._pending: deque[_Task] = deque()  # announced to the workers, not yet consumed
+        self._batches = self._decode(state)
+        self.wait_s = 0.0
+
+    def __next__(self) -> PackedBatch:
+        """The next batch; blocks until it is decoded.
+
+        Raises:
+            DataError: too many bad samples, nothing usable in a whole epoch, or a worker that died or hangs.
+        """
+        started = time.perf_counter()
+        batch, rejected = self._fetch()
+        self.wait_s += time.perf_counter() - started
+        task = self._pending.popleft()
+        self._report(task.entered)
+        for rejection in rejected:
+            self._quarantine.record(rejection)
+        self._quarantine.accept(len(batch.sample_ids))
+        self._state = task.after or self._state
+        return batch
+
+    def state(self) -> LoaderState:
+        """Where the first step begins that is not wholly consumed."""
+        return self._state
+
+    def close(self) -> None:
+        """Ends the workers and the planning thread."""
+        self._batches.close()
+        self._planning.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self) -> tuple[PackedBatch, list[Rejection]]:
+        try:
+            return next(self._batches)
+        except TimeoutError as error:
+            knob = f"data.worker_timeout_s ({self._data.worker_timeout_s} s)"
+            raise DataError(f"a window of samples was not read within {knob}; is the storage slow?") from error
+        except (EOFError, ConnectionError) as error:  # it died with a batch half handed over
+            raise DataError(f"decoding stopped: a worker died; {WORKER_REMEDY}") from error
+        except RuntimeError as error:
+            # torch tells a dead or hanging worker from a worker's own error by these words only
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise DataError(f"decoding stopped: {error}; {WORKER_REMEDY}") from error
+
+    def _decode(self, state: LoaderState) -> Generator[tuple[PackedBatch, list[Rejection]], None, None]:
+        """Decoded packs from ``state`` on, in order; workers start with the first one."""
+        workers: dict[str, Any] = {}
+        if self._data.workers:
+            workers = {"multiprocessing_context": "spawn", "timeout": self._data.worker_timeout_s}
+        yield from DataLoader(
+            self._builder,
+            batch_size=None,
+            sampler=self._announce(state),
+            num_workers=self._data.workers,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # otherwise seeds for the workers are drawn from the model's random stream
+            **workers,
+        )
+
+    def _announce(self, state: LoaderState) -> Iterator[PackPlan]:
+        for task in self._tasks(state):
+            self._pending.append(task)
+            yield task.plan
+
+    def _tasks(self, state: LoaderState) -> Iterator[_Task]:
+        """This replica's packs, step by step."""
+        stream = self._stream(state)
+        while step := list(islice(stream, self._packs_per_step)):
+            # All windows of a step are reported with it, so that a restart at any step reports each of them once.
+            entered = tuple(window for task in step for window in task.entered)
+            mine = [task.plan for task in step[self._rank :: self._size]]
+            for plan in mine[:-1]:
+                yield _Task(plan, (), None)
+            yield _Task(mine[-1], entered, step[-1].after)
+
+    def _stream(self, state: LoaderState) -> Iterator[_Task]:
+        """All packs of all replicas, over windows and epochs, with the position behind each."""
+        entered: tuple[WindowPlan, ...] = ()
+        num_empty = 0
+        first = state.pack
+        for window in self._windows(state.epoch, state.window):
+            if first == 0:
+                entered += (window,)
+            num_empty = 0 if window.packs else num_empty + 1
+            if num_empty == self._planner.num_windows:
+                self._report(entered)
+                raise DataError("no sample of a whole epoch can be used; the quarantine report says why for each")
+            for plan in window.packs[first:]:
+                yield _Task(plan, entered, self._planner.after(plan, len(window.packs)))
+                entered = ()
+            first = 0
+
+    def _windows(self, epoch: int, window: int) -> Iterator[WindowPlan]:
+        """Windows from one on, each planned while the one before is consumed."""
+        if self._planner.num_windows == 0:
+            raise DataError("the data sets have no rows; look at data.sources")
+        coming: Future[WindowPlan] = self._planning.submit(self._planner.plan, epoch, window)
+        while True:
+            plan = coming.result(timeout=self._data.worker_timeout_s)
+            epoch, window = self._planner.next_window(epoch, window)
+            coming = self._planning.submit(self._planner.plan, epoch, window)
+            yield plan
+
+    def _report(self, windows: Iterable[WindowPlan]) -> None:
+        """Records what planning found, this replica's share of the rows: every row is some replica's."""
+        for window in windows:
+            self._quarantine.count_truncated(sum(row % self._size == self._rank for row in window.truncated))
+            for row, rejection in window.rejected.items():
+                if row % self._size == self._rank:
+                    self._quarantine.record(rejection)

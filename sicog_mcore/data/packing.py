@@ -1,0 +1,125 @@
+"""Which samples share a packed sequence, and their joining into one batch.
+
+In: (tokens, slices) of samples; EncodedSample   Out: groups of samples; PackedBatch   Next: loader.py
+Pure functions: the same sizes give the same packs everywhere. A sample is never split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """One packed sequence before anything is decoded: its place in the stream, and the rows of the data set in it."""
+
+    epoch: int
+    window: int
+    pack: int
+    members: tuple[int, ...]
+
+
+@dataclass
+class _OpenPack:
+    tokens_left: int
+    slices_left: int
+    members: list[int] = field(default_factory=list)
+
+    def fits(self, tokens: int, slices: int) -> bool:
+        return tokens <= self.tokens_left and slices <= self.slices_left
+
+    def add(self, member: int, tokens: int, slices: int) -> None:
+        self.members.append(member)
+        self.tokens_left -= tokens
+        self.slices_left -= slices
+
+
+def pack_window(sizes: Sequence[tuple[int, int]], token_budget: int, slice_budget: int) -> list[list[int]]:
+    """Best-fit decreasing under two budgets: the largest samples first, each into the fullest pack that still takes it.
+
+    Args:
+        sizes: (tokens, slices) of each sample.
+        token_budget: most tokens in a pack.
+        slice_budget: most slices in a pack.
+
+    Returns:
+        Positions in ``sizes``, pack by pack; each exactly once, ascending inside a pack.
+
+    Raises:
+        ValueError: a sample alone exceeds a budget.
+    """
+
+    def share(position: int) -> float:
+        tokens, slices = sizes[position]
+        return max(tokens / token_budget, slices / slice_budget)
+
+    packs: list[_OpenPack] = []
+    for position in sorted(range(len(sizes)), key=share, reverse=True):
+        tokens, slices = sizes[position]
+        if tokens > token_budget or slices > slice_budget:
+            budgets = f"{token_budget} tokens and {slice_budget} slices"
+            raise ValueError(f"sample {position} has {tokens} tokens and {slices} slices, a pack takes {budgets}")
+        roomy = [pack for pack in packs if pack.fits(tokens, slices)]
+        if not roomy:
+            packs.append(_OpenPack(token_budget, slice_budget))
+            roomy = packs[-1:]
+        min(roomy, key=lambda pack: pack.tokens_left).add(position, tokens, slices)
+    return [sorted(pack.members) for pack in packs]
+
+
+def collate(
+    samples: Sequence[EncodedSample], *, token_budget: int, pad_id: int, queries: int, patch_dim: int
+) -> PackedBatch:
+    """Joins samples into one token stream of fixed length. No samples give a batch of padding.
+
+    Args:
+        samples: together within the budget.
+        token_budget: length t of the stream.
+        pad_id: token of the padded tail.
+        queries: resampler outputs q per slice.
+        patch_dim: width of a patch row.
+
+    Raises:
+        ValueError: the samples are longer than the stream, or contradict themselves.
+    """
+    lengths = [len(sample.tokens) for sample in samples]
+    num_tokens = sum(lengths)
+    if num_tokens > token_budget:
+        ids = [sample.id for sample in samples]
+        raise ValueError(f"samples {ids} have {num_tokens} tokens, at most {token_budget} fit; did a file change?")
+    tail = token_budget - num_tokens
+    segments = [*lengths, tail] if tail else lengths
+    first_tokens = _starts(lengths)
+    first_rows = _starts([len(sample.grids) * queries for sample in samples])
+    slots = [sample.image_slots + start for sample, start in zip(samples, first_tokens, strict=True)]
+    rows = [sample.visual_rows + start for sample, start in zip(samples, first_rows, strict=True)]
+    no_patches, no_grids = torch.empty(0, patch_dim, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64)
+    batch = PackedBatch(
+        tokens=torch.cat([*(sample.tokens for sample in samples), _filled(tail, pad_id)]),  # [t]
+        labels=torch.cat([*(sample.labels for sample in samples), _filled(tail, IGNORED_LABEL)]),  # [t]
+        positions=torch.cat([torch.arange(length) for length in segments]),  # [t]
+        cu_seqlens=torch.tensor([*_starts(segments), token_budget], dtype=torch.int32),  # [n + 1]
+        patches=torch.cat([no_patches, *(sample.patches for sample in samples)]),  # [p, patch_dim]
+        grids=torch.cat([no_grids, *(sample.grids for sample in samples)]),  # [k, 2]
+        image_slots=torch.cat([_filled(0, 0), *slots]),  # [m]
+        visual_rows=torch.cat([_filled(0, 0), *rows]),  # [m]
+        num_tokens=num_tokens,
+        num_images=sum(sample.num_images for sample in samples),
+        sample_ids=tuple(sample.id for sample in samples),
+    )
+    return batch.validate(queries)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))[:-1]
+
+
+def _filled(length: int, value: int) -> Tensor:
+    return torch.full((length,), value, dtype=torch.int64)

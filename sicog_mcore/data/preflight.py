@@ -1,0 +1,101 @@
+"""Is everything that data loading needs in place? Asked before processes start, without reading a row.
+
+In: Experiment   Out: every ConfigProblem found   Next: sources.py, chat.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from sicog_mcore.config import Experiment, SourceConfig
+from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators, load_tokenizer
+from sicog_mcore.errors import ConfigProblem
+
+ROW_FILES = (".json", ".jsonl")
+SHARD = ".tar"
+
+
+def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
+    """Looks at data sets, image folders and the tokenizer; returns all problems, none if training can start."""
+    sources = experiment.data.sources
+    problems = [problem for number, source in enumerate(sources) for problem in _check_source(number, source)]
+    if not sources:
+        problems.append(ConfigProblem("data.sources", (), "no data set is named", "give at least one path"))
+    return problems + _check_tokenizer(experiment)
+
+
+def _check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
+    problems: list[ConfigProblem] = []
+
+    def report(field: str, value: str, problem: str, fix: str) -> None:
+        problems.append(ConfigProblem(f"data.sources[{number}].{field}", value, problem, fix))
+
+    path = Path(source.path)
+    has_rows = path.suffix in ROW_FILES
+    kinds = f"give a {', '.join(ROW_FILES)} or {SHARD} file, or a folder of {SHARD} shards"
+    if not path.exists():
+        report("path", source.path, "does not exist", "correct the path")
+    elif not _is_readable(path):
+        report("path", source.path, "cannot be read", "give this user the right to read it")
+    elif path.is_dir() and not any(path.glob(f"*{SHARD}")):
+        report("path", source.path, f"is a folder without {SHARD} shards", kinds)
+    elif path.is_file() and not has_rows and path.suffix != SHARD:
+        report("path", source.path, "is no known kind of data set", kinds)
+    elif path.is_file() and path.stat().st_size == 0:
+        report("path", source.path, "is empty", "prepare the data again or remove this source")
+    images = Path(source.images)
+    if has_rows and not images.is_dir():
+        problem = "is not a folder" if images.exists() else "does not exist"
+        report("images", source.images, problem, "give the folder that image paths are relative to")
+    elif has_rows and not _is_readable(images):
+        report("images", source.images, "cannot be read", "give this user the right to list and open it")
+    return problems
+
+
+def _is_readable(path: Path) -> bool:
+    return os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+
+
+def _check_tokenizer(experiment: Experiment) -> list[ConfigProblem]:
+    path = experiment.data.tokenizer
+    if not Path(path).is_file():
+        problem = "is no file" if path else "no tokenizer is named"
+        return [ConfigProblem("data.tokenizer", path, problem, "give a Hugging Face tokenizer.json")]
+    try:
+        tokenizer = load_tokenizer(path)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        return [
+            ConfigProblem("data.tokenizer", path, f"cannot be parsed: {error}", "give a Hugging Face tokenizer.json")
+        ]
+    return _check_vocabulary(experiment, tokenizer)
+
+
+def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> list[ConfigProblem]:
+    problems: list[ConfigProblem] = []
+    data, rows = experiment.data, experiment.model.decoder.vocab_size
+    kind = experiment.model.slicing.separators
+    needed = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if needed > rows:
+        fix = f"make it at least {needed}, or give the tokenizer of this decoder"
+        problems.append(ConfigProblem("model.decoder.vocab_size", rows, f"the tokenizer needs {needed} tokens", fix))
+    template = TEMPLATES.get(data.template)
+    if template is None:
+        problems.append(
+            ConfigProblem("data.template", data.template, "is unknown", f"use one of {', '.join(TEMPLATES)}")
+        )
+    elif missing := [token for token in template.controls if tokenizer.token_to_id(token) is None]:
+        problem = f"the tokenizer has no {', '.join(missing)}"
+        problems.append(ConfigProblem("data.template", data.template, problem, "give the template of this tokenizer"))
+    if kind == "legacy" and rows <= LEGACY_COMMA:
+        problem = f"needs token {LEGACY_COMMA}, the decoder has {rows}"
+        problems.append(ConfigProblem("model.slicing.separators", kind, problem, "use real"))
+        return problems
+    try:
+        find_separators(tokenizer, kind)
+    except ValueError as error:
+        fix = "use a tokenizer that has both"
+        problems.append(ConfigProblem("model.slicing.separators", kind, str(error), fix))
+    return problems

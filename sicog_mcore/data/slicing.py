@@ -1,0 +1,153 @@
+"""How an image is cut into slices and how its visual tokens stand in the text: arithmetic on sizes, no pixels.
+
+In: Size of an image   Out: SlicePlan, VisualLayout   Next: patches.py, chat.py
+The rule is the released LLaVA-UHD one, float for float: rounding and the order of candidates decide ties.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sicog_mcore.config import SlicingConfig
+from sicog_mcore.data.sample import Size
+
+UNSLICED = Size(0, 0)
+NEWLINE = -1
+COMMA = -2
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """What the vision tower sees of one image.
+
+    Attributes:
+        image: size of the image (px).
+        overview: size the whole image is resized to (px).
+        grid: (rows, columns) of slices; Size(0, 0) for an image that is not sliced.
+        slice: size of every slice (px); Size(0, 0) for an image that is not sliced.
+        patch_px: side of a patch (px); divides the overview's and the slices' sides.
+    """
+
+    image: Size
+    overview: Size
+    grid: Size
+    slice: Size
+    patch_px: int
+
+    @property
+    def num_slices(self) -> int:
+        """Slices without the overview."""
+        return self.grid.height * self.grid.width
+
+    @property
+    def encoded(self) -> tuple[Size, ...]:
+        """Size in patches of everything the tower encodes: slices row-major, overview last."""
+        sizes_px = (self.slice,) * self.num_slices + (self.overview,)
+        return tuple(Size(size.height // self.patch_px, size.width // self.patch_px) for size in sizes_px)
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """The tokens that stand for one image in the text.
+
+    Attributes:
+        rows: int64 [tokens]; >= 0: row of the image's resampler output [k * q] (slice index * q + query index);
+            NEWLINE: the separator of lines; COMMA: the separator inside a row of slices, or before the overview.
+    """
+
+    rows: NDArray[np.int64]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return int((self.rows >= 0).sum())
+
+
+def plan_slices(image: Size, config: SlicingConfig, patch_px: int) -> SlicePlan:
+    """Decides overview, grid and slice size from the size of an image.
+
+    Args:
+        image: size of the image (px), both sides >= 1.
+        config: bound on the area of a slice and on the number of slices.
+        patch_px: side of a patch (px).
+    """
+    side = config.resolution_px
+    wanted = min(math.ceil(image.height * image.width / (side * side)), config.max_slices)
+    if wanted <= 1:
+        return SlicePlan(image, _fit(image, side, patch_px, upscale=True), UNSLICED, UNSLICED, patch_px)
+    grid = _choose_grid(image, wanted, config.max_slices)
+    cell = Size(image.height // grid.height, image.width // grid.width)
+    return SlicePlan(
+        image=image,
+        overview=_fit(image, side, patch_px, upscale=False),
+        grid=grid,
+        slice=_fit(cell, side, patch_px, upscale=True),
+        patch_px=patch_px,
+    )
+
+
+def _fit(size: Size, side: int, patch_px: int, *, upscale: bool) -> Size:
+    """Scales to an area of at most side * side, aspect kept, then cuts each side to whole patches (at least one)."""
+    height, width = size
+    if upscale or width * height > side * side:
+        aspect = width / height
+        height = int(side / math.sqrt(aspect))
+        width = int(height * aspect)
+    return Size(max(patch_px, height // patch_px * patch_px), max(patch_px, width // patch_px * patch_px))
+
+
+def _choose_grid(image: Size, wanted: int, max_slices: int) -> Size:
+    """The grid of about ``wanted`` slices whose shape is nearest to the image's; the first of equals wins."""
+    log_aspect = math.log(image.width / image.height)
+    candidates = [
+        Size(height=count // columns, width=columns)
+        for count in (wanted - 1, wanted, wanted + 1)
+        if 1 < count <= max_slices
+        for columns in range(1, count + 1)
+        if count % columns == 0
+    ]
+    return min(candidates, key=lambda grid: abs(log_aspect - math.log(grid.width / grid.height)))
+
+
+def lay_out(plan: SlicePlan, query_grid: int, layout: Literal["stitched", "per_slice"]) -> VisualLayout:
+    """Orders an image's visual tokens and separators; an image that is not sliced has its overview's tokens only.
+
+    Args:
+        plan: slices of the image.
+        query_grid: queries per side of a slice; q is the square of it.
+        layout: "stitched" or "per_slice", see SlicingConfig.
+    """
+    queries = query_grid**2
+    overview = plan.num_slices * queries + np.arange(queries)  # [q]
+    if plan.grid == UNSLICED:
+        return VisualLayout(overview)
+    write_slices = _stitch_slices if layout == "stitched" else _list_slices
+    return VisualLayout(np.concatenate([write_slices(plan.grid, query_grid), overview]))
+
+
+def _stitch_slices(grid: Size, query_grid: int) -> NDArray[np.int64]:
+    """All slices as one raster map, a newline after each of its rows, then one separator before the overview."""
+    rows, columns = grid
+    tokens = np.arange(rows * columns * query_grid**2).reshape(rows, columns, query_grid, query_grid)
+    raster = tokens.transpose(0, 2, 1, 3).reshape(rows * query_grid, columns * query_grid)
+    lines = np.pad(raster, ((0, 0), (0, 1)), constant_values=NEWLINE)
+    # The released code takes the first entry of its per-slice separators, which is a newline in a single column.
+    before_overview = NEWLINE if columns == 1 else COMMA
+    return np.append(lines, before_overview)
+
+
+def _list_slices(grid: Size, query_grid: int) -> NDArray[np.int64]:
+    """Slice after slice, each followed by its separator: a comma inside a row of slices, a newline at its end."""
+    rows, columns = grid
+    tokens = np.arange(rows * columns * query_grid**2).reshape(rows, columns, query_grid**2)
+    listed = np.pad(tokens, ((0, 0), (0, 0), (0, 1)), constant_values=COMMA)
+    listed[:, -1, -1] = NEWLINE
+    return listed.ravel()

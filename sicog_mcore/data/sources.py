@@ -1,0 +1,288 @@
+"""Data sets to Samples, by random access: a compact index in memory, every row read from disk when it is asked for.
+
+In: SourceConfig   Out: Sample   Next: rows.py (what a row means), decode.py, chat.py
+Formats: LLaVA JSON (a list), JSONL, WebDataset tar shards (shards.py). A row that cannot be used raises SampleError
+when it is read, with a reason of rows.py or shards.py, or duplicate_id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sicog_mcore.config import DataConfig, SourceConfig
+from sicog_mcore.data.rows import (
+    MAX_ROW_BYTES,
+    Hashes,
+    RowIds,
+    build_sample,
+    default_id,
+    image_paths,
+    locate_image,
+    parse_row,
+    read_range,
+)
+from sicog_mcore.data.sample import Sample
+from sicog_mcore.data.shards import index_shard
+from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
+
+BOM = "\xef\xbb\xbf"  # UTF-8's byte order mark, read as Latin-1
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Source(Protocol):
+    """One data set. Picklable, and safe to read from several threads: files are opened for each read."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> Sample:
+        """Raises SampleError if the row cannot be used."""
+        ...
+
+    def origin(self, row: int) -> str:
+        """``file:line`` or ``shard.tar:key`` of a row."""
+        ...
+
+
+class SampleIndex:
+    """All sources as one sequence of rows.
+
+    Args:
+        sources: data sets, in order.
+        id_hashes: uint64 [rows] of each source: hash of every row's id.
+        duplicate_ids: what becomes of the second and later rows with an id: "quarantine" or "keep" as "<id>#<row>".
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], id_hashes: Sequence[Hashes], duplicate_ids: Literal["quarantine", "keep"]
+    ) -> None:
+        self._sources = tuple(sources)
+        self._borders = np.cumsum([0, *(len(source) for source in sources)], dtype=np.int64)
+        self._duplicate_ids = duplicate_ids
+        hashes = np.concatenate([np.empty(0, np.uint64), *id_hashes])
+        _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+        first_of_row = first[which]
+        self._repeated = np.flatnonzero(first_of_row != np.arange(len(hashes)))  # ascending rows
+        self._repeats = first_of_row[self._repeated]  # the earlier row with the same id, for each of them
+
+    def __len__(self) -> int:
+        return int(self._borders[-1])
+
+    def read(self, row: int) -> Sample:
+        """One row, parsed and checked; its images are not opened.
+
+        Raises:
+            SampleError: the row cannot be used.
+        """
+        source, local = self._locate(row)
+        earlier = self._earlier_with_same_id(row)
+        if earlier is None:
+            return source.read(local)
+        if self._duplicate_ids == "quarantine":
+            remedy = "ids must be unique; rename it or set data.duplicate_ids=keep"
+            raise SampleError("duplicate_id", f"{self.origin(earlier)} has this id already, {remedy}")
+        sample = source.read(local)
+        return replace(sample, id=f"{sample.id}#{row}")
+
+    def origin(self, row: int) -> str:
+        """``file:line`` or ``shard.tar:key`` of a row."""
+        source, local = self._locate(row)
+        return source.origin(local)
+
+    def _locate(self, row: int) -> tuple[Source, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        at = int(np.searchsorted(self._borders, row, side="right")) - 1
+        return self._sources[at], row - int(self._borders[at])
+
+    def _earlier_with_same_id(self, row: int) -> int | None:
+        at = int(np.searchsorted(self._repeated, row))
+        found = at < len(self._repeated) and self._repeated[at] == row
+        return int(self._repeats[at]) if found else None
+
+
+def open_sources(configs: Sequence[SourceConfig], data: DataConfig) -> SampleIndex:
+    """Indexes all data sets.
+
+    Args:
+        configs: data sets, in order.
+        data: ``duplicate_ids`` is used.
+
+    Raises:
+        ConfigError: paths that do not exist or have no known format, JSON files that are no list; all of them at once.
+    """
+    problems: list[ConfigProblem] = []
+    sources: list[Source] = []
+    id_hashes: list[Hashes] = []
+    names: set[str] = set()
+    for number, config in enumerate(configs):
+        where = f"data.sources[{number}]"
+        try:
+            for path in _files(config):
+                # Default ids start with the file's name, which must therefore be unique.
+                name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
+                names.add(name)
+                source, hashes = _index_file(path, config.images, name)
+                sources.append(source)
+                id_hashes.append(hashes)
+        except _Unusable as error:
+            problems.append(ConfigProblem(f"{where}.{error.field}", error.value, error.problem, error.fix))
+        except OSError as error:
+            problems.append(ConfigProblem(f"{where}.path", config.path, str(error), "make it readable for this user"))
+    if problems:
+        raise ConfigError(problems)
+    return SampleIndex(sources, id_hashes, data.duplicate_ids)
+
+
+class _Unusable(Exception):
+    """A source that cannot be opened; becomes a ConfigProblem."""
+
+    def __init__(self, field: str, value: str, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.field, self.value, self.problem, self.fix = field, value, problem, fix
+
+
+def _files(config: SourceConfig) -> list[Path]:
+    """The files of a source: itself, or the shards in a folder, by name."""
+    path = Path(config.path)
+    formats = "give a .json, .jsonl or .tar file, or a folder of .tar shards"
+    if not path.exists():
+        raise _Unusable("path", config.path, "does not exist", "correct the path")
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        if not shards:
+            raise _Unusable("path", config.path, "is a folder without .tar shards", formats)
+        return shards
+    if path.suffix not in (".json", ".jsonl", ".tar"):
+        raise _Unusable("path", config.path, "has no known format", formats)
+    if path.suffix != ".tar" and not (os.path.isdir(config.images) and os.access(config.images, os.R_OK | os.X_OK)):
+        fix = "give the folder that the rows' image paths are relative to"
+        raise _Unusable("images", config.images, "is no readable folder", fix)
+    return [path]
+
+
+def _index_file(path: Path, images: str, name: str) -> tuple[Source, Hashes]:
+    if path.suffix == ".tar":
+        return index_shard(path, name)
+    ids = RowIds(name)
+    spans = _index_lines(path, ids) if path.suffix == ".jsonl" else _index_list(path, ids)
+    table = np.frombuffer(spans, np.int64).reshape(-1, 3)
+    return RowFile(str(path), os.path.realpath(images), name, table), ids.hashes()
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """A JSON list or a JSONL file of LLaVA rows.
+
+    Attributes:
+        path: the file.
+        images: real path of the folder that image paths are relative to.
+        name: what default ids start with.
+        spans: int64 [rows, 3]: offset (bytes), length (bytes) and line number of each row.
+    """
+
+    path: str
+    images: str
+    name: str
+    spans: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def origin(self, row: int) -> str:
+        return f"{self.path}:{self.spans[row, 2]}"
+
+    def read(self, row: int) -> Sample:
+        offset, length, _ = self.spans[row].tolist()
+        fields = parse_row(read_range(self.path, offset, length))
+        images = [locate_image(path, self.images) for path in image_paths(fields)]
+        return build_sample(fields, images, default_id(self.name, row), self.origin(row))
+
+
+def _index_lines(path: Path, ids: RowIds) -> array[int]:
+    """Finds the rows of a JSONL file; blank lines are none. An over-long line is never held in memory whole."""
+    spans = array("q")
+    offset = line = 0
+    with open(path, "rb") as file:
+        while start := file.readline(MAX_ROW_BYTES + 1):
+            line += 1
+            length = len(start)
+            if length > MAX_ROW_BYTES:
+                length += _skip_rest(file, start)
+            if start.strip() or length > MAX_ROW_BYTES:
+                spans.extend((offset, length, line))
+                ids.add_encoded(start if length <= MAX_ROW_BYTES else b"")
+            offset += length
+    return spans
+
+
+def _skip_rest(file: BinaryIO, chunk: bytes) -> int:
+    """Reads on to the end of the line that ``chunk`` belongs to; returns the bytes read."""
+    skipped = 0
+    while not chunk.endswith(b"\n") and (chunk := file.readline(MAX_ROW_BYTES)):
+        skipped += len(chunk)
+    return skipped
+
+
+def _index_list(path: Path, ids: RowIds) -> array[int]:
+    """Finds the rows of a JSON list."""
+    # As Latin-1 a character is a byte, so positions are offsets; JSON's own characters are the same in UTF-8.
+    with open(path, encoding="latin-1", newline="") as file:
+        text = file.read()
+    spans = array("q")
+    line, counted = 1, 0
+    try:
+        for row, start, end in _elements(text):
+            line += text.count("\n", counted, start)
+            counted = start
+            spans.extend((start, end - start, line))
+            raw = text[start:end]
+            if raw.isascii():
+                ids.add(row)
+            else:
+                ids.add_encoded(raw.encode("latin-1"))
+    except (ValueError, RecursionError) as error:
+        fix = "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself"
+        raise _Unusable("path", str(path), f"is no JSON list of rows: {error}", fix) from error
+    return spans
+
+
+def _elements(text: str) -> Iterator[tuple[Any, int, int]]:
+    """The elements of a JSON list, one by one: value, start and end.
+
+    Raises:
+        json.JSONDecodeError: the text is not one JSON list; the message has line and column.
+    """
+    decoder = json.JSONDecoder()
+    at = _next(text, len(BOM) if text.startswith(BOM) else 0)
+    if text[at : at + 1] != "[":
+        raise json.JSONDecodeError("Expecting a list", text, at)
+    at = _next(text, at + 1)
+    more = text[at : at + 1] != "]"
+    while more:
+        value, end = decoder.raw_decode(text, at)
+        yield value, at, end
+        at = _next(text, end)
+        more = text[at : at + 1] == ","
+        if more:
+            at = _next(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    at = _next(text, at + 1)
+    if at < len(text):
+        raise json.JSONDecodeError("Expecting the end of the file", text, at)
+
+
+def _next(text: str, at: int) -> int:
+    """Position of the next character that is not white space."""
+    match = JSON_SPACE.match(text, at)
+    return match.end() if match else at

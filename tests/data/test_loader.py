@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sicog_mcore.config import Experiment
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.loader import Loader, LoaderState
+from sicog_mcore.data.quarantine import Quarantine
+from sicog_mcore.errors import DataError
+from tests.builders import tiny_experiment, write_dataset
+
+NUM_SAMPLES = 20
+START = LoaderState()
+STEPS = 5  # more than one epoch of NUM_SAMPLES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_dataset(path, NUM_SAMPLES)
+    return path
+
+
+def experiment_on(folder: Path, **data: Any) -> Experiment:
+    return tiny_experiment(folder, data={"window_samples": 8, **data}, train={"packs_per_step": 2})
+
+
+def open_loader(
+    experiment: Experiment, report: Path, rank: int = 0, size: int = 1, state: LoaderState = START
+) -> Loader:
+    return Loader(
+        experiment, rank, size, Quarantine(report, experiment.data.max_bad_rate, experiment.data.bad_window), state
+    )
+
+
+def content(batch: PackedBatch) -> list[object]:
+    values = (vars(batch)[field.name] for field in fields(batch))
+    return [(v.dtype, v.tolist()) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def consumed(loader: Loader, batches: int) -> list[tuple[str, ...]]:
+    return [batch.sample_ids for batch in islice(loader, batches)]
+
+
+def test_two_runs_give_identical_streams(folder: Path, tmp_path: Path) -> None:
+    runs = [open_loader(experiment_on(folder), tmp_path / "q.jsonl") for _ in range(2)]
+    for _ in range(4):
+        assert content(next(runs[0])) == content(next(runs[1]))
+
+
+def test_each_epoch_has_every_sample_once_in_another_order(folder: Path, tmp_path: Path) -> None:
+    loader = open_loader(experiment_on(folder), tmp_path / "q.jsonl")
+    epochs: dict[int, list[str]] = {0: [], 1: []}
+    for task, batch in _with_epoch(loader):
+        if task > 1:
+            break
+        epochs[task] += batch.sample_ids
+    everything = Counter(f"s{i}" for i in range(NUM_SAMPLES))
+    assert Counter(epochs[0]) == Counter(epochs[1]) == everything
+    assert epochs[0] != epochs[1]
+
+
+def _with_epoch(loader: Loader) -> Iterator[tuple[int, PackedBatch]]:
+    """Batches with their epoch; a repeated id starts a new epoch."""
+    seen: set[str] = set()
+    epoch = 0
+    for batch in loader:
+        if seen & set(batch.sample_ids):
+            epoch, seen = epoch + 1, set()
+        seen |= set(batch.sample_ids)
+        yield epoch, batch
+
+
+def test_another_seed_gives_another_stream(folder: Path, tmp_path: Path) -> None:
+    other = tiny_experiment(folder, data={"window_samples": 8}, train={"packs_per_step": 2, "seed": 7})
+    first, second = (open_loader(e, tmp_path / "q.jsonl") for e in (experiment_on(folder), other))
+    assert consumed(first, 4) != consumed(second, 4)
+
+
+def test_two_replicas_consume_the_packs_of_one(folder: Path, tmp_path: Path) -> None:
+    alone = consumed(open_loader(experiment_on(folder), tmp_path / "q.jsonl"), 2 * STEPS)
+    pair = [consumed(open_loader(experiment_on(folder), tmp_path / "q.jsonl", rank, 2), STEPS) for rank in range(2)]
+    assert alone == [pack for step in zip(*pair, strict=True) for pack in step]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_resuming_at_any_step_gives_the_identical_next_batches(folder: Path, tmp_path: Path, size: int) -> None:
+    experiment = experiment_on(folder)
+    loader = open_loader(experiment, tmp_path / "q.jsonl")
+    states, stream = [], []
+    for _ in range(STEPS):
+        states.append(LoaderState(**json.loads(json.dumps(asdict(loader.state())))))
+        stream += [content(batch) for batch in islice(loader, 2)]
+    assert states[-1].epoch >= 1
+    for step, state in enumerate(states):
+        replicas = [open_loader(experiment, tmp_path / "q.jsonl", rank, size, state) for rank in range(size)]
+        resumed = [content(next(replicas[i % size])) for i in range(2)]
+        assert resumed == stream[2 * step : 2 * step + 2]
+
+
+def test_state_inside_a_step_is_its_start(folder: Path, tmp_path: Path) -> None:
+    loader = open_loader(experiment_on(folder), tmp_path / "q.jsonl")
+    next(loader)
+    assert loader.state() == LoaderState(0, 0, 0)
+    next(loader)
+    assert loader.state() != LoaderState(0, 0, 0)
+
+
+@pytest.mark.slow
+def test_workers_give_the_batches_of_the_main_process(folder: Path, tmp_path: Path) -> None:
+    random_state = torch.get_rng_state()
+    alone = open_loader(experiment_on(folder), tmp_path / "q.jsonl")
+    shared = open_loader(experiment_on(folder, workers=2), tmp_path / "q.jsonl")
+    for _ in range(6):
+        assert content(next(alone)) == content(next(shared))
+        assert alone.state() == shared.state()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    shared.close()
+
+
+@pytest.mark.slow
+def test_dead_worker_is_a_clear_error(folder: Path, tmp_path: Path) -> None:
+    loader = open_loader(experiment_on(folder, workers=1, worker_timeout_s=60), tmp_path / "q.jsonl")
+    before = set(multiprocessing.active_children())
+    next(loader)
+    (worker,) = set(multiprocessing.active_children()) - before
+    with pytest.raises((DataError, RuntimeError), match="worker"):  # torch's signal handler may come first
+        worker.kill()
+        for _ in loader:
+            pass
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """Makes three samples bad in three ways; returns the reason of each."""
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    (folder / "images" / rows[3]["image"]).unlink()  # seen when planning
+    damaged = folder / "images" / rows[6]["image"]  # seen when decoding
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    rows[8]["conversations"][-1]["value"] = "yes " * 2000  # seen when planning
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return {"s3": "image_missing", "s6": "image_truncated", "s8": "too_long"}
+
+
+def reported(*reports: Path) -> list[tuple[str, str, int]]:
+    lines = [json.loads(line) for report in reports if report.exists() for line in report.read_text().splitlines()]
+    return sorted((line["id"], line["reason"], line["epoch"]) for line in lines)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bad_samples_are_left_out_and_reported_once_an_epoch(tmp_path: Path, size: int) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    reasons = spoil(tmp_path)
+    experiment = experiment_on(tmp_path)
+    reports = [tmp_path / f"q{rank}.jsonl" for rank in range(size)]
+    replicas = [open_loader(experiment, reports[rank], rank, size) for rank in range(size)]
+    ids: list[str] = []
+    while replicas[0].state().epoch < 1:
+        for i in range(2):
+            ids += next(replicas[i % size]).sample_ids
+    first_epoch = [entry for entry in reported(*reports) if entry[2] == 0]
+    assert first_epoch == sorted((name, reason, 0) for name, reason in reasons.items())
+    assert set(ids) == {f"s{i}" for i in range(NUM_SAMPLES)} - set(reasons)
+
+
+def test_restart_reports_no_bad_sample_twice(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    reasons = spoil(tmp_path)
+    experiment, report = experiment_on(tmp_path), tmp_path / "q.jsonl"
+    state = LoaderState()
+    while state.epoch < 1:
+        loader = open_loader(experiment, report, state=state)
+        consumed(loader, 2)
+        state = loader.state()
+    assert [entry[0] for entry in reported(report) if entry[2] == 0] == sorted(reasons)
+
+
+def test_hole_of_a_bad_image_moves_nothing_else(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    whole = consumed(open_loader(experiment_on(tmp_path), tmp_path / "q.jsonl"), 8)
+    damaged = next((tmp_path / "images").glob("s6.*"))
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    holed = consumed(open_loader(experiment_on(tmp_path), tmp_path / "q.jsonl"), 8)
+    assert holed == [tuple(name for name in pack if name != "s6") for pack in whole] != whole
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    spoil(tmp_path)
+    loader = open_loader(experiment_on(tmp_path, max_bad_rate=0.02, bad_window=100), tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match="3 of the last .* samples are bad, at most 2 of 100"):
+        consumed(loader, 20)
+
+
+def test_nothing_usable_in_an_epoch_stops_the_run(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    loader = open_loader(experiment_on(tmp_path, token_budget=16), tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match="no sample of a whole epoch can be used"):
+        next(loader)
+    assert len(reported(tmp_path / "q.jsonl")) == NUM_SAMPLES
+
+
+def test_truncated_samples_are_kept_and_counted(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    spoil(tmp_path)
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.01, 10_000)
+    loader = Loader(experiment_on(tmp_path, too_long="truncate"), 0, 1, quarantine)
+    while loader.state().epoch < 1:
+        next(loader)
+    assert quarantine.num_truncated >= 1 and "too_long" not in quarantine.reasons
+
+
+def test_waiting_time_is_measured(folder: Path, tmp_path: Path) -> None:
+    loader = open_loader(experiment_on(folder), tmp_path / "q.jsonl")
+    next(loader)
+    assert loader.wait_s > 0

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sicog_mcore.config import SourceConfig
+from sicog_mcore.data.preflight import check_inputs
+from tests.builders import TOKENIZER, tiny_experiment, write_dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path, 2)
+    return tmp_path
+
+
+def found(folder: Path, **overrides: Any) -> list[str]:
+    return [str(problem) for problem in check_inputs(tiny_experiment(folder, **overrides))]
+
+
+def test_good_inputs_have_no_problems(folder: Path) -> None:
+    assert found(folder) == []
+
+
+def test_all_problems_are_reported_together(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    (folder / "empty.jsonl").touch()
+    (folder / "shards").mkdir()
+    rows, images = str(folder / "data.jsonl"), str(folder / "images")
+    sources = (
+        SourceConfig(path=str(folder / "absent.json"), images=images),
+        SourceConfig(path=str(folder / "notes.txt")),
+        SourceConfig(path=str(folder / "shards")),
+        SourceConfig(path=str(folder / "empty.jsonl"), images=images),
+        SourceConfig(path=rows, images=str(folder / "absent")),
+        SourceConfig(path=rows, images=rows),
+    )
+    problems = check_inputs(tiny_experiment(folder, data={"sources": sources, "tokenizer": str(folder / "none.json")}))
+    assert [(problem.path, problem.problem) for problem in problems] == [
+        ("data.sources[0].path", "does not exist"),
+        ("data.sources[1].path", "is no known kind of data set"),
+        ("data.sources[2].path", "is a folder without .tar shards"),
+        ("data.sources[3].path", "is empty"),
+        ("data.sources[4].images", "does not exist"),
+        ("data.sources[5].images", "is not a folder"),
+        ("data.tokenizer", "is no file"),
+    ]
+
+
+def test_missing_data_set_is_a_problem(folder: Path) -> None:
+    assert found(folder, data={"sources": ()}) == [
+        "data.sources = (): no data set is named; give at least one path",
+    ]
+
+
+def test_broken_tokenizer_is_named(folder: Path) -> None:
+    broken = folder / "tokenizer.json"
+    broken.write_text("{}")
+    (problem,) = found(folder, data={"tokenizer": str(broken)})
+    assert problem.startswith(f"data.tokenizer = {str(broken)!r}: cannot be parsed")
+
+
+def test_vocabulary_must_fit_the_decoder(folder: Path) -> None:
+    (problem,) = found(folder, model={"decoder": {"vocab_size": 512}})
+    assert problem.startswith("model.decoder.vocab_size = 512: the tokenizer needs 600 tokens; make it at least 600")
+
+
+def test_control_tokens_must_be_in_the_tokenizer(folder: Path) -> None:
+    content = json.loads(Path(TOKENIZER).read_text())
+    for token in content["added_tokens"]:
+        token["content"] = token["content"].replace("im_start", "im_other")
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<|im_other|>"] = vocabulary.pop("<|im_start|>")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (problem,) = found(folder, data={"tokenizer": str(folder / "tokenizer.json")})
+    assert problem.startswith("data.template = 'chatml': the tokenizer has no <|im_start|>;")
+
+
+def test_legacy_separators_must_be_in_the_vocabulary(folder: Path) -> None:
+    (problem,) = found(folder, model={"slicing": {"separators": "legacy"}})
+    assert problem == "model.slicing.separators = 'legacy': needs token 29892, the decoder has 1024; use real"
