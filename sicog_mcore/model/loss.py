@@ -1,0 +1,29 @@
+"""Next-token loss over supervised positions: a sum and a count, never a local mean.
+
+In: logits [t_s, 1, v / tensor]   Out: (loss_sum, count); train/step.py divides once, over all ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from sicog_mcore.data.batch import IGNORED_LABEL
+
+
+def supervised_rows(labels: Tensor) -> Tensor:
+    """Positions that have something to predict: int64 [t_s] of labels [t]."""
+    return (labels != IGNORED_LABEL).nonzero().squeeze(-1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each supervised position, in fp32, over the vocabulary of all tensor-parallel ranks.
+
+    Args:
+        logits: [t_s, 1, v / tensor].
+        labels: int64 [t_s].
+
+    Returns:
+        [t_s]
+    """
+    return vocab_parallel_cross_entropy(logits.float(), labels.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,154 @@
+"""The multimodal model: tower, resampler, splice, decoder, loss, each in its own file.
+
+In: PackedBatch   Out: losses of supervised positions (last stage) or hidden states   Next: train/step.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from sicog_mcore.config import Experiment, Part
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.model.attention import packed_sequences
+from sicog_mcore.model.capability import AttentionBackend, LayerKind
+from sicog_mcore.model.decoder import build_decoder
+from sicog_mcore.model.loss import supervised_rows, token_losses
+from sicog_mcore.model.resampler import Resampler
+from sicog_mcore.model.splice import share_slices, splice
+from sicog_mcore.model.vision_tower import VisionTower, tower_transformer_config
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one model chunk has to build.
+
+    Attributes:
+        pre_process: has tower, resampler and embedding table.
+        post_process: has the output head.
+        vp_stage: Megatron's virtual stage; None for the plain schedule.
+        groups: process groups of the decoder.
+        tower_groups: the same with a tensor-parallel group of one rank.
+        layers: "te" or "local", from the capability report.
+        attention: back end of packed attention.
+    """
+
+    pre_process: bool
+    post_process: bool
+    vp_stage: int | None
+    groups: ProcessGroupCollection
+    tower_groups: ProcessGroupCollection
+    layers: LayerKind
+    attention: AttentionBackend
+
+
+class VisionLanguageModel(MegatronModule):
+    """One pipeline chunk of the model.
+
+    The decoder is named ``language_model`` because Megatron's schedules take any attribute ``decoder`` for a
+    TransformerBlock.
+    """
+
+    def __init__(self, experiment: Experiment, config: TransformerConfig, plan: StagePlan):
+        super().__init__(config)
+        model = experiment.model
+        self.model_config = model
+        self.groups = plan.groups
+        self.pre_process, self.post_process, self.vp_stage = plan.pre_process, plan.post_process, plan.vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model.decoder.tie_embeddings
+        self.language_model = build_decoder(
+            model.decoder,
+            config,
+            plan.groups,
+            plan.layers,
+            plan.attention,
+            plan.pre_process,
+            plan.post_process,
+            plan.vp_stage,
+        )
+        self.tower: VisionTower | None = None
+        self.resampler: Resampler | None = None
+        if plan.pre_process:
+            tower_config = tower_transformer_config(model.tower, config.params_dtype, experiment.train.recompute_tower)
+            self.tower = VisionTower(model.tower, tower_config, plan.layers, plan.attention, plan.tower_groups)
+            self.resampler = Resampler(
+                model.resampler, model.tower.hidden, model.decoder.hidden, config.params_dtype
+            )
+            if not config.use_cpu_initialization:
+                self.tower.cuda()
+                self.resampler.cuda()
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """Asked for by Megatron when it sums the gradients of tied embeddings over pipeline stages."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
+        """Called by Megatron's schedules with the hidden states of the stage before."""
+        self.language_model.set_input_tensor(tensor)
+
+    def parameters_of(self, part: Part) -> list[torch.nn.Parameter]:
+        """Parameters of one part on this stage; empty where the part is on another stage."""
+        module = self.language_model if part == "decoder" else self.tower if part == "tower" else self.resampler
+        return [] if module is None else list(module.parameters())
+
+    def sharded_state_dict(  # type: ignore[override]
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, object]:
+        """Megatron's description of this chunk for a distributed checkpoint; tower and resampler are replicated."""
+        state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
+        for name, module in (("tower", self.tower), ("resampler", self.resampler)):
+            if module is not None:
+                tensors = module.state_dict(keep_vars=True)
+                state |= make_sharded_tensors_for_checkpoint(
+                    tensors, f"{prefix}{name}.", tp_group=self.groups.tp, dp_cp_group=self.groups.dp_cp
+                )
+        return state
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Runs this stage.
+
+        Returns:
+            last stage: fp32 [t_s] losses of supervised positions; other stages: hidden states [t', 1, h].
+        """
+        hidden = self.hidden_states(batch)
+        if not self.post_process:
+            return hidden
+        rows = supervised_rows(batch.labels)
+        logits = self.language_model.project(hidden, rows)  # [t_s, 1, v / tensor]
+        return token_losses(logits, batch.labels[rows])
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Embeds text and images on the first stage and runs the decoder layers of this stage: [t', 1, h]."""
+        embeddings = None
+        if self.pre_process:
+            text = self.language_model.embedding(batch.tokens[None], batch.positions[None])  # [t', 1, h]
+            visual = self.encode_images(batch)  # [r, h]
+            first_position = self.groups.tp.rank() * text.shape[0] if self.config.sequence_parallel else 0
+            embeddings = splice(text, visual, batch.image_slots, batch.visual_rows, first_position)
+        borders = packed_sequences(batch.cu_seqlens, batch.max_seqlen)
+        return self.language_model(embeddings, batch.positions, borders)
+
+    def encode_images(self, batch: PackedBatch) -> Tensor:
+        """Visual tokens of all slices: [r, h], slice i in rows i*q to (i+1)*q; rows of blank slices at the end."""
+        assert self.tower is not None and self.resampler is not None, "images are encoded on the first stage only"
+        tensor = self.groups.tp
+        share = share_slices(batch.patches, batch.grids, tensor.rank(), tensor.size())
+        features = self.tower(share.patches, share.grids)  # [p', c]
+        visual = self.resampler(features, share.grids).flatten(0, 1)  # [k' * q, h]
+        if tensor.size() == 1:
+            return visual
+        # Under sequence parallelism a rank back-propagates only the rows it spliced in: sum over ranks. Without it every
+        # rank already holds the full gradient: take one's own part.
+        return gather_from_sequence_parallel_region(
+            visual, tensor_parallel_output_grad=self.config.sequence_parallel, group=tensor
+        )
+
