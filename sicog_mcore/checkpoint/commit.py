@@ -1,0 +1,106 @@
+"""A checkpoint folder either exists whole or not at all, and says so itself.
+
+Written aside as ``step_N.tmp``; every file is hashed into ``manifest.json`` and synced to disk; then one rename makes it
+visible. No file format underneath notices a flipped bit, so the manifest is checked before anything is read.
+Next: store.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from sicog_mcore.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+COMMITTED = re.compile(r"^step_(\d{8})$")
+CHUNK_BYTES = 1 << 22
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def aside(folder: Path) -> Path:
+    """Where a checkpoint is written before it is committed."""
+    return folder.with_suffix(".tmp")
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Steps with a committed checkpoint, oldest first. Folders that were never committed do not count."""
+    if not root.is_dir():
+        return []
+    matches = (COMMITTED.match(entry.name) for entry in root.iterdir() if (entry / MANIFEST).is_file())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def unfinished_folders(root: Path) -> list[Path]:
+    """Leftovers of saves that were interrupted."""
+    return sorted(root.glob("step_*.tmp")) if root.is_dir() else []
+
+
+def commit(folder: Path) -> int:
+    """Makes the checkpoint written aside visible under its final name. Returns its size in bytes."""
+    temporary = aside(folder)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
+    (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1, sort_keys=True))
+    for path in [*files, temporary / MANIFEST]:
+        _sync(path)
+    for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+        _sync(path)
+    os.rename(temporary, folder)
+    _sync(folder.parent)
+    return sum(entry["bytes"] for entry in manifest.values())
+
+
+def verify(folder: Path) -> None:
+    """Checks every file against the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, has another size, or other contents.
+    """
+    remedy = f"remove {folder} to go on from the checkpoint before it"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); {remedy}") from error
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {remedy}")
+        found = _fingerprint(path) if path.stat().st_size == expected["bytes"] else {"bytes": path.stat().st_size}
+        if found != expected:
+            raise CheckpointError(f"{path} is damaged: found {found}, expected {expected}; {remedy}")
+
+
+def keep_last(root: Path, count: int) -> list[int]:
+    """Removes all but the newest ``count`` committed checkpoints. Returns the steps that were removed."""
+    removed = committed_steps(root)[:-count]
+    for step in removed:
+        folder = step_folder(root, step)
+        # Un-commit first: a folder that is half removed must not look like a checkpoint.
+        (folder / MANIFEST).unlink()
+        shutil.rmtree(folder)
+    return removed
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""Saves and restores a run: model, optimizer, position in the data, random states, configuration.
+
+Model and optimizer use Megatron's distributed checkpoint, which loads under any TP/PP/DP layout.
+In: TrainableModel, RunState   Out: a committed folder ``checkpoints/step_N``   Used by: train/trainer.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from sicog_mcore.checkpoint import commit
+from sicog_mcore.checkpoint.rng import load_rng, save_rng
+from sicog_mcore.cli import describe_changes, experiment_from_dict
+from sicog_mcore.config import CheckpointConfig, Experiment
+from sicog_mcore.errors import CheckpointError
+from sicog_mcore.parallel.topology import Topology
+from sicog_mcore.parallel.wrap import TrainableModel
+
+FORMAT = 1
+STATE = "state.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, in integers that do not depend on the layout.
+
+    Attributes:
+        step: optimiser steps done.
+        loader: position of the next pack (LoaderState as a dictionary).
+        samples: samples consumed so far, over all ranks.
+    """
+
+    step: int = 0
+    loader: Mapping[str, int] = field(default_factory=dict)
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for checkpoints came up with; ``notes`` are lines for the user."""
+
+    step: int | None
+    notes: tuple[str, ...]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in ``<output>/checkpoints``."""
+
+    def __init__(self, experiment: Experiment, topology: Topology):
+        self.experiment = experiment
+        self.topology = topology
+        self.root = Path(experiment.output) / "checkpoints"
+
+    def find(self) -> Found:
+        """Looks for the newest committed checkpoint, on rank 0; the answer is the same on all ranks."""
+        found = find_checkpoint(self.root, self.experiment.checkpoint) if self.topology.is_main else None
+        answer = self.topology.broadcast_object(found)
+        if isinstance(answer, CheckpointError):
+            raise answer
+        assert isinstance(answer, Found)
+        return answer
+
+    def folder(self, step: int) -> Path:
+        return commit.step_folder(self.root, step)
+
+    def save(self, model: TrainableModel, state: RunState) -> Path:
+        """Writes and commits a checkpoint; older ones go only after that. Collective.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there before is untouched.
+        """
+        folder = self.folder(state.step)
+        try:
+            self._write(commit.aside(folder), model, state)
+            self.topology.barrier()
+            if self.topology.is_main:
+                shutil.rmtree(folder, ignore_errors=True)  # an uncommitted folder of that name
+                commit.commit(folder)
+                commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
+        except OSError as error:
+            free = shutil.disk_usage(self.root.parent).free / 2**30
+            raise CheckpointError(
+                f"checkpoint {folder} cannot be written: {error} ({free:.1f} GiB free); make room and run the command again"
+            ) from error
+        self.topology.barrier()
+        return folder
+
+    def _write(self, folder: Path, model: TrainableModel, state: RunState) -> None:
+        if self.topology.is_main:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in commit.unfinished_folders(self.root):
+                shutil.rmtree(leftover)
+            folder.mkdir()
+        self.topology.barrier()
+        dist_checkpointing.save(_sharded_state(model, is_loading=False), str(folder))
+        save_rng(_rng_file(folder, self.topology.rank))
+        if self.topology.is_main:
+            content = {
+                "format": FORMAT,
+                "state": asdict(state),
+                "layout": _layout(self.topology),
+                "experiment": self.experiment.to_dict(),
+            }
+            (folder / STATE).write_text(json.dumps(content, indent=1))
+
+    def load(self, model: TrainableModel, step: int) -> tuple[RunState, list[str]]:
+        """Restores step ``step`` into the model, under any layout. Collective.
+
+        Returns:
+            the state of the run, and lines for the user about what differs from the run that was saved.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another model.
+        """
+        folder = self.folder(step)
+        content = json.loads((folder / STATE).read_text())
+        notes = self._compare(content, folder)
+        loaded = dist_checkpointing.load(
+            _sharded_state(model, is_loading=True), str(folder), strict=StrictHandling.RAISE_ALL
+        )
+        for name, chunk in _named_chunks(model):
+            chunk.load_state_dict(loaded[name], strict=True)
+        model.optimizer.load_state_dict(loaded["optimizer"])
+        if content["layout"] == _layout(self.topology):
+            load_rng(_rng_file(folder, self.topology.rank))
+        else:
+            notes.append(f"layout changed from {content['layout']} to {_layout(self.topology)}: random states start anew")
+        return RunState(**content["state"]), notes
+
+    def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {content['format']}, this version reads {FORMAT}; use the version that wrote it"
+            )
+        saved = experiment_from_dict(content["experiment"])
+        if saved.model != self.experiment.model:
+            changes = [c for c in describe_changes(saved, self.experiment) if c.startswith("model.")]
+            raise CheckpointError(
+                f"{folder} holds another model ({'; '.join(changes)}); restore these values or choose another output folder"
+            )
+        if saved.train.packs_per_step != self.experiment.train.packs_per_step or saved.data != self.experiment.data:
+            logger.warning("the data or the global batch changed since %s was written", folder)
+        return [f"changed since the checkpoint: {change}" for change in describe_changes(saved, self.experiment)]
+
+
+def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
+    """Newest committed checkpoint that is whole, under the rules of ``config.resume``."""
+    steps = commit.committed_steps(root)
+    notes = [f"ignored {folder.name}: its save was interrupted" for folder in commit.unfinished_folders(root)]
+    if not steps:
+        if config.resume == "must":
+            return CheckpointError(
+                f"checkpoint.resume is 'must' but {root} has no committed checkpoint; set it to 'auto' to start anew"
+            )
+        return Found(None, tuple(notes))
+    if config.resume == "never":
+        return CheckpointError(
+            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {steps[-1]}; choose another output folder"
+        )
+    try:
+        commit.verify(commit.step_folder(root, steps[-1]))
+    except CheckpointError as error:
+        return error
+    return Found(steps[-1], tuple(notes))
+
+
+def _named_chunks(model: TrainableModel) -> list[tuple[str, Any]]:
+    return [(f"model{i}" if len(model.chunks) > 1 else "model", chunk) for i, chunk in enumerate(model.chunks)]
+
+
+def _sharded_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
+    # This optimizer format is the one that loads under any TP, PP and DP sizes.
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": model.topology.groups.dp_cp}
+    chunks = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(model)}
+    optimizer = model.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
+    return {**chunks, "optimizer": optimizer}
+
+
+def _layout(topology: Topology) -> dict[str, int]:
+    config = topology.config
+    return {
+        "tensor": config.tensor,
+        "pipeline": config.pipeline,
+        "virtual_pipeline": config.virtual_pipeline,
+        "data": topology.data_size,
+    }
+
+
+def _rng_file(folder: Path, rank: int) -> Path:
+    return folder / "rng" / f"rank_{rank:05d}.safetensors"

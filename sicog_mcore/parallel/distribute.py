@@ -1,0 +1,102 @@
+"""One loader per model copy; its batches handed to every tensor-parallel and pipeline rank of that copy.
+
+In: PackedBatch on the loading rank   Out: the same PackedBatch on all ranks of the copy   Next: train/step.py
+Pixels go to the first pipeline stage only, as uint8. A failure of the loader reaches every rank as the same error instead
+of leaving the others to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.errors import DataError, PeerError
+from sicog_mcore.parallel.topology import Topology
+
+HEADER_FIELDS = 8  # failed, t, n + 1, p, k, m, num_tokens, num_images
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What a receiving rank must know beforehand: the width of a patch row."""
+
+    patch_dim: int
+
+
+class BatchDistributor:
+    """Iterator of PackedBatch on this rank's device, equal on all ranks of a model copy.
+
+    Args:
+        loader: the data loader on the rank where ``topology.loads_data``; None elsewhere.
+    """
+
+    def __init__(self, topology: Topology, spec: BatchSpec, loader: Iterator[PackedBatch] | None):
+        self.topology = topology
+        self.spec = spec
+        self.loader = loader
+
+    def __iter__(self) -> BatchDistributor:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        batch, error = self._load() if self.loader is not None else (None, None)
+        if self.topology.groups.mp.size() > 1:
+            batch = self._share(batch, error)
+        elif error is not None:
+            raise error
+        assert batch is not None, "a rank without a loader must be in a group with one"
+        return batch
+
+    def _load(self) -> tuple[PackedBatch | None, DataError | None]:
+        assert self.loader is not None
+        try:
+            return next(self.loader).to(self.topology.device), None
+        except DataError as error:
+            return None, error
+
+    def _share(self, batch: PackedBatch | None, error: DataError | None) -> PackedBatch:
+        header = torch.zeros(HEADER_FIELDS, dtype=torch.int64, device=self.topology.device)
+        if error is not None:
+            header[0] = 1
+        if batch is not None:
+            sizes = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots)
+            header[1:] = torch.tensor([x.shape[0] for x in sizes] + [batch.num_tokens, batch.num_images])
+        self._broadcast(header, self.topology.groups.mp)
+        failed, t, n, p, k, m, num_tokens, num_images = header.tolist()
+        if failed:
+            raise error or PeerError("the data loader of this model copy failed; its own rank says why")
+        new = self._empty
+        batch = batch or PackedBatch(
+            tokens=new(t),
+            labels=new(t),
+            positions=new(t),
+            cu_seqlens=new(n, dtype=torch.int32),
+            patches=new(p if self.topology.is_first_stage else 0, self.spec.patch_dim, dtype=torch.uint8),
+            grids=torch.empty(k, 2, dtype=torch.int64),
+            image_slots=new(m),
+            visual_rows=new(m),
+            num_tokens=num_tokens,
+            num_images=num_images,
+            sample_ids=(),
+        )
+        for tensor in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens):
+            self._broadcast(tensor, self.topology.groups.mp)
+        for tensor in (batch.image_slots, batch.visual_rows):
+            self._broadcast(tensor, self.topology.groups.mp)
+        if self.topology.is_first_stage:
+            self._broadcast(batch.patches, self.topology.groups.tp)
+        grids = batch.grids.to(self.topology.device)
+        self._broadcast(grids, self.topology.groups.mp)
+        return replace(batch, grids=grids.cpu())
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.topology.device)
+
+    def _broadcast(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
+        if tensor.numel() and group.size() > 1:
+            dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[0], group=group)

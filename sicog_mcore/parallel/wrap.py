@@ -1,0 +1,165 @@
+"""Model chunks -> Megatron's DistributedDataParallel and distributed optimizer (ZeRO-1), and the gradient finish.
+
+In: VisionLanguageModel chunks   Out: TrainableModel   Next: train/step.py, checkpoint/store.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig, Part
+from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.topology import Topology
+
+PARTS: tuple[Part, ...] = get_args(Part)
+REPLICATED_PARTS: tuple[Part, ...] = ("tower", "resampler")  # same weights on all tensor-parallel ranks, own slices each
+
+
+@dataclass(frozen=True)
+class TrainableModel:
+    """The chunks of this rank, their gradient buffers, and the optimizer over them."""
+
+    chunks: tuple[VisionLanguageModel, ...]
+    wrapped: tuple[DistributedDataParallel, ...]
+    optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
+    config: TransformerConfig
+    topology: Topology
+
+    def zero_grad(self) -> None:
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Gives each part its share of the scheduled learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["max_lr"]
+
+    def optimizer_step(self) -> tuple[bool, float]:
+        """Clips and applies the gradients. Returns whether the step was taken, and the gradient norm."""
+        done, norm, _ = self.optimizer.step()
+        return bool(done), float(norm)
+
+
+def freeze_parts(chunks: Sequence[VisionLanguageModel], parts: Sequence[Part]) -> None:
+    """Frozen parameters get neither gradient buffers nor optimizer state; call before wrapping."""
+    for chunk in chunks:
+        for part in parts:
+            for parameter in chunk.parameters_of(part):
+                parameter.requires_grad = False
+
+
+def wrap_model(
+    chunks: Sequence[VisionLanguageModel], config: TransformerConfig, experiment: Experiment, topology: Topology
+) -> TrainableModel:
+    """Builds gradient buffers and optimizer; sets Megatron's hooks on ``config``."""
+    freeze_parts(chunks, experiment.optim.freeze)
+    parallel = experiment.parallel
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=topology.groups)
+        for i, chunk in enumerate(chunks)
+    ]
+    _mark_parts(chunks)
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(experiment.optim, parallel, experiment.train.precision),
+        wrapped,
+        config_overrides=_group_overrides(experiment.optim),
+        use_gloo_process_groups=False,
+        pg_collection=topology.groups,
+    )
+    model = TrainableModel(tuple(chunks), tuple(wrapped), optimizer, config, topology)
+    _set_schedule_hooks(config, model, parallel)
+    return model
+
+
+def _mark_parts(chunks: Sequence[VisionLanguageModel]) -> None:
+    for chunk in chunks:
+        for part in PARTS:
+            for parameter in chunk.parameters_of(part):
+                parameter.sicog_part = part  # type: ignore[attr-defined]
+
+
+def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: str) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=1.0,  # set_learning_rate() scales it; max_lr of each group holds the part's factor
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad_norm,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+
+
+def _group_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
+    """One parameter group per part and weight-decay rule: biases and norms are not decayed."""
+    scales = {
+        "tower": optim.tower_lr_scale,
+        "resampler": optim.resampler_lr_scale,
+        "decoder": optim.decoder_lr_scale,
+    }
+    overrides = {
+        ParamKey(predicate=ParamPredicate(name=f"part {part}", fn=_belongs_to(part))): {"max_lr": scale, "min_lr": 0.0}
+        for part, scale in scales.items()
+    }
+    vectors = ParamKey(predicate=ParamPredicate(name="biases and norms", fn=lambda p: p.dim() <= 1))
+    overrides[vectors] = {"wd_mult": 0.0}
+    return overrides
+
+
+def _belongs_to(part: Part) -> Any:
+    return lambda parameter: parameter.sicog_part == part
+
+
+def _set_schedule_hooks(config: TransformerConfig, model: TrainableModel, parallel: ParallelConfig) -> None:
+    def finish(
+        chunks: list, num_tokens: Tensor | None = None, pg_collection: Any = None, **options: Any
+    ) -> None:
+        finalize_model_grads(chunks, num_tokens, pg_collection=model.topology.groups, **options)
+        _sum_replicated_grads(model)
+
+    config.finalize_model_grads_func = finish
+    config.grad_scale_func = model.optimizer.scale_loss
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model.wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def _sum_replicated_grads(model: TrainableModel) -> None:
+    """Adds the gradients of tower and resampler over tensor-parallel ranks: each encoded its own slices."""
+    group = model.topology.groups.tp
+    if group.size() == 1:
+        return
+    for chunk in model.chunks:
+        grads = [
+            parameter.main_grad
+            for part in REPLICATED_PARTS
+            for parameter in chunk.parameters_of(part)
+            if parameter.requires_grad
+        ]
+        if grads:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=group)
+            for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(total.view_as(grad))

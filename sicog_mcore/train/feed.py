@@ -1,0 +1,109 @@
+"""The data as the training loop sees it: the batches of one step, and what they held.
+
+In: Experiment, LoaderState   Out: this rank's PackedBatches of a step, Counts   Next: trainer.py
+On ranks that load, every consumed sample id is written to ``consumed-R.jsonl``: the proof of what a run was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from sicog_mcore.config import Experiment
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.loader import Loader, LoaderState
+from sicog_mcore.data.quarantine import Quarantine
+from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
+from sicog_mcore.parallel.topology import Topology
+from sicog_mcore.train.flops import Counts
+from sicog_mcore.train.metrics import drop_steps_from
+
+
+class CountingLoader:
+    """A loader that remembers what it handed out since ``take``; one per model copy.
+
+    Args:
+        start: where to begin in the stream of packs.
+        first_step: step that the first batches belong to.
+    """
+
+    def __init__(self, experiment: Experiment, topology: Topology, start: LoaderState, first_step: int):
+        output, replica = Path(experiment.output), topology.data_rank
+        self.quarantine = Quarantine(
+            output / f"quarantine-{replica}.jsonl", experiment.data.max_bad_rate, experiment.data.bad_window
+        )
+        self.loader = Loader(
+            experiment,
+            replica,
+            topology.data_size,
+            self.quarantine,
+            start,
+            pin_memory=topology.device.type == "cuda",
+        )
+        self._counts = Counts()
+        self._ids: list[str] = []
+        self._record = output / f"consumed-{replica}.jsonl"
+        drop_steps_from(self._record, first_step)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        batch = next(self.loader)
+        self._counts += Counts.of(batch)
+        self._ids += batch.sample_ids
+        return batch
+
+    def take(self, step: int) -> Counts:
+        """What was handed out since the last call; records its sample ids under ``step``."""
+        with self._record.open("a", encoding="utf-8") as record:
+            record.write(json.dumps({"step": step, "ids": self._ids}, ensure_ascii=False) + "\n")
+        counts, self._counts, self._ids = self._counts, Counts(), []
+        return counts
+
+
+class Feed:
+    """Batches of one optimiser step for this rank, equal on all ranks of a model copy."""
+
+    def __init__(self, experiment: Experiment, topology: Topology, start: Mapping[str, int], first_step: int):
+        self.source: CountingLoader | None = None
+        if topology.loads_data:
+            self.source = CountingLoader(experiment, topology, LoaderState(**start), first_step)
+        self._batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), self.source)
+        self._per_step = experiment.train.packs_per_step // topology.data_size
+
+    def next_step(self) -> list[PackedBatch]:
+        """This model copy's share of the next global batch, one packed sequence per micro-batch."""
+        return [next(self._batches) for _ in range(self._per_step)]
+
+    def take(self, step: int) -> Counts:
+        """What this model copy consumed since the last call; zeros on ranks that do not load."""
+        return self.source.take(step) if self.source else Counts()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all data sets; 0 on ranks that do not load."""
+        return self.source.loader.num_rows if self.source else 0
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds this rank waited for decoded batches so far."""
+        return self.source.loader.wait_s if self.source else 0.0
+
+    @property
+    def num_quarantined(self) -> int:
+        return self.source.quarantine.num_bad if self.source else 0
+
+    @property
+    def num_truncated(self) -> int:
+        return self.source.quarantine.num_truncated if self.source else 0
+
+    def state(self) -> Mapping[str, int]:
+        """Where the next step starts; empty on ranks that do not load."""
+        return asdict(self.source.loader.state()) if self.source else {}
+
+    def close(self) -> None:
+        if self.source:
+            self.source.loader.close()

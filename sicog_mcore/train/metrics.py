@@ -1,0 +1,178 @@
+"""What a step reports, where it is written, and what a run adds up to.
+
+In: numbers of one step, equal on all ranks   Out: metrics.jsonl, TensorBoard files, Summary   Next: console.py
+Only rank 0 writes. A number that is not finite becomes null in JSON and is left out of TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from array import array
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "train": ("loss", "grad_norm", "lr", "supervised_tokens", "samples"),
+    "speed": ("tokens_per_s", "images_per_s", "slices_per_s", "step_s", "data_wait_s", "tflops", "mfu"),
+    "data": ("decoder_tokens", "images", "slices", "pack_fill", "quarantined", "truncated"),
+    "memory": ("peak_memory_gib",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """One optimiser step of the whole job.
+
+    Attributes:
+        step: optimiser steps done, this one included; the first is 1.
+        loss: mean over the supervised tokens of the global batch.
+        grad_norm: before clipping.
+        lr: scheduled learning rate, before the factors of the parts.
+        step_s: wall time from step to step (s), data wait included.
+        data_wait_s: part of it that rank 0 waited for its batch (s).
+        decoder_tokens: positions of all samples, visual tokens included, padding not.
+        supervised_tokens: positions with a label.
+        pack_fill: decoder_tokens as a share of all positions, padding included.
+        quarantined: samples refused since the run began.
+        truncated: samples that lost the end of their answer since the run began.
+        peak_memory_gib: most memory of any rank so far (GiB).
+        tflops: model TFLOP/s of one device; flops.py has the convention.
+        mfu: tflops as a share of the device's peak; None if the peak is not known.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_s: float
+    data_wait_s: float
+    samples: int
+    decoder_tokens: int
+    supervised_tokens: int
+    images: int
+    slices: int
+    pack_fill: float
+    quarantined: int
+    truncated: int
+    peak_memory_gib: float
+    tflops: float
+    mfu: float | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.decoder_tokens / self.step_s
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.step_s
+
+    @property
+    def slices_per_s(self) -> float:
+        return self.slices / self.step_s
+
+    def values(self) -> dict[str, int | float | None]:
+        """All fields and rates by name; what is not finite is None."""
+        rates = {name: getattr(self, name) for name in ("tokens_per_s", "images_per_s", "slices_per_s")}
+        values: dict[str, int | float | None] = asdict(self) | rates
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard files of a run; a resumed run continues both.
+
+    Args:
+        folder: output folder of the run.
+        first_step: first step that will be written; what an interrupted run wrote from there on is dropped.
+        tensorboard: write TensorBoard files too.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        drop_steps_from(path, first_step)
+        self._lines: TextIO = path.open("a", encoding="utf-8")
+        self._board: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
+
+    def write(self, stats: StepStats) -> None:
+        """Writes one step; the line is on its way to the disk when this returns."""
+        values = stats.values()
+        wall_time = time.time()
+        self._lines.write(json.dumps(values | {"time": round(wall_time, 3)}, allow_nan=False) + "\n")
+        self._lines.flush()
+        if self._board is None:
+            return
+        for group, names in TENSORBOARD_GROUPS.items():
+            for name in names:
+                value = values[name]
+                if value is not None:
+                    self._board.add_scalar(f"{group}/{name}", value, stats.step, walltime=wall_time)
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def drop_steps_from(path: Path, first_step: int) -> None:
+    """Keeps the lines of a JSONL file before ``first_step``; a torn last line, left by a kill, goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] < first_step:
+            kept.append(line)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+class Summary:
+    """What the steps of this process add up to; only valid after the first ``add``."""
+
+    def __init__(self) -> None:
+        self.first: StepStats | None = None
+        self.last: StepStats | None = None
+        self.samples = self.decoder_tokens = self.images = self.slices = 0
+        self._step_s = array("d")
+        self._pack_fill = array("d")
+
+    def add(self, stats: StepStats) -> None:
+        self.first = self.first or stats
+        self.last = stats
+        self.samples += stats.samples
+        self.decoder_tokens += stats.decoder_tokens
+        self.images += stats.images
+        self.slices += stats.slices
+        self._step_s.append(stats.step_s)
+        self._pack_fill.append(stats.pack_fill)
+
+    @property
+    def seconds(self) -> float:
+        return math.fsum(self._step_s)
+
+    @property
+    def median_step_s(self) -> float:
+        return median(self._step_s)
+
+    @property
+    def mean_pack_fill(self) -> float:
+        return fmean(self._pack_fill)

@@ -1,0 +1,149 @@
+"""Experiment -> a finished run: the one place where the parts are put together.
+
+In: a checked Experiment   Out: the newest checkpoint   Called by every launcher   Next: trainer.py (the loop)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sicog_mcore.checkpoint.store import CheckpointStore, RunState
+from sicog_mcore.config import Experiment, Part
+from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
+from sicog_mcore.model.decoder import decoder_transformer_config
+from sicog_mcore.model.initialise import initialise
+from sicog_mcore.model.vlm import StagePlan, VisionLanguageModel
+from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
+from sicog_mcore.parallel.wrap import TrainableModel, wrap_model
+from sicog_mcore.sizes import decoder_params, resampler_params, tower_params
+from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
+from sicog_mcore.train.feed import Feed
+from sicog_mcore.train.reporter import Reporter, device_name
+from sicog_mcore.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Build:
+    """What is decided before any process group exists, so that a mistake is still one clear message."""
+
+    experiment: Experiment
+    layers: LayerChoice
+    attention: AttentionChoice
+    decoder: TransformerConfig
+
+
+def plan_build(experiment: Experiment) -> Build:
+    """Chooses layers and attention for this machine and asks Megatron whether it accepts the decoder.
+
+    Raises:
+        ConfigError: a requested back end cannot run here, or Megatron refuses the sizes.
+    """
+    capabilities, train = probe(), experiment.train
+    layers = capabilities.layers
+    decoder = decoder_transformer_config(
+        experiment.model.decoder,
+        experiment.parallel,
+        train,
+        on_gpu=torch.cuda.is_available(),
+        with_te=layers.name == "te",
+    )
+    attention = capabilities.attention(train.attention, experiment.model.decoder.head_dim, train.precision)
+    return Build(experiment, layers, attention, decoder)
+
+
+def build_model(build: Build, topology: Topology) -> TrainableModel:
+    """This rank's part of the model with first weights, gradient buffers and optimizer."""
+    chunks = [
+        VisionLanguageModel(
+            build.experiment,
+            build.decoder,
+            StagePlan(
+                pre_process=stage.is_first,
+                post_process=stage.is_last,
+                vp_stage=stage.vp_stage,
+                groups=topology.groups,
+                tower_groups=topology.tower_groups,
+                layers=build.layers.name,
+                attention=build.attention.name,
+            ),
+        )
+        for stage in topology.stages
+    ]
+    initialise(chunks, build.experiment.train.seed)
+    return wrap_model(chunks, build.decoder, build.experiment, topology)
+
+
+def run(experiment: Experiment, command: str) -> Path:
+    """Trains until the last step, from the newest checkpoint if there is one.
+
+    Args:
+        command: what the user typed; the summary says that it resumes.
+
+    Returns:
+        folder of the newest checkpoint.
+    """
+    _silence_third_parties()
+    build = plan_build(experiment)
+    topology = start_topology(experiment.parallel, experiment.train.seed)
+    try:
+        return _run(build, topology, command)
+    finally:
+        stop_topology()
+
+
+def _run(build: Build, topology: Topology, command: str) -> Path:
+    experiment = build.experiment
+    console = Console(topology.is_main, experiment.train.log_every)
+    store = CheckpointStore(experiment, topology)
+    found = store.find()
+    model = build_model(build, topology)
+    state, notes = store.load(model, found.step) if found.step is not None else (RunState(), [])
+    feed = Feed(experiment, topology, state.loader, first_step=state.step + 1)
+    reporter = Reporter(experiment, topology, console, first_step=state.step + 1)
+    trainer = Trainer(experiment, model, feed, store, reporter, state)
+    checkpoint = store.folder(state.step) if found.step is not None else None
+    try:
+        console.start(start_lines(experiment, _facts(build, topology, feed)))
+        for note in [*found.notes, *notes]:
+            console.notice(note)
+        console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
+        newest = trainer.fit()
+        console.finish(finish_lines(reporter.summary, experiment, newest, command))
+    finally:
+        feed.close()
+        reporter.close()
+    return newest
+
+
+def _facts(build: Build, topology: Topology, feed: Feed) -> RunFacts:
+    return RunFacts(
+        parameters=_parameters(build.experiment),
+        num_rows=feed.num_rows,
+        world_size=topology.world_size,
+        device=device_name(topology.device),
+        layers=f"{build.layers.name} ({build.layers.why})",
+        attention=f"{build.attention.name} ({build.attention.why})",
+    )
+
+
+def _parameters(experiment: Experiment) -> Mapping[Part, int]:
+    model = experiment.model
+    return {
+        "tower": tower_params(model.tower, all_layers=False),
+        "resampler": resampler_params(model.resampler, model.tower.hidden, model.decoder.hidden),
+        "decoder": decoder_params(model.decoder),
+    }
+
+
+def _silence_third_parties() -> None:
+    """Our console says what matters; Megatron's and torch's notices would bury it. Their errors still come through."""
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "torch", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

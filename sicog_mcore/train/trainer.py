@@ -1,0 +1,62 @@
+"""The training loop. It knows steps, not ranks: Megatron stays behind step.py and parallel/.
+
+In: a model, a feed, a checkpoint store, a reporter   Out: a finished run   Put together by run.py
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from sicog_mcore.checkpoint.store import CheckpointStore, RunState
+from sicog_mcore.config import Experiment
+from sicog_mcore.errors import TrainingError
+from sicog_mcore.parallel.wrap import TrainableModel
+from sicog_mcore.train.feed import Feed
+from sicog_mcore.train.reporter import Reporter
+from sicog_mcore.train.schedule import learning_rate
+from sicog_mcore.train.step import StepResult, train_step
+
+
+@dataclass
+class Trainer:
+    """Trains from ``state`` to the last step."""
+
+    experiment: Experiment
+    model: TrainableModel
+    feed: Feed
+    store: CheckpointStore
+    reporter: Reporter
+    state: RunState
+
+    def fit(self) -> Path:
+        """Runs all remaining steps. Returns the newest checkpoint.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; no checkpoint is written after that.
+            DataError: the data cannot be used.
+        """
+        optim, steps = self.experiment.optim, self.experiment.train.steps
+        self.reporter.restart_clock()
+        while self.state.step < steps:
+            batches = self.feed.next_step()
+            lr = learning_rate(self.state.step, optim, steps)
+            result = train_step(self.model, batches, lr)
+            step = self.state.step + 1
+            samples = self.reporter.report(step, lr, result, self.feed)
+            _require_finite(result, step)
+            self.state = RunState(step, self.feed.state(), self.state.samples + samples)
+            if step % self.experiment.checkpoint.every_steps == 0 or step == steps:
+                self.store.save(self.model, self.state)
+                self.reporter.restart_clock()
+        return self.store.folder(self.state.step)
+
+
+def _require_finite(result: StepResult, step: int) -> None:
+    """Every rank has the same result, so all of them stop at the same step."""
+    if result.supervised_tokens and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise TrainingError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the weights are no longer usable. "
+            "The last checkpoint is untouched: lower optim.lr or look at the samples of this step in consumed-*.jsonl"
+        )
