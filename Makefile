@@ -1,6 +1,5 @@
 # Everything runs inside an environment of its own; `make` alone lists the targets.
 # PYTHON=python3.12 make test uses .venv-3.12, beside the default .venv.
-# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids torch's CUDA libraries.
 SHELL := /bin/bash
 
 ifeq ($(origin PYTHON), undefined)

@@ -25,7 +25,8 @@ EXTRAS = {
     "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"],
     "gpu": ["triton==3.7.1"],  # flash-attn is used where it is installed; it has no wheel, so it is never required
     "dali": ["nvidia-dali-cuda130"],
-    "te": ["transformer-engine[core_cu13,pytorch]>=2.20"],  # never in an environment without CUDA: Megatron then fails to import
+    # Never in an environment without CUDA: Megatron then fails to import.
+    "te": ["transformer-engine[core_cu13,pytorch]>=2.20"],
 }
 
 setup(

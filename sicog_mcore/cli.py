@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, reduce
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.presets import PRESETS
-from sicog_mcore.validation import find_missing_inputs, find_problems
+from sicog_mcore.validation import find_problems
 
 COMMAND_LINE = "command line"
 FALLBACK_PRESET = "tiny"  # stands in where none is named, so that the help and the other checks can go on
@@ -48,12 +48,15 @@ class Leaf:
     where: str
 
 
-def load_experiment(argv: list[str], world_size: int) -> Experiment:
+def load_experiment(
+    argv: list[str], world_size: int, check_inputs: Callable[[Experiment], list[ConfigProblem]] = lambda _: []
+) -> Experiment:
     """Reads the command line.
 
     Args:
         argv: arguments without the program's name.
         world_size: ranks the run was started with.
+        check_inputs: looks at the files that are named; what it finds is reported together with the rest.
 
     Raises:
         ConfigError: anything wrong with the arguments, the files they name, or what they ask for; all of it.
@@ -75,8 +78,7 @@ def load_experiment(argv: list[str], world_size: int) -> Experiment:
         sys.stdout.write(yaml.safe_dump(experiment.to_dict(), sort_keys=False))
         raise SystemExit(0)
     if all_read:  # rules about values that a broken file did not get to set would only mislead
-        rules = find_missing_inputs(experiment.data)
-        rules += find_problems(experiment, world_size) if name == preset else []
+        rules = check_inputs(experiment) + (find_problems(experiment, world_size) if name == preset else [])
         reported = {_field_of(problem) for problem in problems}
         problems += [problem for problem in rules if _field_of(problem) not in reported]
     if problems:

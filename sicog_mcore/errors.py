@@ -53,7 +53,7 @@ class SampleError(SicogError):
         self.detail = detail
         super().__init__(f"{reason}: {detail}")
 
-    def __reduce__(self):  # crosses process borders in loader workers
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # crosses process borders in loader workers
         return SampleError, (self.reason, self.detail)
 
 

@@ -20,10 +20,24 @@ from sicog_mcore.config import (
 )
 
 QWEN2_0_5B = DecoderConfig(
-    num_layers=24, hidden=896, num_heads=14, num_kv_heads=2, head_dim=64, ffn=4864, vocab_size=151936, tie_embeddings=True
+    num_layers=24,
+    hidden=896,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    ffn=4864,
+    vocab_size=151936,
+    tie_embeddings=True,
 )
 QWEN2_1_5B = DecoderConfig(
-    num_layers=28, hidden=1536, num_heads=12, num_kv_heads=2, head_dim=128, ffn=8960, vocab_size=151936, tie_embeddings=True
+    num_layers=28,
+    hidden=1536,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    ffn=8960,
+    vocab_size=151936,
+    tie_embeddings=True,
 )
 QWEN2_7B = DecoderConfig(
     num_layers=28, hidden=3584, num_heads=28, num_kv_heads=4, head_dim=128, ffn=18944, vocab_size=152064

@@ -7,7 +7,6 @@ A rule is skipped where an earlier one already reported the number it would divi
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any, get_args
@@ -59,33 +58,6 @@ def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem
         *(() if layout else _ranks(experiment, world_size)),
         *_optimiser(experiment.optim, parallel),
     ]
-
-
-def find_missing_inputs(data: DataConfig) -> list[ConfigProblem]:
-    """Files and folders that a run would read and that are not there."""
-    problems = []
-    if not data.sources:
-        fix = 'name at least one, e.g. --data.sources \'[{"path": "train.jsonl", "images": "images"}]\''
-        problems.append(ConfigProblem("data.sources", [], "no data set", fix))
-    for index, source in enumerate(data.sources):
-        if not os.path.exists(source.path):
-            problems.append(_missing(f"data.sources[{index}].path", source.path, "file or folder"))
-        if not os.path.isdir(source.images):
-            problems.append(_missing(f"data.sources[{index}].images", source.images, "folder"))
-        elif not os.access(source.images, os.R_OK | os.X_OK):
-            path = f"data.sources[{index}].images"
-            problems.append(ConfigProblem(path, source.images, "may not be read", "change its permissions"))
-    if not data.tokenizer:
-        fix = "give the path of a Hugging Face tokenizer.json"
-        problems.append(ConfigProblem("data.tokenizer", data.tokenizer, "no tokenizer", fix))
-    elif not os.path.isfile(data.tokenizer):
-        problems.append(_missing("data.tokenizer", data.tokenizer, "file"))
-    return problems
-
-
-def _missing(path: str, value: str, kind: str) -> ConfigProblem:
-    fix = f"relative paths start at the current folder, {os.getcwd()}"
-    return ConfigProblem(path, value, f"no such {kind}", fix)
 
 
 def _ranges(experiment: Experiment) -> Iterator[ConfigProblem]:

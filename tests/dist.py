@@ -48,7 +48,7 @@ def run_ranks(function: Callable, world_size: int, *args: Any) -> list[Any]:
         init_method = f"file://{Path(folder) / 'rendezvous'}"
         queue = context.Queue()
         ranks = [
-            context.Process(target=_rank_main, args=(function, r, world_size, init_method, args, queue), daemon=True)
+            context.Process(target=_rank_main, args=(function, r, world_size, init_method, args, queue))
             for r in range(world_size)
         ]
         for process in ranks:

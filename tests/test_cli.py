@@ -226,3 +226,14 @@ def test_a_configuration_is_checked_without_torch_and_at_once() -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert float(done.stdout) < START_LIMIT_S
+
+
+@pytest.mark.parametrize(("example", "ranks"), [("demo.yaml", 2), ("stage15_qwen2_7b.yaml", 8)])
+def test_an_example_lacks_nothing_but_its_data(
+    example: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(__file__).parents[1] / "examples" / example
+    monkeypatch.chdir(tmp_path)  # where no data was prepared
+    problems = problems_of(["--config", str(file)], ranks)
+    assert problems and all(path.startswith("data.") for path in problems), problems
+    assert all("no such" in problem.problem for problem in problems.values())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sicog_mcore.config import DataConfig, Experiment, SourceConfig
+from sicog_mcore.config import Experiment
 from sicog_mcore.presets import PRESETS
-from sicog_mcore.validation import RULE_PATHS, find_missing_inputs, find_problems
+from sicog_mcore.validation import RULE_PATHS, find_problems
 
 
 def changed(**values: Any) -> Experiment:
@@ -124,18 +123,3 @@ def test_all_problems_are_found_at_once() -> None:
 )
 def test_layouts_that_work_have_no_problem(ranks: int, values: dict[str, Any]) -> None:
     assert find_problems(changed(**values), ranks) == []
-
-
-def test_missing_inputs_are_all_named(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").touch()
-    sources = (
-        SourceConfig(path=str(tmp_path / "rows.json"), images=str(tmp_path)),
-        SourceConfig(path=str(tmp_path / "none.json"), images=str(tmp_path / "rows.json")),
-    )
-    problems = find_missing_inputs(DataConfig(sources=sources, tokenizer=str(tmp_path)))
-    assert [problem.path for problem in problems] == [
-        "data.sources[1].path",
-        "data.sources[1].images",
-        "data.tokenizer",
-    ]
-    assert [problem.path for problem in find_missing_inputs(DataConfig())] == ["data.sources", "data.tokenizer"]

@@ -56,7 +56,7 @@ def commit(folder: Path) -> int:
         _sync(path)
     os.rename(temporary, folder)
     _sync(folder.parent)
-    return sum(entry["bytes"] for entry in manifest.values())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def verify(folder: Path) -> None:

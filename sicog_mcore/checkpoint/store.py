@@ -7,7 +7,6 @@ In: TrainableModel, RunState   Out: a committed folder ``checkpoints/step_N``   
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from sicog_mcore.parallel.wrap import TrainableModel
 
 FORMAT = 1
 STATE = "state.json"
-logger = logging.getLogger(__name__)
+OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,7 @@ class CheckpointStore:
         folder = self.folder(step)
         content = json.loads((folder / STATE).read_text())
         notes = self._compare(content, folder)
+        model.allocate_optimizer_state()
         loaded = dist_checkpointing.load(
             _sharded_state(model, is_loading=True), str(folder), strict=StrictHandling.RAISE_ALL
         )
@@ -134,7 +134,9 @@ class CheckpointStore:
         if content["layout"] == _layout(self.topology):
             load_rng(_rng_file(folder, self.topology.rank))
         else:
-            notes.append(f"layout changed from {content['layout']} to {_layout(self.topology)}: random states start anew")
+            notes.append(
+                f"layout changed from {content['layout']} to {_layout(self.topology)}: random states start anew"
+            )
         return RunState(**content["state"]), notes
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
@@ -148,8 +150,12 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{folder} holds another model ({'; '.join(changes)}); restore these values or choose another output folder"
             )
-        if saved.train.packs_per_step != self.experiment.train.packs_per_step or saved.data != self.experiment.data:
-            logger.warning("the data or the global batch changed since %s was written", folder)
+        groups = [c for c in describe_changes(saved, self.experiment) if c.startswith(OPTIMIZER_GROUPS)]
+        if groups:
+            raise CheckpointError(
+                f"{folder} groups the parameters differently ({'; '.join(groups)}); restore these values, "
+                "or choose another output folder"
+            )
         return [f"changed since the checkpoint: {change}" for change in describe_changes(saved, self.experiment)]
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import DataError, SampleError
 
 T = TypeVar("T")
-WORKER_REMEDY = "look for out-of-memory kills, lower data.workers, or raise data.worker_timeout_s"
+WORKER_REMEDY = "look for out-of-memory kills, or lower data.workers"
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ class Loader(Iterator[PackedBatch]):
         self._state = state
         self._pin_memory = pin_memory
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="window-planner")
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="batch-fetcher")
+        self._workers: list[BaseProcess] = []
         self._pending: deque[_Task] = deque()  # announced to the workers, not yet consumed
         self._batches = self._decode(state)
         self.wait_s = 0.0
@@ -208,38 +212,49 @@ class Loader(Iterator[PackedBatch]):
         return self._state
 
     def close(self) -> None:
-        """Ends the workers and the planning thread."""
+        """Ends the workers and the threads."""
+        self._kill_workers()
+        self._fetching.shutdown()
         self._batches.close()
         self._planning.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self) -> tuple[PackedBatch, list[Rejection]]:
+        # In a thread: whatever stops (a worker, its pipe, the storage under the planner), this one goes on.
+        fetched = self._fetching.submit(next, self._batches)
         try:
-            return next(self._batches)
+            return fetched.result(timeout=self._data.worker_timeout_s)
         except TimeoutError as error:
-            knob = f"data.worker_timeout_s ({self._data.worker_timeout_s} s)"
-            raise DataError(f"a window of samples was not read within {knob}; is the storage slow?") from error
-        except (EOFError, ConnectionError) as error:  # it died with a batch half handed over
+            self._kill_workers()  # so that the thread ends, and the process can
+            found = f"no batch within data.worker_timeout_s ({self._data.worker_timeout_s} s)"
+            raise DataError(f"{found}; is the storage slow, or a worker stuck?") from error
+        except (EOFError, ConnectionError) as error:  # a worker died with a batch half handed over
             raise DataError(f"decoding stopped: a worker died; {WORKER_REMEDY}") from error
         except RuntimeError as error:
-            # torch tells a dead or hanging worker from a worker's own error by these words only
-            if not str(error).startswith("DataLoader"):
+            # torch tells a dead worker from a worker's own error by these words only
+            if not str(error).startswith("DataLoader worker"):
                 raise
             raise DataError(f"decoding stopped: {error}; {WORKER_REMEDY}") from error
 
+    def _kill_workers(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
     def _decode(self, state: LoaderState) -> Generator[tuple[PackedBatch, list[Rejection]], None, None]:
         """Decoded packs from ``state`` on, in order; workers start with the first one."""
-        workers: dict[str, Any] = {}
-        if self._data.workers:
-            workers = {"multiprocessing_context": "spawn", "timeout": self._data.worker_timeout_s}
-        yield from DataLoader(
-            self._builder,
-            batch_size=None,
-            sampler=self._announce(state),
-            num_workers=self._data.workers,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # otherwise seeds for the workers are drawn from the model's random stream
-            **workers,
+        others = set(active_children())
+        batches = iter(
+            DataLoader(
+                self._builder,
+                batch_size=None,
+                sampler=self._announce(state),
+                num_workers=self._data.workers,
+                multiprocessing_context="spawn" if self._data.workers else None,
+                pin_memory=self._pin_memory,
+                generator=torch.Generator(),  # otherwise the workers' seeds are drawn from the model's random stream
+            )
         )
+        self._workers = [process for process in active_children() if process not in others]
+        yield from batches
 
     def _announce(self, state: LoaderState) -> Iterator[PackPlan]:
         for task in self._tasks(state):
@@ -280,7 +295,7 @@ class Loader(Iterator[PackedBatch]):
             raise DataError("the data sets have no rows; look at data.sources")
         coming: Future[WindowPlan] = self._planning.submit(self._planner.plan, epoch, window)
         while True:
-            plan = coming.result(timeout=self._data.worker_timeout_s)
+            plan = coming.result()
             epoch, window = self._planner.next_window(epoch, window)
             coming = self._planning.submit(self._planner.plan, epoch, window)
             yield plan

@@ -16,6 +16,7 @@ from sicog_mcore.errors import ConfigProblem
 
 ROW_FILES = (".json", ".jsonl")
 SHARD = ".tar"
+SOURCE_EXAMPLE = 'name at least one, e.g. --data.sources \'[{"path": "train.jsonl", "images": "images"}]\''
 
 
 def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
@@ -23,7 +24,7 @@ def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
     sources = experiment.data.sources
     problems = [problem for number, source in enumerate(sources) for problem in _check_source(number, source)]
     if not sources:
-        problems.append(ConfigProblem("data.sources", (), "no data set is named", "give at least one path"))
+        problems.append(ConfigProblem("data.sources", (), "no data set is named", SOURCE_EXAMPLE))
     return problems + _check_tokenizer(experiment)
 
 
@@ -37,7 +38,7 @@ def _check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
     has_rows = path.suffix in ROW_FILES
     kinds = f"give a {', '.join(ROW_FILES)} or {SHARD} file, or a folder of {SHARD} shards"
     if not path.exists():
-        report("path", source.path, "does not exist", "correct the path")
+        report("path", source.path, "does not exist", _relative_to_here())
     elif not _is_readable(path):
         report("path", source.path, "cannot be read", "give this user the right to read it")
     elif path.is_dir() and not any(path.glob(f"*{SHARD}")):
@@ -49,10 +50,19 @@ def _check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
     images = Path(source.images)
     if has_rows and not images.is_dir():
         problem = "is not a folder" if images.exists() else "does not exist"
-        report("images", source.images, problem, "give the folder that image paths are relative to")
+        report(
+            "images",
+            source.images,
+            problem,
+            f"give the folder that image paths are relative to ({_relative_to_here()})",
+        )
     elif has_rows and not _is_readable(images):
         report("images", source.images, "cannot be read", "give this user the right to list and open it")
     return problems
+
+
+def _relative_to_here() -> str:
+    return f"relative paths start at the current folder, {Path.cwd()}"
 
 
 def _is_readable(path: Path) -> bool:

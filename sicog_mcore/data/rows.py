@@ -11,7 +11,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PureWindowsPath
 from typing import Any
@@ -24,7 +24,7 @@ from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Role, Sample, T
 from sicog_mcore.errors import SampleError
 
 MAX_ROW_BYTES = 16 * 2**20
-ROLES: dict[str, Role] = {
+ROLES: Mapping[str, Role] = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",

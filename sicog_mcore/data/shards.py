@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,7 +34,7 @@ from sicog_mcore.errors import SampleError
 
 READABLE, UNSAFE, DAMAGED = range(3)
 FIELDS, CAPTION, IMAGE, OTHER = range(4)
-TEXT_TYPES = {"json": FIELDS, "txt": CAPTION}
+TEXT_TYPES: Mapping[str, int] = {"json": FIELDS, "txt": CAPTION}
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 MAX_KEY_BYTES = 200  # of a key as shown in messages
 TAR_DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -87,7 +88,7 @@ class Capabilities:
             obstacles = {name: self._obstacle(name, head_dim, precision) for name in ATTENTION_ORDER}
             first = next(name for name, obstacle in obstacles.items() if not obstacle)
             skipped = ATTENTION_ORDER[: ATTENTION_ORDER.index(first)]
-            return AttentionChoice(first, "; ".join(f"{name}: {obstacles[name]}" for name in skipped) or "preferred")
+            return AttentionChoice(first, _grouped({name: obstacles[name] for name in skipped}) or "preferred")
         for name in ATTENTION_ORDER:
             if name == requested:
                 obstacle = self._obstacle(name, head_dim, precision)
@@ -117,6 +118,12 @@ class Capabilities:
             ),
         )
         return next((reason for holds, reason in checks if not holds), "")
+
+
+def _grouped(reasons: Mapping[AttentionBackend, str]) -> str:
+    """Names with the same reason share it: "te, flash: no CUDA device"."""
+    names = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values()}
+    return "; ".join(f"{', '.join(names[reason])}: {reason}" for reason in names)
 
 
 def _version(*distributions: str) -> str:

@@ -22,13 +22,7 @@ from sicog_mcore.config import DecoderConfig, ParallelConfig, TrainConfig
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.model.capability import AttentionBackend, LayerKind
 from sicog_mcore.model.layers import transformer_block_spec
-
-VOCAB_MULTIPLE = 128  # the same for every tensor-parallel size, so that checkpoints move between layouts
-
-
-def padded_vocab(config: DecoderConfig) -> int:
-    """Rows of the embedding table."""
-    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+from sicog_mcore.sizes import padded_vocab
 
 
 def decoder_transformer_config(
@@ -117,7 +111,7 @@ def _recompute(mode: str) -> dict[str, object]:
 class Decoder(GPTModel):
     """GPTModel that takes embeddings with packed borders and leaves the choice of head rows to the caller."""
 
-    def forward(self, embeddings: Tensor | None, positions: Tensor, packed: PackedSeqParams) -> Tensor:  # type: ignore[override]
+    def forward(self, embeddings: Tensor | None, positions: Tensor, packed: PackedSeqParams) -> Tensor:
         """Runs this stage's layers.
 
         Args:

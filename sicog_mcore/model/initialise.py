@@ -48,7 +48,7 @@ def initialise(chunks: Iterable[VisionLanguageModel], seed: int) -> None:
         for local, parameter in chunk.named_parameters():
             if local.startswith("resampler."):
                 continue  # has its own rules, below
-            split = size if getattr(parameter, "tensor_model_parallel", False) else 1  # set by Megatron
+            split = size if vars(parameter).get("tensor_model_parallel") else 1  # Megatron marks what it shards
             axis = parameter.partition_dim if split > 1 else 0
             layers = chunk.model_config.tower.layers_used if local.startswith("tower.") else chunk.config.num_layers
             full = _draw(names[local], parameter, split, axis, layers, seed)

@@ -80,9 +80,7 @@ class VisionLanguageModel(MegatronModule):
         if plan.pre_process:
             tower_config = tower_transformer_config(model.tower, config.params_dtype, experiment.train.recompute_tower)
             self.tower = VisionTower(model.tower, tower_config, plan.layers, plan.attention, plan.tower_groups)
-            self.resampler = Resampler(
-                model.resampler, model.tower.hidden, model.decoder.hidden, config.params_dtype
-            )
+            self.resampler = Resampler(model.resampler, model.tower.hidden, model.decoder.hidden, config.params_dtype)
             if not config.use_cpu_initialization:
                 self.tower.cuda()
                 self.resampler.cuda()
@@ -100,7 +98,7 @@ class VisionLanguageModel(MegatronModule):
         module = self.language_model if part == "decoder" else self.tower if part == "tower" else self.resampler
         return [] if module is None else list(module.parameters())
 
-    def sharded_state_dict(  # type: ignore[override]
+    def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
         """Megatron's description of this chunk for a distributed checkpoint; tower and resampler are replicated."""
@@ -151,4 +149,3 @@ class VisionLanguageModel(MegatronModule):
         return gather_from_sequence_parallel_region(
             visual, tensor_parallel_output_grad=self.config.sequence_parallel, group=tensor
         )
-

@@ -55,8 +55,8 @@ class NullStream:
     def __enter__(self) -> NullStream:
         return self
 
-    def __exit__(self, *exc: object) -> bool:
-        return False
+    def __exit__(self, *exc: object) -> None:
+        return None
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None

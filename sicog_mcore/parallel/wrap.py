@@ -1,13 +1,13 @@
 """Model chunks -> Megatron's DistributedDataParallel and distributed optimizer (ZeRO-1), and the gradient finish.
 
-In: VisionLanguageModel chunks   Out: TrainableModel   Next: train/step.py, checkpoint/store.py
+In: model chunks   Out: TrainableModel   Next: train/step.py, checkpoint/store.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,19 +18,34 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig, Part
-from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
 
 PARTS: tuple[Part, ...] = get_args(Part)
-REPLICATED_PARTS: tuple[Part, ...] = ("tower", "resampler")  # same weights on all tensor-parallel ranks, own slices each
+REPLICATED_PARTS: tuple[Part, ...] = (
+    "tower",
+    "resampler",
+)  # same weights on all tensor-parallel ranks, own slices each
+
+
+class ModelChunk(Protocol):
+    """What this package asks of one pipeline chunk of a model (model/vlm.py has it)."""
+
+    def parameters_of(self, part: Part) -> list[torch.nn.Parameter]:
+        """Parameters of one part on this chunk."""
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Megatron's description of the chunk for a distributed checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool) -> Any:
+        """As in torch."""
 
 
 @dataclass(frozen=True)
 class TrainableModel:
     """The chunks of this rank, their gradient buffers, and the optimizer over them."""
 
-    chunks: tuple[VisionLanguageModel, ...]
-    wrapped: tuple[DistributedDataParallel, ...]
+    chunks: tuple[ModelChunk, ...]
+    wrapped: tuple[Any, ...]  # DistributedDataParallel
     optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
     config: TransformerConfig
     topology: Topology
@@ -43,7 +58,19 @@ class TrainableModel:
     def set_learning_rate(self, lr: float) -> None:
         """Gives each part its share of the scheduled learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["max_lr"]
+            group["lr"] = lr * group["lr_mult"]
+
+    def allocate_optimizer_state(self) -> None:
+        """Creates Adam's moments, which otherwise appear at the first step; loading a checkpoint needs them before."""
+        for member in self.optimizer.chained_optimizers:
+            inner = member.optimizer
+            if not inner.state:
+                member.init_state_fn(inner, member.config)
+            if isinstance(
+                inner, torch.optim.Adam | torch.optim.AdamW
+            ):  # Megatron expects Apex's or TE's, without a step
+                for state in inner.state.values():
+                    state.setdefault("step", torch.tensor(0.0))
 
     def optimizer_step(self) -> tuple[bool, float]:
         """Clips and applies the gradients. Returns whether the step was taken, and the gradient norm."""
@@ -51,7 +78,7 @@ class TrainableModel:
         return bool(done), float(norm)
 
 
-def freeze_parts(chunks: Sequence[VisionLanguageModel], parts: Sequence[Part]) -> None:
+def freeze_parts(chunks: Sequence[ModelChunk], parts: Sequence[Part]) -> None:
     """Frozen parameters get neither gradient buffers nor optimizer state; call before wrapping."""
     for chunk in chunks:
         for part in parts:
@@ -60,7 +87,7 @@ def freeze_parts(chunks: Sequence[VisionLanguageModel], parts: Sequence[Part]) -
 
 
 def wrap_model(
-    chunks: Sequence[VisionLanguageModel], config: TransformerConfig, experiment: Experiment, topology: Topology
+    chunks: Sequence[ModelChunk], config: TransformerConfig, experiment: Experiment, topology: Topology
 ) -> TrainableModel:
     """Builds gradient buffers and optimizer; sets Megatron's hooks on ``config``."""
     freeze_parts(chunks, experiment.optim.freeze)
@@ -88,7 +115,7 @@ def wrap_model(
     return model
 
 
-def _mark_parts(chunks: Sequence[VisionLanguageModel]) -> None:
+def _mark_parts(chunks: Sequence[ModelChunk]) -> None:
     for chunk in chunks:
         for part in PARTS:
             for parameter in chunk.parameters_of(part):
@@ -98,7 +125,7 @@ def _mark_parts(chunks: Sequence[VisionLanguageModel]) -> None:
 def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: str) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
-        lr=1.0,  # set_learning_rate() scales it; max_lr of each group holds the part's factor
+        lr=optim.lr,  # set_learning_rate() replaces it in every step
         min_lr=0.0,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
@@ -114,13 +141,14 @@ def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: s
 
 def _group_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
     """One parameter group per part and weight-decay rule: biases and norms are not decayed."""
-    scales = {
+    scales: dict[Part, float] = {
         "tower": optim.tower_lr_scale,
         "resampler": optim.resampler_lr_scale,
         "decoder": optim.decoder_lr_scale,
     }
     overrides = {
-        ParamKey(predicate=ParamPredicate(name=f"part {part}", fn=_belongs_to(part))): {"max_lr": scale, "min_lr": 0.0}
+        # Megatron tells groups apart by their multipliers when it loads a checkpoint: another key would mix parts up.
+        ParamKey(predicate=ParamPredicate(name=f"part {part}", fn=_belongs_to(part))): {"lr_mult": scale}
         for part, scale in scales.items()
     }
     vectors = ParamKey(predicate=ParamPredicate(name="biases and norms", fn=lambda p: p.dim() <= 1))
@@ -133,9 +161,7 @@ def _belongs_to(part: Part) -> Any:
 
 
 def _set_schedule_hooks(config: TransformerConfig, model: TrainableModel, parallel: ParallelConfig) -> None:
-    def finish(
-        chunks: list, num_tokens: Tensor | None = None, pg_collection: Any = None, **options: Any
-    ) -> None:
+    def finish(chunks: list, num_tokens: Tensor | None = None, pg_collection: Any = None, **options: Any) -> None:
         finalize_model_grads(chunks, num_tokens, pg_collection=model.topology.groups, **options)
         _sum_replicated_grads(model)
 
@@ -153,7 +179,7 @@ def _sum_replicated_grads(model: TrainableModel) -> None:
         return
     for chunk in model.chunks:
         grads = [
-            parameter.main_grad
+            vars(parameter)["main_grad"]  # Megatron's buffer of reduced gradients
             for part in REPLICATED_PARTS
             for parameter in chunk.parameters_of(part)
             if parameter.requires_grad

@@ -93,12 +93,13 @@ def run(experiment: Experiment, command: str) -> Path:
     build = plan_build(experiment)
     topology = start_topology(experiment.parallel, experiment.train.seed)
     try:
-        return _run(build, topology, command)
+        return train(build, topology, command)
     finally:
         stop_topology()
 
 
-def _run(build: Build, topology: Topology, command: str) -> Path:
+def train(build: Build, topology: Topology, command: str) -> Path:
+    """The same on ranks that have already joined each other."""
     experiment = build.experiment
     console = Console(topology.is_main, experiment.train.log_every)
     store = CheckpointStore(experiment, topology)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -129,15 +132,24 @@ def test_workers_give_the_batches_of_the_main_process(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_dead_worker_is_a_clear_error(folder: Path, tmp_path: Path) -> None:
-    loader = open_loader(experiment_on(folder, workers=1, worker_timeout_s=60), tmp_path / "q.jsonl")
-    before = set(multiprocessing.active_children())
+@pytest.mark.parametrize(
+    ("fault", "timeout_s", "message"),
+    [(signal.SIGKILL, 120, "decoding stopped"), (signal.SIGSTOP, 20, "no batch within .* is .*stuck")],
+)
+def test_dead_or_stopped_worker_is_a_clear_error(
+    folder: Path, tmp_path: Path, fault: int, timeout_s: int, message: str
+) -> None:
+    others = set(multiprocessing.active_children())
+    loader = open_loader(experiment_on(folder, workers=1, worker_timeout_s=timeout_s), tmp_path / "q.jsonl")
     next(loader)
-    (worker,) = set(multiprocessing.active_children()) - before
-    with pytest.raises((DataError, RuntimeError), match="worker"):  # torch's signal handler may come first
-        worker.kill()
+    (worker,) = set(multiprocessing.active_children()) - others
+    assert worker.pid is not None
+    time.sleep(0.5)  # the worker has further batches ready, which only a living one can hand over
+    os.kill(worker.pid, fault)
+    with pytest.raises(DataError, match=message):
         for _ in loader:
             pass
+    loader.close()
 
 
 def spoil(folder: Path) -> dict[str, str]:

@@ -91,16 +91,14 @@ def _sequences(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, causal: bo
     return torch.cat(parts)
 
 
-def _old_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None):  # noqa: PLR0913
+def _old_varlen(query, key, value, cu_seqlens, *_, is_causal=False, scale=None):
     assert query.shape == key.shape, "old kernels know no grouped heads"
-    return _sequences(query, key, value, cu_seq_q, is_causal, scale)
+    return _sequences(query, key, value, cu_seqlens, is_causal, scale)
 
 
-def _new_varlen(  # noqa: PLR0913
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
+def _new_varlen(query, key, value, cu_seqlens, *_, scale=None, window_size=(-1, -1), enable_gqa=False):
     assert enable_gqa == (query.shape != key.shape)
-    return _sequences(query, key, value, cu_seq_q, window_size == (-1, 0), scale)
+    return _sequences(query, key, value, cu_seqlens, window_size == (-1, 0), scale)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -116,7 +114,7 @@ def test_varlen_is_called_as_its_signature_demands(
 
 def test_this_torch_has_the_varlen_arguments_that_are_used() -> None:
     known = inspect.signature(varlen.varlen_attn).parameters
-    assert list(known)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert list(known)[:7] == ["query", "key", "value", "cu_seqlens", "cu_seq_k", "max_q", "max_k"]
     assert "window_size" in known or "is_causal" in known
 
 

@@ -118,7 +118,7 @@ def test_the_layer_whose_output_is_unused_is_not_built(groups: ProcessGroupColle
 
 
 def test_replicated_weights_are_not_marked_as_sharded(groups: ProcessGroupCollection) -> None:
-    marks = [getattr(parameter, "tensor_model_parallel", None) for parameter in build(groups).parameters()]
+    marks = [vars(parameter)["tensor_model_parallel"] for parameter in build(groups).parameters()]
     assert marks == [False] * len(marks)
 
 

@@ -1,0 +1,36 @@
+"""Whole runs on gloo ranks, from files on disk to metrics.jsonl, for end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sicog_mcore.config import Experiment
+from tests.dist import Rank, run_ranks
+
+
+def _train(rank: Rank, experiment: Experiment) -> None:
+    from sicog_mcore.train.run import plan_build, train
+
+    train(plan_build(experiment), rank.start(experiment.parallel, experiment.train.seed), "the test's command")
+
+
+def train_ranks(experiment: Experiment, world_size: int) -> list[dict[str, Any]]:
+    """Runs the experiment on ``world_size`` processes; returns the lines of metrics.jsonl, one per step."""
+    run_ranks(_train, world_size, experiment)
+    return read_metrics(Path(experiment.output))
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def consumed_ids(output: Path) -> dict[int, list[str]]:
+    """Sample ids of each step, over all replicas, sorted."""
+    steps: dict[int, list[str]] = {}
+    for path in sorted(output.glob("consumed-*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], []).extend(record["ids"])
+    return {step: sorted(ids) for step, ids in sorted(steps.items())}
