@@ -20,16 +20,17 @@ from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.flops import Counts
 from sicog_mcore.train.metrics import drop_steps_from
 
+CONSUMED = "consumed-{}.jsonl"
+
 
 class CountingLoader:
     """A loader that remembers what it handed out since ``take``; one per model copy.
 
     Args:
         start: where to begin in the stream of packs.
-        first_step: step that the first batches belong to.
     """
 
-    def __init__(self, experiment: Experiment, topology: Topology, start: LoaderState, first_step: int):
+    def __init__(self, experiment: Experiment, topology: Topology, start: LoaderState):
         output, replica = Path(experiment.output), topology.data_rank
         self.quarantine = Quarantine(
             output / f"quarantine-{replica}.jsonl", experiment.data.max_bad_rate, experiment.data.bad_window
@@ -44,8 +45,7 @@ class CountingLoader:
         )
         self._counts = Counts()
         self._ids: list[str] = []
-        self._record = output / f"consumed-{replica}.jsonl"
-        drop_steps_from(self._record, first_step)
+        self._record = output / CONSUMED.format(replica)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
@@ -68,9 +68,13 @@ class Feed:
     """Batches of one optimiser step for this rank, equal on all ranks of a model copy."""
 
     def __init__(self, experiment: Experiment, topology: Topology, start: Mapping[str, int], first_step: int):
+        if topology.is_main:
+            # What an interrupted run recorded from here on will be recorded again, maybe by fewer replicas.
+            for record in Path(experiment.output).glob(CONSUMED.format("*")):
+                drop_steps_from(record, first_step)
         self.source: CountingLoader | None = None
         if topology.loads_data:
-            self.source = CountingLoader(experiment, topology, LoaderState(**start), first_step)
+            self.source = CountingLoader(experiment, topology, LoaderState(**start))
         self._batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), self.source)
         self._per_step = experiment.train.packs_per_step // topology.data_size
 
