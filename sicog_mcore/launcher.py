@@ -5,7 +5,9 @@ In: argv and the environment that torchrun set   Out: exit code   Next: cli.py, 
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 
 from sicog_mcore.cli import load_experiment
@@ -26,6 +28,7 @@ def start_training(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     is_main = int(environment.get("RANK", 0)) == 0
     try:
         experiment = load_experiment(list(argv[1:]), int(environment.get("WORLD_SIZE", 1)), check_inputs)
+        _silence_third_parties()
         from sicog_mcore.train.run import run  # takes seconds to import; mistakes are reported before that
 
         run(experiment, _command(argv, environment))
@@ -34,6 +37,13 @@ def start_training(argv: Sequence[str], environment: Mapping[str, str]) -> int:
             sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return EXIT_OK
+
+
+def _silence_third_parties() -> None:
+    """Our console says what matters; Megatron's and torch's notices would bury it. Their errors still come through."""
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "torch", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _command(argv: Sequence[str], environment: Mapping[str, str]) -> str:

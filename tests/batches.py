@@ -47,9 +47,10 @@ def random_batches(experiment: Experiment, count: int, seed: int = 0) -> list[Pa
                 random_sample(experiment, grids, 20 + 7 * ((i + j) % 5), seed + 10 * i + j)
                 for j, grids in enumerate(kinds[i % 4])
             ],
-            experiment.data.token_budget,
-            0,
-            experiment.model.resampler.queries,
+            token_budget=experiment.data.token_budget,
+            pad_id=0,
+            queries=experiment.model.resampler.queries,
+            patch_dim=experiment.model.tower.patch_dim,
         )
         for i in range(count)
     ]

@@ -19,6 +19,7 @@ from sicog_mcore.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 COMMITTED = re.compile(r"^step_(\d{8})$")
+UNFINISHED = re.compile(r"^step_\d{8}(\.tmp)?$")
 CHUNK_BYTES = 1 << 22
 
 
@@ -40,8 +41,11 @@ def committed_steps(root: Path) -> list[int]:
 
 
 def unfinished_folders(root: Path) -> list[Path]:
-    """Leftovers of saves that were interrupted."""
-    return sorted(root.glob("step_*.tmp")) if root.is_dir() else []
+    """Leftovers of saves and of removals that were interrupted."""
+    if not root.is_dir():
+        return []
+    entries = sorted(entry for entry in root.iterdir() if entry.is_dir() and UNFINISHED.match(entry.name))
+    return [entry for entry in entries if entry.suffix or not (entry / MANIFEST).is_file()]
 
 
 def commit(folder: Path) -> int:
@@ -49,7 +53,8 @@ def commit(folder: Path) -> int:
     temporary = aside(folder)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1, sort_keys=True))
+    text = json.dumps({"files": manifest}, indent=1, sort_keys=True)
+    (temporary / MANIFEST).write_text(text, encoding="utf-8")
     for path in [*files, temporary / MANIFEST]:
         _sync(path)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -67,14 +72,15 @@ def verify(folder: Path) -> None:
     """
     remedy = f"remove {folder} to go on from the checkpoint before it"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); {remedy}") from error
     for name, expected in manifest.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {remedy}")
-        found = _fingerprint(path) if path.stat().st_size == expected["bytes"] else {"bytes": path.stat().st_size}
+        size = path.stat().st_size
+        found = _fingerprint(path) if size == expected.get("bytes") else {"bytes": size}
         if found != expected:
             raise CheckpointError(f"{path} is damaged: found {found}, expected {expected}; {remedy}")
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.rng import load_rng, save_rng
@@ -27,6 +29,8 @@ from sicog_mcore.parallel.wrap import TrainableModel
 FORMAT = 1
 STATE = "state.json"
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
+# A full disk, as pathlib, torch.save, safetensors and Megatron's writer processes report it.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -79,30 +83,41 @@ class CheckpointStore:
             CheckpointError: it cannot be written; what was there before is untouched.
         """
         folder = self.folder(state.step)
+        temporary = commit.aside(folder)
         try:
-            self._write(commit.aside(folder), model, state)
-            self.topology.barrier()
-            if self.topology.is_main:
-                shutil.rmtree(folder, ignore_errors=True)  # an uncommitted folder of that name
-                commit.commit(folder)
-                commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
-        except OSError as error:
-            free = shutil.disk_usage(self.root.parent).free / 2**30
+            self._together(lambda: self._prepare(temporary))
+            dist_checkpointing.save(_sharded_state(model, is_loading=False), str(temporary))
+            self._together(lambda: self._add_own_files(temporary, state))
+            self._together(lambda: self._commit(folder))
+        except WRITE_ERRORS as error:
+            place = next(parent for parent in self.root.resolve().parents if parent.is_dir())
+            free = shutil.disk_usage(place).free / 2**30
             raise CheckpointError(
-                f"checkpoint {folder} cannot be written: {error} ({free:.1f} GiB free); make room and run the command again"
+                f"checkpoint {folder} cannot be written: {_reason(error)} ({free:.1f} GiB free); "
+                "make room and run the command again"
             ) from error
-        self.topology.barrier()
         return folder
 
-    def _write(self, folder: Path, model: TrainableModel, state: RunState) -> None:
+    def _together(self, work: Callable[[], None]) -> None:
+        """Does one part of a save; where it fails on one rank it fails on all, so that none waits for another."""
+        failure = None
+        try:
+            work()
+        except WRITE_ERRORS as error:
+            failure = _reason(error)
+        failures = [text for text in self.topology.gather_objects(failure) if text is not None]
+        if failures:
+            raise OSError(failures[0])
+
+    def _prepare(self, temporary: Path) -> None:
         if self.topology.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in commit.unfinished_folders(self.root):
                 shutil.rmtree(leftover)
-            folder.mkdir()
-        self.topology.barrier()
-        dist_checkpointing.save(_sharded_state(model, is_loading=False), str(folder))
-        save_rng(_rng_file(folder, self.topology.rank))
+            temporary.mkdir()
+
+    def _add_own_files(self, temporary: Path, state: RunState) -> None:
+        save_rng(_rng_file(temporary, self.topology.rank))
         if self.topology.is_main:
             content = {
                 "format": FORMAT,
@@ -110,7 +125,12 @@ class CheckpointStore:
                 "layout": _layout(self.topology),
                 "experiment": self.experiment.to_dict(),
             }
-            (folder / STATE).write_text(json.dumps(content, indent=1))
+            (temporary / STATE).write_text(json.dumps(content, indent=1))
+
+    def _commit(self, folder: Path) -> None:
+        if self.topology.is_main:
+            commit.commit(folder)
+            commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
 
     def load(self, model: TrainableModel, step: int) -> tuple[RunState, list[str]]:
         """Restores step ``step`` into the model, under any layout. Collective.
@@ -190,6 +210,13 @@ def _sharded_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
     chunks = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(model)}
     optimizer = model.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
     return {**chunks, "optimizer": optimizer}
+
+
+def _reason(error: BaseException) -> str:
+    """One line, where Megatron's writers report a traceback per rank."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+    return str(error)
 
 
 def _layout(topology: Topology) -> dict[str, int]:

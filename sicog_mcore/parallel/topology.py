@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,8 +106,11 @@ class Topology:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def barrier(self) -> None:
-        dist.barrier()
+    def gather_objects(self, value: object) -> list[Any]:
+        """Small picklable objects of all ranks, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
 
 def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_size: int) -> None:

@@ -5,8 +5,6 @@ In: a checked Experiment   Out: the newest checkpoint   Called by every launcher
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +87,6 @@ def run(experiment: Experiment, command: str) -> Path:
     Returns:
         folder of the newest checkpoint.
     """
-    _silence_third_parties()
     build = plan_build(experiment)
     topology = start_topology(experiment.parallel, experiment.train.seed)
     try:
@@ -141,10 +138,3 @@ def _parameters(experiment: Experiment) -> Mapping[Part, int]:
         "resampler": resampler_params(model.resampler, model.tower.hidden, model.decoder.hidden),
         "decoder": decoder_params(model.decoder),
     }
-
-
-def _silence_third_parties() -> None:
-    """Our console says what matters; Megatron's and torch's notices would bury it. Their errors still come through."""
-    warnings.filterwarnings("ignore")
-    for name in ("megatron", "torch", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

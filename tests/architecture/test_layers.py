@@ -52,6 +52,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
         Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
     ),
     ("sicog_mcore/train/", Rule((*BELOW_TRAIN, "sicog_mcore.train"), (*TRAINING, "rich", "tensorboard"))),
+    ("sicog_mcore/launcher.py", Rule((*BELOW_TRAIN, "sicog_mcore.train"), ())),
     ("kernels/sicog_kernels/triton/", Rule(("sicog_kernels",), ("torch", "triton"))),
     ("kernels/sicog_kernels/", Rule(("sicog_kernels",), ("torch",))),
     ("examples/", Rule((*CONTRACTS, "sicog_mcore.presets"), ())),

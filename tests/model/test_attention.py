@@ -114,14 +114,14 @@ def test_varlen_is_called_as_its_signature_demands(
 
 def test_this_torch_has_the_varlen_arguments_that_are_used() -> None:
     known = inspect.signature(varlen.varlen_attn).parameters
-    assert list(known)[:7] == ["query", "key", "value", "cu_seqlens", "cu_seq_k", "max_q", "max_k"]
+    assert list(known)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert "window_size" in known or "is_causal" in known
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash_gets_borders_and_causality(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):  # noqa: PLR0913
-        assert max_q == max_k == int(cu_q.diff().max())
+    def flash_attn_varlen_func(q, k, v, cu_q, *borders, softmax_scale, causal):
+        assert borders[1] == borders[2] == int(cu_q.diff().max())
         return _sequences(q, k, v, cu_q, causal, softmax_scale)
 
     fake = types.ModuleType("flash_attn")
