@@ -268,9 +268,10 @@ class TrainConfig:
 
     Args:
         steps: optimiser steps of the whole run.
-        packs_per_step: packed sequences per optimiser step, over all ranks (the global batch); with ``samples_per_step``
-            the most there may be of them.
-        samples_per_step: the global batch in samples, as SICOG states it; a step packs exactly these. 0 counts packs.
+        packs_per_step: global batch in packed sequences, over all ranks.
+        samples_per_step: global batch in samples, as SICOG states it: a step packs these, however many packs they need.
+        tokens_per_step: global batch in tokens (padding included), a multiple of ``data.token_budget``. At most one of the
+            last two is given; 0 leaves it to the others.
         seed: seed of weights and data order.
         precision: "bf16" keeps fp32 master weights; "fp32" is for checks.
         recompute_decoder: activations recomputed in the backward pass of the decoder.
@@ -284,6 +285,7 @@ class TrainConfig:
     steps: int = 1000
     packs_per_step: int = 32
     samples_per_step: int = 0
+    tokens_per_step: int = 0
     seed: int = 42
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute_decoder: Literal["none", "selective", "full"] = "none"
@@ -378,6 +380,13 @@ class Experiment:
     init: InitConfig = field(default_factory=InitConfig)
     objective: Literal["next_token", "dpo"] = "next_token"
     dpo: DpoConfig = field(default_factory=DpoConfig)
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packed sequences of an optimiser step; not fixed (0) where the global batch counts samples."""
+        if self.train.samples_per_step:
+            return 0
+        return self.train.tokens_per_step // max(1, self.data.token_budget) or self.train.packs_per_step
 
     def to_dict(self) -> dict:
         """Plain dictionaries, lists and scalars: what is written as JSON beside a checkpoint."""

@@ -102,7 +102,7 @@ def test_a_value_of_the_wrong_type_names_what_was_expected(path: str, value: str
         ("train.lr", "optim.lr"),
         ("paralell.tensor", "parallel.tensor"),
         ("data.workrs", "data.workers"),
-        ("checkpoint.zzz", "checkpoint.keep_last"),
+        ("checkpoint.zzz", "checkpoint.resume"),
         ("zzz", "preset"),
     ],
 )

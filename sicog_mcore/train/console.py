@@ -90,9 +90,7 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
             f" about {side} x {side} px and {model.resampler.queries} visual tokens each",
         ),
         _labelled("data", f"{facts.num_rows:,} rows from {len(data.sources)} source{'s' * (len(data.sources) != 1)}"),
-        _labelled(
-            "step", f"{train.packs_per_step} packs of {data.token_budget:,} tokens and {data.slice_budget} slices"
-        ),
+        _labelled("step", _global_batch(experiment)),
         _labelled("schedule", f"{train.steps:,} steps, {peak}"),
         _labelled("layout", ", ".join([layout, *extras])),
         _labelled("device", f"{facts.device}, {train.precision}"),
@@ -101,6 +99,14 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
         _labelled("counting", CONVENTION),
         _labelled("output", experiment.output),
     ]
+
+
+def _global_batch(experiment: Experiment) -> str:
+    data, packs = experiment.data, experiment.packs_per_step
+    pack = f"packs of {data.token_budget:,} tokens and {data.slice_budget} slices"
+    if not packs:
+        return f"{experiment.train.samples_per_step} samples in {pack}"
+    return f"{packs} {pack} = {packs * data.token_budget:,} tokens"
 
 
 def resume_text(checkpoint: Path | None, step: int, steps: int, output: str) -> str:

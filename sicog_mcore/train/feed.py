@@ -50,6 +50,11 @@ class CountingLoader:
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
 
+    @property
+    def ends_step(self) -> bool:
+        """Whether the last batch was the last one of an optimiser step."""
+        return self.loader.ends_step
+
     def __next__(self) -> PackedBatch:
         batch = next(self.loader)
         self._counts += Counts.of(batch)
@@ -76,11 +81,13 @@ class Feed:
         if topology.loads_data:
             self.source = CountingLoader(experiment, topology, LoaderState(**start))
         self._batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), self.source)
-        self._per_step = experiment.train.packs_per_step // topology.data_size
 
     def next_step(self) -> list[PackedBatch]:
         """This model copy's share of the next global batch, one packed sequence per micro-batch."""
-        return [next(self._batches) for _ in range(self._per_step)]
+        batches = [next(self._batches)]
+        while not self._batches.ends_step:
+            batches.append(next(self._batches))
+        return batches
 
     def take(self, step: int) -> Counts:
         """What this model copy consumed since the last call; zeros on ranks that do not load."""

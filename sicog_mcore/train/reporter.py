@@ -48,13 +48,13 @@ class Reporter:
         sums = torch.tensor([*astuple(own), feed.num_quarantined, feed.num_truncated], device=self.topology.device)
         *totals, quarantined, truncated = self.topology.sum_over_world(sums).tolist()
         counts = Counts(*totals[: len(fields(Counts))])
-        peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(self.topology.device))).item()
+        device = self.topology.device
+        peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(device), device=device)).item()
         now = time.perf_counter()
         step_s, self._started = now - self._started, now
         waited_s, self._waited_s = feed.wait_s - self._waited_s, feed.wait_s
         flops = step_flops(self.experiment.model, self.experiment.optim.freeze, counts)
         tflops = flops / step_s / self.topology.world_size / 1e12
-        capacity = self.experiment.train.packs_per_step * self.experiment.data.token_budget
         stats = StepStats(
             step=step,
             loss=result.loss,
@@ -67,7 +67,7 @@ class Reporter:
             supervised_tokens=counts.supervised_tokens,
             images=counts.images,
             slices=counts.slices,
-            pack_fill=counts.tokens / capacity,
+            pack_fill=counts.tokens / counts.positions,
             quarantined=quarantined,
             truncated=truncated,
             peak_memory_gib=peak,
