@@ -25,7 +25,9 @@ from sicog_mcore.config import DataConfig, Experiment, ModelConfig
 from sicog_mcore.data.batch import EncodedSample, PackedBatch
 from sicog_mcore.data.encode import Encoder, Measured
 from sicog_mcore.data.packing import PackPlan, collate, pack_window
+from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.quarantine import Quarantine, Rejection
+from sicog_mcore.data.rows import build_sample
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import DataError, SampleError
@@ -179,7 +181,8 @@ class Loader(Iterator[PackedBatch]):
         parallel = experiment.parallel
         # The interleaved schedule takes micro-batches in groups of as many as there are stages.
         self._packs_multiple = size * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
-        samples, encoder = open_sources(data.sources, data), Encoder(model, data)
+        build = build_pair if experiment.objective == "dpo" else build_sample
+        samples, encoder = open_sources(data.sources, data, build), Encoder(model, data)
         self.num_rows = len(samples)
         self._planner = WindowPlanner(samples, encoder, data, experiment.train.seed)
         self._builder = PackBuilder(samples, encoder, model, data)

@@ -18,7 +18,7 @@ from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.errors import DataError, PeerError
 from sicog_mcore.parallel.topology import Topology
 
-HEADER_FIELDS = 9  # failed, ends_step, t, n + 1, p, k, m, num_tokens, num_images
+HEADER_FIELDS = 11  # failed, ends_step, t, n + 1, p, k, m, length of pair_reference, num_tokens, num_images, num_pairs
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ class BatchDistributor:
         if error is not None:
             header[0] = 1
         if batch is not None:
-            sizes = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots)
+            rows = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots, batch.pair_reference)
+            counts = [batch.num_tokens, batch.num_images, batch.num_pairs]
             header[1] = self.ends_step
-            header[2:] = torch.tensor([x.shape[0] for x in sizes] + [batch.num_tokens, batch.num_images])
+            header[2:] = torch.tensor([x.shape[0] for x in rows] + counts)
         self._broadcast(header, self.topology.groups.mp)
-        failed, ends_step, t, n, p, k, m, num_tokens, num_images = header.tolist()
+        failed, ends_step, t, n, p, k, m, references, num_tokens, num_images, num_pairs = header.tolist()
         self.ends_step = bool(ends_step)
         if failed:
             raise error or PeerError("the data loader of this model copy failed; its own rank says why")
@@ -99,10 +100,12 @@ class BatchDistributor:
             num_tokens=num_tokens,
             num_images=num_images,
             sample_ids=(),
+            num_pairs=num_pairs,
+            pair_reference=new(references, dtype=torch.float64),
         )
         for tensor in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens):
             self._broadcast(tensor, self.topology.groups.mp)
-        for tensor in (batch.image_slots, batch.visual_rows):
+        for tensor in (batch.image_slots, batch.visual_rows, batch.pair_reference):
             self._broadcast(tensor, self.topology.groups.mp)
         if self.topology.is_first_stage:
             self._broadcast(batch.patches, self.topology.groups.tp)

@@ -131,6 +131,7 @@ def step_line(stats: StepStats, steps_total: int, eta_s: float) -> str:
     parts = [
         f"step {stats.step:>{width},}/{steps_total:,}",
         f"loss {stats.loss:.4f}",
+        *preference_texts(stats),
         f"grad norm {stats.grad_norm:.3g}",
         f"lr {stats.lr:.2e}",
         f"{stats.tokens_per_s:,.0f} tokens/s",
@@ -146,11 +147,18 @@ def step_line(stats: StepStats, steps_total: int, eta_s: float) -> str:
     return " | ".join([*parts, f"ETA {duration_text(eta_s)}"])
 
 
+def preference_texts(stats: StepStats) -> list[str]:
+    """How the pairs were judged; nothing outside of preference training."""
+    judged = stats.preferences
+    return [f"preferred {judged.preference_accuracy:.0%}", f"margin {judged.reward_margin:.3g}"] if judged else []
+
+
 def bar_text(stats: StepStats, eta_s: float) -> str:
     """What stands behind the progress bar."""
     quarantined = f"  quarantined {stats.quarantined:,}" if stats.quarantined else ""
     mfu = "" if stats.mfu is None else f"  MFU {stats.mfu:.1%}"
-    return f"loss {stats.loss:.4f}  {stats.tokens_per_s:,.0f} tokens/s{mfu}{quarantined}  ETA {duration_text(eta_s)}"
+    loss = "  ".join([f"loss {stats.loss:.4f}", *preference_texts(stats)])
+    return f"{loss}  {stats.tokens_per_s:,.0f} tokens/s{mfu}{quarantined}  ETA {duration_text(eta_s)}"
 
 
 def finish_lines(summary: Summary, experiment: Experiment, checkpoint: Path, command: str) -> list[str]:

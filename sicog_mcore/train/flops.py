@@ -48,7 +48,8 @@ class Counts:
     def of(cls, batch: PackedBatch) -> Counts:
         """Counts of one packed batch; reads its tensors, so call it before they move to a device."""
         samples = len(batch.sample_ids)
-        lengths = batch.cu_seqlens.long().diff()[:samples]  # [n], without the padded tail
+        borders = batch.cu_seqlens.long()
+        lengths = borders.diff()[borders[:-1] < batch.num_tokens]  # [n], without the padded tail
         patches = batch.grids.long().prod(-1)  # [k]
         return cls(
             samples=samples,

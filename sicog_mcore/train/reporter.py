@@ -73,6 +73,7 @@ class Reporter:
             peak_memory_gib=peak,
             tflops=tflops,
             mfu=tflops / self._peak if self._peak else None,
+            preferences=result.preferences,
         )
         self.summary.add(stats)
         if self._log:
