@@ -48,7 +48,8 @@ class Reporter:
         sums = torch.tensor([*astuple(own), feed.num_quarantined, feed.num_truncated], device=self.topology.device)
         *totals, quarantined, truncated = self.topology.sum_over_world(sums).tolist()
         counts = Counts(*totals[: len(fields(Counts))])
-        peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(self.topology.device))).item()
+        device = self.topology.device
+        peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(device), device=device)).item()
         now = time.perf_counter()
         step_s, self._started = now - self._started, now
         waited_s, self._waited_s = feed.wait_s - self._waited_s, feed.wait_s
