@@ -46,7 +46,7 @@ def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
         report("path", source.path, f"is a folder without {SHARD} shards", kinds)
     elif path.is_file() and not has_rows and path.suffix != SHARD:
         report("path", source.path, "is no known kind of data set", kinds)
-    elif path.is_file() and path.stat().st_size == 0:
+    elif has_rows and path.is_file() and path.stat().st_size == 0:  # an empty shard is one bad row among its like
         report("path", source.path, "is empty", "prepare the data again or remove this source")
     images = Path(source.images)
     if has_rows and not images.is_dir():
