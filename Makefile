@@ -33,7 +33,7 @@ demo: $(STAMP) ## real images to a checkpoint on two CPU processes; run it again
 	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain_stage15.py --config examples/demo.yaml
 
 test: $(STAMP) ## all tests that need no GPU, quick ones first
-	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "not gpu and not multi_gpu"
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .

@@ -39,13 +39,13 @@ TEXT_ONLY: list[tuple[int, int]] = []
 
 
 def random_batches(experiment: Experiment, count: int, seed: int = 0) -> list[PackedBatch]:
-    """Micro-batches of three samples each; every fourth one has no image at all, and one in four has a single slice."""
-    kinds = ([SLICED, TEXT_ONLY, WIDE], [WIDE, SLICED, SLICED], [TEXT_ONLY] * 3, [WIDE, TEXT_ONLY, TEXT_ONLY])
+    """Micro-batches of three samples each, the third without an image; the fifth is padding only, with no sample at all."""
+    kinds = ([SLICED, TEXT_ONLY, WIDE], [WIDE, SLICED, SLICED], [TEXT_ONLY] * 3, [WIDE, TEXT_ONLY, TEXT_ONLY], [])
     return [
         collate(
             [
                 random_sample(experiment, grids, 20 + 7 * ((i + j) % 5), seed + 10 * i + j)
-                for j, grids in enumerate(kinds[i % 4])
+                for j, grids in enumerate(kinds[i % 5])
             ],
             token_budget=experiment.data.token_budget,
             pad_id=0,

@@ -16,21 +16,20 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import CheckpointException
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.rng import load_rng, save_rng
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError
-from sicog_mcore.parallel.topology import Topology
+from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
 
 FORMAT = 1
 STATE = "state.json"
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
 # A full disk, as pathlib, torch.save, safetensors and Megatron's writer processes report it.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, WritersFailed)
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,10 @@ class CheckpointStore:
         """
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
+        content = _sharded_state(model, is_loading=False)
         try:
             self._together(lambda: self._prepare(temporary))
-            dist_checkpointing.save(_sharded_state(model, is_loading=False), str(temporary))
+            dist_checkpointing.save(content, str(temporary))
             self._together(lambda: self._add_own_files(temporary, state))
             self._together(lambda: self._commit(folder))
         except WRITE_ERRORS as error:
@@ -150,7 +150,7 @@ class CheckpointStore:
         )
         for name, chunk in _named_chunks(model):
             chunk.load_state_dict(loaded[name], strict=True)
-        model.optimizer.load_state_dict(loaded["optimizer"])
+        model.load_optimizer_state(loaded["optimizer"])
         if content["layout"] == _layout(self.topology):
             load_rng(_rng_file(folder, self.topology.rank))
         else:
@@ -182,7 +182,9 @@ class CheckpointStore:
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
     """Newest committed checkpoint that is whole, under the rules of ``config.resume``."""
     steps = commit.committed_steps(root)
-    notes = [f"ignored {folder.name}: its save was interrupted" for folder in commit.unfinished_folders(root)]
+    notes = [
+        f"ignored {folder.name}: its save or its removal was interrupted" for folder in commit.unfinished_folders(root)
+    ]
     if not steps:
         if config.resume == "must":
             return CheckpointError(
@@ -214,8 +216,9 @@ def _sharded_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
 
 def _reason(error: BaseException) -> str:
     """One line, where Megatron's writers report a traceback per rank."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+    if isinstance(error, WritersFailed):
+        found = "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+        return found or "another rank failed"  # only one rank is told the details
     return str(error)
 
 

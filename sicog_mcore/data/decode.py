@@ -24,6 +24,9 @@ from sicog_mcore.config import DataConfig
 from sicog_mcore.data.sample import ImageRef, Size
 from sicog_mcore.errors import SampleError
 
+# Pillow warns of damage that it can live with. Once, for the process: filters set around a call reach other threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # Pillow knows some 40 formats. Let in are those of still images that cannot run programs, as EPS can, and whose decoder
 # refuses a file that is cut off, as JPEG 2000's does not.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -125,16 +128,14 @@ def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
 
 @contextmanager
 def _naming_damage(data: bytes) -> Iterator[None]:
-    """Turns what Pillow raises on damaged bytes into a SampleError, and silences its warnings about them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except Image.DecompressionBombError as error:
-            raise SampleError("image_too_large", str(error)) from error
-        except DAMAGE as error:
-            reason = "image_truncated" if _is_cut_short(data) or "truncated" in str(error) else "image_corrupt"
-            raise SampleError(reason, f"{type(error).__name__}: {error} ({len(data)} bytes)") from error
+    """Turns what Pillow raises on damaged bytes into a SampleError."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise SampleError("image_too_large", str(error)) from error
+    except DAMAGE as error:
+        reason = "image_truncated" if _is_cut_short(data) or "truncated" in str(error) else "image_corrupt"
+        raise SampleError(reason, f"{type(error).__name__}: {error} ({len(data)} bytes)") from error
 
 
 def _is_cut_short(data: bytes) -> bool:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -192,7 +193,9 @@ class Loader(Iterator[PackedBatch]):
         self._state = state
         self._pin_memory = pin_memory
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="window-planner")
-        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="batch-fetcher")
+        # A new thread starts on device 0; pages must be locked for this rank's own.
+        select_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+        self._fetching = ThreadPoolExecutor(1, thread_name_prefix="batch-fetcher", initializer=select_device)
         self._workers: list[BaseProcess] = []
         self._pending: deque[_Task] = deque()  # announced to the workers, not yet consumed
         self._batches = self._decode(state)
@@ -309,7 +312,7 @@ class Loader(Iterator[PackedBatch]):
             num_empty = 0 if window.packs else num_empty + 1
             if num_empty == self._planner.num_windows:
                 self._report(entered)
-                raise DataError("no sample of a whole epoch can be used; the quarantine report says why for each")
+                raise DataError(f"no sample of a whole epoch can be used; {self._quarantine.summary()}")
             for plan in window.packs[first:]:
                 yield _Task(plan, entered, self._planner.after(plan, len(window.packs)))
                 entered = ()

@@ -1,6 +1,6 @@
 """Is everything that data loading needs in place? Asked before processes start, without reading a row.
 
-In: Experiment   Out: every ConfigProblem found   Next: sources.py, chat.py
+In: Experiment   Out: every ConfigProblem found   Next: sources.py (opens the data sets), chat.py
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ SOURCE_EXAMPLE = 'name at least one, e.g. --data.sources \'[{"path": "train.json
 def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
     """Looks at data sets, image folders and the tokenizer; returns all problems, none if training can start."""
     sources = experiment.data.sources
-    problems = [problem for number, source in enumerate(sources) for problem in _check_source(number, source)]
+    problems = [problem for number, source in enumerate(sources) for problem in check_source(number, source)]
     if not sources:
         problems.append(ConfigProblem("data.sources", (), "no data set is named", SOURCE_EXAMPLE))
-    return problems + _check_tokenizer(experiment)
+    return [*problems, *_check_tokenizer(experiment), *_check_output(experiment.output)]
 
 
-def _check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
+def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
+    """What keeps data set ``number`` from being opened: its path, its image folder."""
     problems: list[ConfigProblem] = []
 
     def report(field: str, value: str, problem: str, fix: str) -> None:
@@ -45,7 +46,7 @@ def _check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
         report("path", source.path, f"is a folder without {SHARD} shards", kinds)
     elif path.is_file() and not has_rows and path.suffix != SHARD:
         report("path", source.path, "is no known kind of data set", kinds)
-    elif path.is_file() and path.stat().st_size == 0:
+    elif has_rows and path.is_file() and path.stat().st_size == 0:  # an empty shard is one bad row among its like
         report("path", source.path, "is empty", "prepare the data again or remove this source")
     images = Path(source.images)
     if has_rows and not images.is_dir():
@@ -67,6 +68,16 @@ def _relative_to_here() -> str:
 
 def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+
+
+def _check_output(output: str) -> list[ConfigProblem]:
+    """Nothing is created: the nearest folder that exists must allow it later."""
+    folder = Path(output).absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return []
+    problem = f"{existing} is {'not writable for this user' if existing.is_dir() else 'not a folder'}"
+    return [ConfigProblem("output", output, problem, "give a folder that can be created or written to")]
 
 
 def _check_tokenizer(experiment: Experiment) -> list[ConfigProblem]:

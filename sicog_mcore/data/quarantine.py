@@ -80,6 +80,11 @@ class Quarantine:
         """Counts samples that lost the end of their answer; they are good samples otherwise."""
         self.num_truncated += num_samples
 
+    def summary(self) -> str:
+        """The most frequent reasons so far, and where all of them are listed."""
+        reasons = ", ".join(f"{number} x {reason}" for reason, number in self.reasons.most_common(REASONS_SHOWN))
+        return f"{reasons or 'no row'}; all are listed in {self._path}"
+
     def _add(self, outcome: Rejection | None) -> None:
         if len(self._outcomes) == self._outcomes.maxlen and self._outcomes[0] is not None:
             self._bad_in_window -= 1  # falls out of the window

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sicog_mcore.config import DataConfig, SourceConfig
+from sicog_mcore.data.preflight import SHARD, check_source
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
@@ -36,6 +37,7 @@ from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.shards import index_shard
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
+MALFORMED_FIX = "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself"
 BOM = "\xef\xbb\xbf"  # UTF-8's byte order mark, read as Latin-1
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -127,53 +129,37 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
     id_hashes: list[Hashes] = []
     names: set[str] = set()
     for number, config in enumerate(configs):
-        where = f"data.sources[{number}]"
-        try:
-            for path in _files(config):
-                # Default ids start with the file's name, which must therefore be unique.
-                name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
-                names.add(name)
+        found = check_source(number, config)
+        problems += found
+        for path in [] if found else _files(config):
+            # Default ids start with the file's name, which must therefore be unique.
+            name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
+            names.add(name)
+            try:
                 source, hashes = _index_file(path, config.images, name, build)
-                sources.append(source)
-                id_hashes.append(hashes)
-        except _Unusable as error:
-            problems.append(ConfigProblem(f"{where}.{error.field}", error.value, error.problem, error.fix))
-        except OSError as error:
-            problems.append(ConfigProblem(f"{where}.path", config.path, str(error), "make it readable for this user"))
+            except (OSError, _Malformed) as error:
+                fix = MALFORMED_FIX if isinstance(error, _Malformed) else "make it readable for this user"
+                problems.append(ConfigProblem(f"data.sources[{number}].path", str(path), str(error), fix))
+                continue
+            sources.append(source)
+            id_hashes.append(hashes)
     if problems:
         raise ConfigError(problems)
     return SampleIndex(sources, id_hashes, data.duplicate_ids)
 
 
-class _Unusable(Exception):
-    """A source that cannot be opened; becomes a ConfigProblem."""
-
-    def __init__(self, field: str, value: str, problem: str, fix: str) -> None:
-        super().__init__(problem)
-        self.field, self.value, self.problem, self.fix = field, value, problem, fix
+class _Malformed(Exception):
+    """A .json file that is not one list."""
 
 
 def _files(config: SourceConfig) -> list[Path]:
     """The files of a source: itself, or the shards in a folder, by name."""
     path = Path(config.path)
-    formats = "give a .json, .jsonl or .tar file, or a folder of .tar shards"
-    if not path.exists():
-        raise _Unusable("path", config.path, "does not exist", "correct the path")
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        if not shards:
-            raise _Unusable("path", config.path, "is a folder without .tar shards", formats)
-        return shards
-    if path.suffix not in (".json", ".jsonl", ".tar"):
-        raise _Unusable("path", config.path, "has no known format", formats)
-    if path.suffix != ".tar" and not (os.path.isdir(config.images) and os.access(config.images, os.R_OK | os.X_OK)):
-        fix = "give the folder that the rows' image paths are relative to"
-        raise _Unusable("images", config.images, "is no readable folder", fix)
-    return [path]
+    return sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]
 
 
 def _index_file(path: Path, images: str, name: str, build: BuildSample) -> tuple[Source, Hashes]:
-    if path.suffix == ".tar":
+    if path.suffix == SHARD:
         return index_shard(path, name, build)
     ids = RowIds(name)
     spans = _index_lines(path, ids) if path.suffix == ".jsonl" else _index_list(path, ids)
@@ -255,8 +241,7 @@ def _index_list(path: Path, ids: RowIds) -> array[int]:
             else:
                 ids.add_encoded(raw.encode("latin-1"))
     except (ValueError, RecursionError) as error:
-        fix = "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself"
-        raise _Unusable("path", str(path), f"is no JSON list of rows: {error}", fix) from error
+        raise _Malformed(f"is no JSON list of rows: {error}") from error
     return spans
 
 

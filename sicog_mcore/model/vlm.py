@@ -81,9 +81,8 @@ class VisionLanguageModel(MegatronModule):
             tower_config = tower_transformer_config(model.tower, config.params_dtype, experiment.train.recompute_tower)
             self.tower = VisionTower(model.tower, tower_config, plan.layers, plan.attention, plan.tower_groups)
             self.resampler = Resampler(model.resampler, model.tower.hidden, model.decoder.hidden, config.params_dtype)
-            if not config.use_cpu_initialization:
-                self.tower.cuda()
-                self.resampler.cuda()
+        if not config.use_cpu_initialization:
+            self.cuda()  # what Megatron did not create there: tower, resampler, the local norms
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Asked for by Megatron when it sums the gradients of tied embeddings over pipeline stages."""

@@ -16,9 +16,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.checkpoint import CheckpointException
 
 from sicog_mcore.config import ParallelConfig
 from sicog_mcore.parallel.cpu import install_cpu_support
+
+WritersFailed = CheckpointException  # raised on every rank when Megatron's checkpoint writers fail on one
 
 
 @dataclass(frozen=True)

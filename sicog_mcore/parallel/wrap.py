@@ -49,6 +49,7 @@ class TrainableModel:
     optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
     config: TransformerConfig
     topology: Topology
+    weight_decay: float
 
     def zero_grad(self) -> None:
         for chunk in self.wrapped:
@@ -56,9 +57,10 @@ class TrainableModel:
         self.optimizer.zero_grad()
 
     def set_learning_rate(self, lr: float) -> None:
-        """Gives each part its share of the scheduled learning rate."""
+        """Gives each group its share of the scheduled learning rate and of the weight decay."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]  # Megatron leaves this to its own scheduler
 
     def allocate_optimizer_state(self) -> None:
         """Creates Adam's moments, which otherwise appear at the first step; loading a checkpoint needs them before."""
@@ -71,6 +73,13 @@ class TrainableModel:
             ):  # Megatron expects Apex's or TE's, without a step
                 for state in inner.state.values():
                     state.setdefault("step", torch.tensor(0.0))
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Takes moments and steps of a checkpoint; betas and epsilon stay those of this run's configuration."""
+        configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
+            group["betas"], group["eps"] = betas, eps
 
     def optimizer_step(self) -> tuple[bool, float]:
         """Clips and applies the gradients. Returns whether the step was taken, and the gradient norm."""
@@ -110,7 +119,7 @@ def wrap_model(
         use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
-    model = TrainableModel(tuple(chunks), tuple(wrapped), optimizer, config, topology)
+    model = TrainableModel(tuple(chunks), tuple(wrapped), optimizer, config, topology, experiment.optim.weight_decay)
     _set_schedule_hooks(config, model, parallel)
     return model
 
@@ -125,9 +134,11 @@ def _mark_parts(chunks: Sequence[ModelChunk]) -> None:
 def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: str) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
-        lr=optim.lr,  # set_learning_rate() replaces it in every step
+        # set_learning_rate() replaces these in every step. Megatron tells groups of a checkpoint apart by the rate given
+        # here (0.19), so it must not be one that a user may change between two runs.
+        lr=0.0,
         min_lr=0.0,
-        weight_decay=optim.weight_decay,
+        weight_decay=0.0,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
         adam_eps=optim.eps,

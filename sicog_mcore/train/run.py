@@ -138,6 +138,8 @@ def train(build: Build, topology: Topology, command: str) -> Path:
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()
         console.finish(finish_lines(reporter.summary, experiment, newest, command))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"after step {trainer.state.step:,}") from interrupt
     finally:
         feed.close()
         reporter.close()

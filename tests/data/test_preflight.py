@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_all_problems_are_reported_together(folder: Path) -> None:
 def test_missing_data_set_is_a_problem(folder: Path) -> None:
     (problem,) = found(folder, data={"sources": ()})
     assert problem.startswith("data.sources = (): no data set is named; ")
+
+
+def test_output_must_be_a_folder_that_can_be_created(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = folder / "data.jsonl"
+    (problem,) = found(folder, output=str(rows / "run"))
+    assert problem.startswith(f"output = '{rows}/run': {rows} is not a folder; ")
+    assert found(folder, output=str(folder / "new" / "run")) == [] and not (folder / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK or not mode & os.W_OK)
+    (problem,) = found(folder, output=str(folder / "new"))
+    assert problem.startswith(f"output = '{folder}/new': {folder} is not writable for this user; ")
 
 
 def test_broken_tokenizer_is_named(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_empty_json_list_has_no_rows(tmp_path: Path, text: str) -> None:
         ('[{"id": 1}', "line 1 column 11"),
         ('{"id": 1}', "line 1 column 1"),
         ('[{"id": 1}] x', "line 1 column 13"),
-        ("", "line 1 column 1"),
+        (" ", "line 1 column 2"),
         ("[" * 100_000, "recursion"),
     ],
 )
@@ -106,11 +106,12 @@ def test_malformed_json_list_is_a_config_error_with_line_and_column(tmp_path: Pa
 
 def test_all_paths_that_cannot_be_opened_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
-    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ConfigError) as raised:
         _open(tmp_path / "none.json", tmp_path / "a.txt", tmp_path, tmp_path / "a.jsonl", images=tmp_path / "no")
     assert [problem.path for problem in raised.value.problems] == [
         "data.sources[0].path",
+        "data.sources[0].images",
         "data.sources[1].path",
         "data.sources[2].path",
         "data.sources[3].images",
@@ -125,7 +126,7 @@ json_values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 @given(rows=st.lists(json_values, max_size=6), indent=st.sampled_from([None, 0, 3]), ascii_only=st.booleans())
 def test_any_json_list_is_indexed_by_its_elements(
     tmp_path: Path, rows: list, indent: int | None, ascii_only: bool
@@ -139,11 +140,11 @@ def test_any_json_list_is_indexed_by_its_elements(
         assert _reason(index, row) == expected
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 @given(lines=st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b" ")), max_size=6))
 def test_any_bytes_give_one_row_per_line_with_a_reason(tmp_path: Path, lines: list[bytes]) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(b"\n".join(lines))
+    file.write_bytes(b"\n".join([*lines, b"\n"]))
     index = _open(file)
     assert len(index) == sum(bool(line.strip()) for line in lines)
     for row in range(len(index)):

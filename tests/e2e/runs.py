@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sicog_mcore.config import Experiment
 from tests.dist import Rank, run_ranks
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCHER = str(REPOSITORY / "launch" / "pretrain_stage15.py")
 
 
 def _train(rank: Rank, experiment: Experiment) -> None:
@@ -20,6 +27,25 @@ def train_ranks(experiment: Experiment, world_size: int) -> list[dict[str, Any]]
     """Runs the experiment on ``world_size`` processes; returns the lines of metrics.jsonl, one per step."""
     run_ranks(_train, world_size, experiment)
     return read_metrics(Path(experiment.output))
+
+
+def start_launcher(arguments: Sequence[str], ranks: int) -> subprocess.Popen[str]:
+    """The real command of a user, in a process group of its own.
+
+    Args:
+        arguments: of the launcher.
+        ranks: processes under torchrun; 0 for one without it.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks else []
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    return subprocess.Popen(
+        [sys.executable, *torchrun, LAUNCHER, *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

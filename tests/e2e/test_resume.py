@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ import yaml
 
 from sicog_mcore.config import Experiment
 from tests.builders import tiny_experiment, write_dataset
-from tests.e2e.runs import consumed_ids, read_metrics, train_ranks
+from tests.e2e.runs import consumed_ids, read_metrics, start_launcher, train_ranks
 from tests.tolerances import RESHARDED_RESUME
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
-REPOSITORY = Path(__file__).parents[2]
 STEPS, SAVED = 10, 5
 
 
@@ -47,34 +45,24 @@ def _losses(output: Path) -> list[str]:
     return [float(line["loss"]).hex() for line in read_metrics(output)]
 
 
-def _start(experiment: Experiment, ranks: int) -> subprocess.Popen[bytes]:
-    """The real command of a user, in a process group of its own."""
+def _start(experiment: Experiment, ranks: int) -> subprocess.Popen[str]:
     config = Path(experiment.output).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(experiment.to_dict()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    script = [str(REPOSITORY / "launch" / "pretrain_stage15.py"), "--config", str(config)]
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return subprocess.Popen(
-        [*torchrun, *script],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return start_launcher(["--config", str(config)], ranks)
 
 
-def _finish(process: subprocess.Popen[bytes]) -> str:
+def _finish(process: subprocess.Popen[str]) -> str:
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text.decode()
-    return text.decode()
+    assert process.returncode == 0, text
+    return text
 
 
-def _kill_after(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
+def _kill_after(process: subprocess.Popen[str], output: Path, step: int) -> None:
     """SIGKILL to every process of the run once ``step`` stands in metrics.jsonl."""
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)

@@ -1,0 +1,176 @@
+"""A checkpoint folder exists whole or not at all; what is damaged is named; old ones go last."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sicog_mcore.checkpoint import commit
+from sicog_mcore.checkpoint.store import Found, find_checkpoint
+from sicog_mcore.config import CheckpointConfig
+from sicog_mcore.errors import EXIT_CONFIG, CheckpointError
+
+FILES = {"common.pt": b"groups", "rng/rank_00000.safetensors": b"\x00" * 40, "__0_0.distcp": bytes(range(256)) * 9}
+NO_CHECKPOINTS = ("step_1", "step_000000012", "latest", "step_00000007.bak", "step_0000000x")
+
+
+def write_aside(root: Path, step: int) -> Path:
+    """A checkpoint of which everything is written but the commit."""
+    folder = commit.step_folder(root, step)
+    for name, content in FILES.items():
+        path = commit.aside(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def committed(root: Path, *steps: int) -> list[Path]:
+    folders = [write_aside(root, step) for step in steps]
+    for folder in folders:
+        commit.commit(folder)
+    return folders
+
+
+def interrupt(*_: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_commit_makes_the_whole_folder_visible_and_tells_its_size(tmp_path: Path) -> None:
+    folder = write_aside(tmp_path, 3)
+    assert commit.committed_steps(tmp_path) == []
+    size = commit.commit(folder)
+    assert commit.committed_steps(tmp_path) == [3] and not commit.aside(folder).exists()
+    assert size == sum(map(len, FILES.values())) + (folder / commit.MANIFEST).stat().st_size
+    commit.verify(folder)
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 3)
+    (folder / commit.MANIFEST).unlink()
+    assert commit.committed_steps(tmp_path) == []
+    assert commit.unfinished_folders(tmp_path) == [folder]
+    with pytest.raises(CheckpointError, match="manifest.json cannot be read .* remove .*step_00000003"):
+        commit.verify(folder)
+
+
+def test_a_save_killed_before_the_rename_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(tmp_path, 5)
+    folder = write_aside(tmp_path, 10)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(commit.os, "rename", interrupt)
+        commit.commit(folder)
+    assert commit.committed_steps(tmp_path) == [5]
+    assert commit.unfinished_folders(tmp_path) == [commit.aside(folder)]
+    found = find_checkpoint(tmp_path, CheckpointConfig())
+    assert found == Found(5, ("ignored step_00000010.tmp: its save or its removal was interrupted",))
+
+
+def test_other_names_are_ignored(tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 20)
+    for name in NO_CHECKPOINTS:
+        shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "step_00000001").write_text("a file")
+    (tmp_path / "step_00000002.tmp").write_text("a file")
+    assert commit.committed_steps(tmp_path) == [20]
+    assert commit.unfinished_folders(tmp_path) == []
+    assert commit.keep_last(tmp_path, 1) == []
+    assert all((tmp_path / name).is_dir() for name in NO_CHECKPOINTS)
+
+
+def test_a_missing_root_has_no_checkpoints(tmp_path: Path) -> None:
+    assert commit.committed_steps(tmp_path / "none") == commit.unfinished_folders(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_and_truncated_files_are_named(name: str, tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1])
+    text = re.escape(str(folder / name))
+    with pytest.raises(CheckpointError, match=f"{text} is damaged: found .*{len(content) - 1}.*remove"):
+        commit.verify(folder)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{text} is missing"):
+        commit.verify(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_is_found_and_the_file_named(name: str, tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    content = (folder / name).read_bytes()
+    draw = random.Random(0)
+    for bit in draw.sample(range(8 * len(content)), 40):
+        flip(folder / name, content, bit)
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(folder / name))} is damaged"):
+            commit.verify(folder)
+    (folder / name).write_bytes(content)
+    commit.verify(folder)
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    content = (folder / commit.MANIFEST).read_bytes()
+    for bit in range(8 * len(content)):
+        flip(folder / commit.MANIFEST, content, bit)
+        with pytest.raises(CheckpointError):
+            commit.verify(folder)
+
+
+def flip(path: Path, content: bytes, bit: int) -> None:
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+
+
+def test_keep_last_removes_the_oldest(tmp_path: Path) -> None:
+    committed(tmp_path, 1, 5, 10, 100_000)
+    assert commit.keep_last(tmp_path, 2) == [1, 5]
+    assert commit.committed_steps(tmp_path) == [10, 100_000]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00100000"]
+
+
+def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_like_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = committed(tmp_path, 1, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(commit.shutil, "rmtree", interrupt)
+        commit.keep_last(tmp_path, 1)
+    assert old.is_dir() and commit.committed_steps(tmp_path) == [2]
+    assert commit.unfinished_folders(tmp_path) == [old]
+    commit.verify(new)
+
+
+@pytest.mark.parametrize(("resume", "step"), [("auto", None), ("must", CheckpointError), ("never", None)])
+def test_without_a_checkpoint_only_must_refuses(resume: str, step: object, tmp_path: Path) -> None:
+    write_aside(tmp_path, 4)
+    found = find_checkpoint(tmp_path, CheckpointConfig(resume=resume))  # type: ignore[arg-type]
+    if step is CheckpointError:
+        assert isinstance(found, CheckpointError) and "'must'" in str(found) and "'auto'" in str(found)
+    else:
+        assert found == Found(None, ("ignored step_00000004.tmp: its save or its removal was interrupted",))
+
+
+@pytest.mark.parametrize(("resume", "step"), [("auto", 8), ("must", 8), ("never", CheckpointError)])
+def test_with_checkpoints_the_newest_is_taken_unless_never(resume: str, step: object, tmp_path: Path) -> None:
+    committed(tmp_path, 4, 8)
+    found = find_checkpoint(tmp_path, CheckpointConfig(resume=resume))  # type: ignore[arg-type]
+    if step is CheckpointError:
+        assert isinstance(found, CheckpointError) and "step 8" in str(found) and found.exit_code == EXIT_CONFIG
+    else:
+        assert found == Found(8, ())
+
+
+def test_a_damaged_newest_checkpoint_stops_the_search_with_its_name(tmp_path: Path) -> None:
+    folder = committed(tmp_path, 4, 8)[1]
+    (folder / "common.pt").unlink()
+    found = find_checkpoint(tmp_path, CheckpointConfig())
+    assert isinstance(found, CheckpointError) and f"{folder / 'common.pt'} is missing" in str(found)
+    shutil.rmtree(folder)  # the remedy that the message gives
+    assert find_checkpoint(tmp_path, CheckpointConfig()) == Found(4, ())

@@ -1,0 +1,96 @@
+"""Every rank of a model copy gets the batch that its loader made, or the error that it met."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sicog_mcore.config import Experiment
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.errors import DataError, PeerError
+from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
+from sicog_mcore.parallel.topology import start_topology, stop_topology
+from tests.batches import random_batches
+from tests.builders import tiny_experiment
+from tests.dist import Rank, run_ranks
+
+EXPERIMENT = tiny_experiment(Path("unused"), data={"token_budget": 512})
+COUNT = 5  # the third has no image, the fifth no sample
+LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}}
+MESSAGE = "3 of 10 samples are bad"
+ERROR_S = 2.0
+
+
+def failing(experiment: Experiment) -> Iterator[PackedBatch]:
+    yield from random_batches(experiment, COUNT)
+    raise DataError(MESSAGE)
+
+
+def plain(batch: PackedBatch) -> dict[str, Any]:
+    """A batch as arrays and numbers, which can leave the process."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return {name: v.numpy().copy() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+
+
+def _receive(rank: Rank, experiments: list[Experiment]) -> list[tuple[list[dict[str, Any]], str, str, float]]:
+    """For each layout: the batches, then type and text of the error, and the seconds until it came."""
+    results = []
+    for i, experiment in enumerate(experiments):
+        topology = Rank(rank.rank, rank.world_size, f"{rank.init_method}-{i}").start(experiment.parallel)
+        loader = failing(experiment) if topology.loads_data else None
+        batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)
+        received = [plain(next(batches)) for _ in range(COUNT)]
+        start = time.monotonic()
+        try:
+            next(batches)
+            raise AssertionError("the loader's error did not arrive")
+        except DataError as error:
+            results.append((received, type(error).__name__, str(error), time.monotonic() - start))
+        stop_topology()
+    return results
+
+
+@pytest.mark.slow
+def test_every_rank_gets_equal_batches_and_the_loaders_error() -> None:
+    experiments = [tiny_experiment(Path("unused"), data={"token_budget": 512}, parallel=p) for p in LAYOUTS.values()]
+    expected = [plain(batch) for batch in random_batches(EXPERIMENT, COUNT)]
+    assert len(expected[2]["grids"]) == 0 == len(expected[4]["sample_ids"])  # both odd kinds are among them
+    for rank, results in enumerate(run_ranks(_receive, 2, experiments)):
+        for layout, (received, error, message, seconds) in zip(LAYOUTS, results, strict=True):
+            assert len(received) == COUNT
+            for ours, theirs in zip(received, expected, strict=True):
+                assert_equal(ours, theirs, loads=rank == 0, has_pixels=rank == 0 or layout == "TP2")
+            assert error == ("DataError" if rank == 0 else "PeerError") and seconds < ERROR_S
+            assert (MESSAGE in message) == (rank == 0)
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], loads: bool, has_pixels: bool) -> None:
+    for name, expected in theirs.items():
+        if name == "sample_ids":
+            expected = expected if loads else ()
+        if name == "patches" and not has_pixels:
+            expected = expected[:0]
+        if isinstance(expected, int | tuple):
+            assert ours[name] == expected, name
+        else:
+            assert (ours[name].dtype, ours[name].shape) == (expected.dtype, expected.shape), name
+            assert (ours[name] == expected).all(), name
+
+
+def test_one_rank_gets_the_loaders_batches_and_its_error() -> None:
+    topology = start_topology(EXPERIMENT.parallel, seed=0)
+    try:
+        batches = BatchDistributor(topology, BatchSpec(EXPERIMENT.model.tower.patch_dim), failing(EXPERIMENT))
+        for expected in random_batches(EXPERIMENT, COUNT):
+            assert_equal(plain(next(batches)), plain(expected), loads=True, has_pixels=True)
+        with pytest.raises(DataError, match=MESSAGE) as error:
+            next(batches)
+        assert not isinstance(error.value, PeerError)
+    finally:
+        stop_topology()

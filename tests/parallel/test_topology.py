@@ -1,0 +1,72 @@
+"""Who stands where: first and last stages, who loads, and which ranks share a model copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sicog_mcore.config import ParallelConfig
+from sicog_mcore.parallel.topology import Stage, start_topology, stop_topology
+from tests.dist import Rank, run_ranks
+
+LAYOUTS = {
+    "TP2": ParallelConfig(tensor=2),
+    "PP2 interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "DP2": ParallelConfig(),
+}
+
+
+def test_a_single_process_is_a_world_of_its_own_and_can_start_again() -> None:
+    for seed in (1, 1):
+        topology = start_topology(ParallelConfig(), seed)
+        assert (topology.rank, topology.world_size, topology.data_size) == (0, 1, 1)
+        assert topology.is_main and topology.loads_data and topology.is_first_stage
+        assert topology.stages == (Stage(0, 1, is_first=True, is_last=True),) and topology.stages[0].vp_stage is None
+        assert topology.gather_objects("x") == ["x"] and topology.broadcast_object({"a": 1}) == {"a": 1}
+        drawn = torch.rand(2).tolist()
+        stop_topology()
+    stop_topology()  # nothing to leave
+    torch.manual_seed(1)
+    assert drawn == torch.rand(2).tolist()
+
+
+def _describe(rank: Rank) -> list[dict[str, Any]]:
+    places = []
+    for i, parallel in enumerate(LAYOUTS.values()):
+        topology = Rank(rank.rank, rank.world_size, f"{rank.init_method}-{i}").start(parallel)
+        number = torch.tensor([float(rank.rank + 1)])
+        places.append(
+            {
+                "ranks": (topology.tensor_rank, topology.pipeline_rank, topology.data_rank),
+                "loads": topology.loads_data,
+                "stages": [(s.vp_stage, s.is_first, s.is_last) for s in topology.stages],
+                "sizes": (topology.groups.mp.size(), topology.data_size, topology.tower_groups.tp.size()),
+                "sum, max": (
+                    topology.sum_over_world(number.clone()).item(),
+                    topology.max_over_world(number.clone()).item(),
+                ),
+                "objects": (topology.broadcast_object(rank.rank), topology.gather_objects(rank.rank)),
+            }
+        )
+        stop_topology()
+    return places
+
+
+@pytest.mark.slow
+def test_places_of_two_ranks() -> None:
+    first, second = run_ranks(_describe, 2)
+    whole = [(None, True, True)]
+    columns = ("ranks", "loads", "stages", "sizes")
+    expected = {
+        "TP2": [((0, 0, 0), True, whole, (2, 1, 1)), ((1, 0, 0), False, whole, (2, 1, 1))],
+        "PP2 interleaved": [
+            ((0, 0, 0), True, [(0, True, False), (1, False, False)], (2, 1, 1)),
+            ((0, 1, 0), False, [(0, False, False), (1, False, True)], (2, 1, 1)),
+        ],
+        "DP2": [((0, 0, 0), True, whole, (1, 2, 1)), ((0, 0, 1), True, whole, (1, 2, 1))],
+    }
+    for name, *places in zip(LAYOUTS, first, second, strict=True):
+        assert [tuple(place[column] for column in columns) for place in places] == expected[name]
+        assert all(place["sum, max"] == (3, 2) and place["objects"] == (0, [0, 1]) for place in places)

@@ -1,0 +1,207 @@
+"""Whatever goes wrong, a launcher says it once, in words a user can act on, and ends with the exit code that fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sicog_mcore import launcher
+from sicog_mcore.errors import DataError, PeerError, SicogError, TrainingError
+from sicog_mcore.launcher import start_training
+from tests.builders import TOKENIZER, write_dataset
+
+SCRIPT = "launch/pretrain_stage15.py"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A YAML file with which training could start; its output folder is ``run`` beside it."""
+    rows = write_dataset(tmp_path, 2)
+    source = {"path": str(rows), "images": str(tmp_path / "images")}
+    values = {
+        "preset": "tiny",
+        "output": str(tmp_path / "run"),
+        "data": {"tokenizer": TOKENIZER, "sources": [source]},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds for which ranks stayed silent; nobody really waits."""
+    seconds: list[float] = []
+    monkeypatch.setattr(launcher, "time", types.SimpleNamespace(sleep=seconds.append))
+    return seconds
+
+
+def _source(path: Path, images: Path) -> str:
+    return json.dumps([{"path": str(path), "images": str(images)}])
+
+
+# name -> arguments, ranks, and for each problem: its field and value, what is wrong, the remedy
+Case = tuple[Callable[[Path], Sequence[str]], int, Sequence[tuple[str, str, str]]]
+MISTAKES: dict[str, Case] = {
+    "unknown key": (
+        lambda folder: ["--train.stepz", "3"],
+        1,
+        [("train.stepz = '3'", "no such field (command line)", "did you mean train.steps")],
+    ),
+    "misspelt preset": (lambda folder: ["--preset", "tiyn"], 1, [("preset = 'tiyn'", "is not a preset", "tiny, uhd_")]),
+    "layout": (
+        lambda folder: ["--parallel.tensor", "3"],
+        3,
+        [("parallel.tensor = 3", "tensor=3 does not divide 4 attention heads", "use 1 or 2")],
+    ),
+    "number of ranks": (
+        lambda folder: ["--parallel.tensor", "2"],
+        3,
+        [("parallel.tensor = 2", "3 ranks cannot hold whole copies", "torchrun --nproc-per-node 2, 4 or 6")],
+    ),
+    "missing data set": (
+        lambda folder: ["--data.sources", _source(folder / "none.jsonl", folder / "images")],
+        1,
+        [("data.sources[0].path", "none.jsonl': does not exist", "relative paths start at")],
+    ),
+    "missing image folder": (
+        lambda folder: ["--data.sources", _source(folder / "data.jsonl", folder / "none")],
+        1,
+        [("data.sources[0].images", "none': does not exist", "give the folder that image paths are relative to")],
+    ),
+    "image folder is a file": (
+        lambda folder: ["--data.sources", _source(folder / "data.jsonl", folder / "data.jsonl")],
+        1,
+        [("data.sources[0].images", "is not a folder", "give the folder that image paths are relative to")],
+    ),
+    "missing tokenizer": (
+        lambda folder: ["--data.tokenizer", str(folder / "none.json")],
+        1,
+        [("data.tokenizer", "none.json': is no file", "give a Hugging Face tokenizer.json")],
+    ),
+    "tokenizer larger than the model": (
+        lambda folder: ["--model.decoder.vocab_size", "512"],
+        1,
+        [("model.decoder.vocab_size = 512", "the tokenizer needs 600 tokens", "make it at least 600")],
+    ),
+    "output below a file": (
+        lambda folder: ["--output", str(folder / "data.jsonl" / "run")],
+        1,
+        [("output = ", "data.jsonl is not a folder", "give a folder that can be created")],
+    ),
+    "several at once": (
+        lambda folder: ["--train.steps", "abc", "--optim.lrr", "1", "--data.tokenizer", "", "--data.workers", "-1"],
+        1,
+        [
+            ("train.steps = 'abc'", "is not a whole number", "optimiser steps of the whole run"),
+            ("optim.lrr = '1'", "no such field", "did you mean optim.lr"),
+            ("data.tokenizer = ''", "no tokenizer is named", "give a Hugging Face tokenizer.json"),
+            ("data.workers = -1", "out of range", "use a finite number at least 0"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message_and_leaves_nothing_behind(
+    name: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, ranks, expected = MISTAKES[name]
+    files = sorted(config.parent.iterdir())
+    argv = [SCRIPT, "--config", str(config), *arguments(config.parent)]
+    assert start_training(argv, {"RANK": "0", "WORLD_SIZE": str(ranks)}) == 2
+    out, err = capsys.readouterr()
+    title, *lines = err.splitlines()
+    assert title == f"error: {len(expected)} configuration problem{'s' * (len(expected) > 1)}:" and not out
+    for line, (found, problem, remedy) in zip(lines, expected, strict=True):
+        assert line.startswith(f"  - {found}") and line.index(found) < line.index(problem) < line.index(remedy)
+    assert sorted(config.parent.iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("preset: tiny\ntrain:\n  steps: 3\n bad: [\n", "run.yaml:4': is not YAML: "),
+        ("preset: tiny\ntrian:\n  steps: 3\n", "trian = {'steps': 3}: no such field ("),
+        ("- preset\n", "config = ['preset']: is a group of fields ("),
+        ("\x00", "is not YAML: "),
+    ],
+)
+def test_a_file_with_a_mistake_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    config.write_text(text)
+    assert start_training([SCRIPT, "--config", str(config)], {}) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_no_arguments_say_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start_training([SCRIPT], {}) == 2
+    paths = [line.split(" = ")[0] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert paths == ["  - preset", "  - data.sources", "  - data.tokenizer"]
+
+
+def test_an_unreadable_image_folder_is_one_message(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = config.parent / "images"
+    access = os.access  # the administrator may read everything, so the answer is made up
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != images and access(path, mode))
+    assert start_training([SCRIPT, "--config", str(config)], {}) == 2
+    assert f"images = {str(images)!r}: cannot be read; give this user the right" in capsys.readouterr().err
+
+
+def test_other_ranks_are_silent_and_let_the_first_one_speak(
+    config: Path, capsys: pytest.CaptureFixture[str], waited: list[float]
+) -> None:
+    argv = [SCRIPT, "--config", str(config), "--parallel.tensor", "3"]
+    assert start_training(argv, {"RANK": "2", "WORLD_SIZE": "3"}) == 2
+    assert capsys.readouterr() == ("", "") and waited == [launcher.SPEAKER_FIRST_S]
+
+
+def _trains_until(monkeypatch: pytest.MonkeyPatch, end: BaseException) -> None:
+    def run(*_: object) -> None:
+        raise end
+
+    module = types.ModuleType("sicog_mcore.train.run")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said_by_first", "said_by_second"),
+    [
+        (DataError("too many bad samples"), 17, "error: too many bad samples\n", "error: too many bad samples\n"),
+        (PeerError("another rank says why"), 17, "error: another rank says why\n", ""),
+        (TrainingError("step 7: loss nan"), 17, "error: step 7: loss nan\n", ""),
+        (SicogError("broken"), 1, "error: broken\n", ""),
+        (
+            KeyboardInterrupt("after step 7"),
+            130,
+            "interrupted after step 7; the same command resumes from the newest checkpoint\n",
+            "",
+        ),
+    ],
+)
+def test_the_end_of_a_run_has_its_exit_code_and_its_speaker(
+    end: BaseException,
+    code: int,
+    said_by_first: str,
+    said_by_second: str,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    waited: list[float],
+) -> None:
+    _trains_until(monkeypatch, end)
+    for rank, said in enumerate((said_by_first, said_by_second)):
+        assert start_training([SCRIPT, "--config", str(config)], {"RANK": str(rank), "WORLD_SIZE": "2"}) == code
+        assert capsys.readouterr() == ("", said)
+    assert len(waited) == (said_by_second == "")
