@@ -6,11 +6,12 @@ torchrun --nproc-per-node 2 launch/warmup_stage0.py reasoning --config examples/
 
 import os
 import sys
+from collections.abc import Mapping
 
 from sicog_mcore.launcher import start_training
-from sicog_mcore.stages import PERCEPTION, REASONING
+from sicog_mcore.stages import PERCEPTION, REASONING, Stage
 
-KINDS = {"perception": PERCEPTION, "reasoning": REASONING}
+KINDS: Mapping[str, Stage] = {"perception": PERCEPTION, "reasoning": REASONING}
 
 if __name__ == "__main__":
     script, *words = sys.argv

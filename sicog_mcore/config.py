@@ -165,7 +165,7 @@ class DataConfig:
 
     Args:
         sources: data sets, read as one.
-        tokenizer: a Hugging Face tokenizer.json file.
+        tokenizer: a Hugging Face tokenizer.json, a SentencePiece .model, or the folder of one.
         template: chat template.
         system_prompt: system turn of samples that bring none; empty for no system turn.
         token_budget: length of a packed sequence (tokens, visual tokens included).

@@ -6,8 +6,8 @@
     python tools/convert.py unpickle mm_projector.bin --out projector.safetensors
 
 Training imports by itself (the same --init fields); `import` is for checking beforehand, and for importing once for many
-runs: its result is given as --init.checkpoint. `import --dry-run` reads headers only. Larger models: start it with torchrun,
-and give --parallel.tensor and --parallel.pipeline (import) or --tensor and --pipeline (export).
+runs: its result is given as --init.checkpoint. `import --dry-run` reads headers only. Models larger than one machine's
+memory: start it with torchrun, and give --tensor and --pipeline; what is written does not depend on them.
 Exit code 0: done; 1: --verify found a difference; 2: something does not fit, and the message says what.
 """
 
@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,10 +48,10 @@ from sicog_mcore.parallel.topology import Topology, start_topology, stop_topolog
 from sicog_mcore.train.run import build_chunks, plan_build
 
 EXIT_DIFFERS = 1
-DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Mapping[str, torch.dtype | None] = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS, SEED = 64, 0  # of the batch that is compared
 # Largest difference, relative to the largest value: rounding in fp32, and in bf16 over many layers.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,13 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     for name in ("megatron", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         if rest and options.command is not import_weights:
             raise CheckpointError(f"unknown arguments: {' '.join(rest)}")
         return int(options.command(options, rest))
     except SicogError as error:
-        if is_main:
+        if options.is_main:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
     finally:
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(is_main=True)  # until the ranks know each other
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("import", help="other weights -> one of our checkpoints, without optimizer state")
     command.usage = (
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="FOLDER", help="the new checkpoint, for --init.checkpoint")
     command.add_argument("--dry-run", action="store_true", help="print names and shapes on both sides, read no tensor")
     command.add_argument("--verify", action="store_true", help="compare with transformers on a seeded batch")
+    _add_layout(command)
     command.set_defaults(command=import_weights)
     command = commands.add_parser("export", help="one of our checkpoints -> a folder for transformers")
     command.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a run, or one checkpoint")
@@ -93,8 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fill-from", type=Path, metavar="CLIP", help="tower: take the layers we do not build from here"
     )
     command.add_argument("--shard-gb", type=float, default=4.0, help="largest shard (GiB), held in memory (default 4)")
-    command.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, under torchrun")
-    command.add_argument("--pipeline", type=int, default=1, help="pipeline stages, under torchrun")
+    _add_layout(command)
     command.add_argument("--verify", action="store_true", help="compare with transformers on a seeded batch")
     command.set_defaults(command=export_weights)
     command = commands.add_parser("inspect", help="family, names, shapes, dtypes, parameters per part")
@@ -107,19 +108,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_layout(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, under torchrun")
+    command.add_argument("--pipeline", type=int, default=1, help="pipeline stages, under torchrun")
+
+
+def _start(options: Any, parallel: ParallelConfig) -> Topology:
+    topology = start_topology(parallel, SEED)
+    options.is_main = topology.is_main
+    return topology
+
+
 def import_weights(options: Any, rest: list[str]) -> int:
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    # A recipe's layout is for training; what is written here loads under any.
-    one_rank = ["tensor=1", "pipeline=1", "virtual_pipeline=1", "sequence=false"]
-    layout = [f"--parallel.{value}" for value in one_rank] if world_size == 1 else []
-    experiment = load_experiment([*rest, *layout, "--train.attention=auto"], world_size)
+    # A recipe's layout is for training; this is another program on other ranks.
+    layout = (f"tensor={options.tensor}", f"pipeline={options.pipeline}", "virtual_pipeline=1", "sequence=false")
+    overrides = [*(f"--parallel.{value}" for value in layout), "--train.attention=auto"]
+    experiment = load_experiment([*rest, *overrides], options.tensor * options.pipeline)
     if options.dry_run:
-        return _print_plan(experiment, start_topology(experiment.parallel, experiment.train.seed))
+        return _print_plan(experiment, _start(options, experiment.parallel))
     if options.out is None:
         raise CheckpointError("nothing to write to; give --out FOLDER, or --dry-run")
     require_free(options.out)
     build = plan_build(experiment)
-    topology = start_topology(experiment.parallel, experiment.train.seed)
+    topology = _start(options, experiment.parallel)
     chunks = build_chunks(build, topology)
     initialise(chunks, experiment.train.seed)
     _say(topology, *import_init(chunks, experiment, topology))
@@ -137,7 +148,7 @@ def import_weights(options: Any, rest: list[str]) -> int:
 
 def export_weights(options: Any, rest: list[str]) -> int:
     require_free(options.out)
-    topology = start_topology(ParallelConfig(tensor=options.tensor, pipeline=options.pipeline), SEED)
+    topology = _start(options, ParallelConfig(tensor=options.tensor, pipeline=options.pipeline))
     folder = find_weights(options.checkpoint, topology)
     if folder is None:
         raise CheckpointError(
@@ -170,7 +181,7 @@ def _for_export(experiment: Experiment, options: Any, topology: Topology) -> Exp
 
 
 def inspect_path(options: Any, rest: list[str]) -> int:
-    topology = start_topology(ParallelConfig(), SEED)
+    topology = _start(options, ParallelConfig())
     folder = find_weights(options.path, topology)
     if folder is not None:
         experiment = read_experiment(folder)
@@ -232,8 +243,11 @@ def unpickle(options: Any, rest: list[str]) -> int:
     try:
         tensors = torch.load(options.path, map_location="cpu", weights_only=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, options.out, {"format": "pt"})
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, ImportError) as error:
-        raise CheckpointError(f"{options.path} does not hold tensors by name alone: {error}") from error
+    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        # Not torch's own words: they advise to load it in the unsafe way.
+        raise CheckpointError(
+            f"{options.path} cannot be read as tensors by name alone ({type(error).__name__}); ask for a safetensors file"
+        ) from error
     print(f"written: {options.out} ({len(tensors)} tensors)")
     return 0
 

@@ -113,7 +113,8 @@ def load_parts(
     except CheckpointingException as error:
         raise CheckpointError(f"{folder} does not hold this model: {error}") from error
     for name, chunk in _named(chunks):
-        outcome = chunk.load_state_dict(loaded[name], strict=False)
+        # A later pipeline stage has nothing of tower and resampler, and Megatron drops what is empty.
+        outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
         left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA not in key]
         assert not left and not outcome.unexpected_keys, f"not filled: {left}, unknown: {outcome.unexpected_keys}"
     return [f"{part}: {folder} ({saved.train.precision} -> {experiment.train.precision})" for part in parts]

@@ -177,7 +177,9 @@ def _fill(
     dtype = str(plan.transfers[0].target.dtype).removeprefix("torch.")
     ignored = f", {len(plan.ignored)} unused" if plan.ignored else ""
     count = sum(len(transfer.sources) for transfer in plan.transfers)
-    return f"{part}: {count} tensors of {path} ({plan.family.about}; {'/'.join(plan.dtypes)} -> {dtype}{ignored}){warning}"
+    return (
+        f"{part}: {count} tensors of {path} ({plan.family.about}; {'/'.join(plan.dtypes)} -> {dtype}{ignored}){warning}"
+    )
 
 
 def _require_equal(files: WeightFiles, name: str, twin: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sicog_mcore.config import Experiment, SourceConfig
+from sicog_mcore.config import Experiment, InitConfig, SourceConfig
 from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators
 from sicog_mcore.data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from sicog_mcore.errors import ConfigProblem
@@ -25,7 +25,7 @@ def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
     problems = [problem for number, source in enumerate(sources) for problem in check_source(number, source)]
     if not sources:
         problems.append(ConfigProblem("data.sources", (), "no data set is named", SOURCE_EXAMPLE))
-    return [*problems, *_check_tokenizer(experiment), *_check_output(experiment.output)]
+    return [*problems, *_check_tokenizer(experiment), *_check_init(experiment.init), *_check_output(experiment.output)]
 
 
 def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
@@ -68,6 +68,14 @@ def _relative_to_here() -> str:
 
 def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+
+
+def _check_init(init: InitConfig) -> list[ConfigProblem]:
+    return [
+        ConfigProblem(f"init.{name}", path, "does not exist", _relative_to_here())
+        for name, path in vars(init).items()
+        if path and not Path(path).exists()
+    ]
 
 
 def _check_output(output: str) -> list[ConfigProblem]:

@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
+from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, Part
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
@@ -59,10 +60,19 @@ def plan_build(experiment: Experiment) -> Build:
     return Build(experiment, layers, attention, decoder)
 
 
-def build_model(build: Build, topology: Topology) -> TrainableModel:
-    """This rank's part of the model with first weights, gradient buffers and optimizer."""
+def build_model(
+    build: Build, topology: Topology, notice: Callable[[str], None] = lambda _: None, imports: bool = True
+) -> TrainableModel:
+    """This rank's part of the model with first weights, gradient buffers and optimizer.
+
+    Args:
+        notice: is told where weights came from.
+        imports: read the weights that ``init`` names; they do not matter where a checkpoint follows.
+    """
     chunks = build_chunks(build, topology)
     initialise(chunks, build.experiment.train.seed)
+    for line in import_init(chunks, build.experiment, topology) if imports else []:
+        notice(line)
     return wrap_model(chunks, build.decoder, build.experiment, topology)
 
 
@@ -124,7 +134,9 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     console = Console(topology.is_main, experiment.train.log_every)
     store = CheckpointStore(experiment, topology)
     found = store.find()
-    model = build_model(build, topology)
+    # The first weights are also the reference of preferences, so these need them on a resumed run too.
+    imports = found.step is None or experiment.objective == "dpo"
+    model = build_model(build, topology, console.notice, imports)
     objective, complete = build_objective(build, topology, model, console.notice)
     state, notes = store.load(model, found.step) if found.step is not None else (RunState(), [])
     feed = Feed(experiment, topology, state.loader, first_step=state.step + 1, complete=complete)

@@ -154,7 +154,7 @@ def _score(rank: Rank, experiment: Experiment) -> dict[str, Any]:
             for turns in conversations(pair)
         ]
     policy = torch.stack([part.sum() for part in tokens])
-    reference = policy + torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 5
+    reference = policy + torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 5 - 2
     batch = replace(join([encoder.encode(pair) for pair in pairs]), pair_reference=reference)
 
     seen: list[int] = []

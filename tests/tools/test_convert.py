@@ -154,7 +154,7 @@ def test_an_old_projector_file_becomes_safetensors_and_nothing_but_tensors_is_op
     new = tmp_path / "new.safetensors"
     assert convert.main(["unpickle", str(tmp_path / "mm_projector.bin"), "--out", str(new)]) == 0
     assert convert.main(["import", *TINY, "--init.resampler", str(new), "--out", str(tmp_path / "ours")]) == 0
-    assert "resampler: 12 tensors" in capsys.readouterr().out
+    assert "resampler: 14 tensors" in capsys.readouterr().out
     torch.save({"x": Path("/")}, tmp_path / "evil.bin")
     for name in ("evil.bin", "nowhere.bin"):
         assert convert.main(["unpickle", str(tmp_path / name), "--out", str(tmp_path / "y.safetensors")]) == 2
@@ -190,7 +190,7 @@ def test_it_runs_under_torchrun_on_cut_weights(foreign: Path, tmp_path: Path) ->
         return result.stdout
 
     ours, out = tmp_path / "ours", tmp_path / "out"
-    printed = torchrun("import", *TINY, *sources(foreign), "--parallel.tensor=2", "--out", str(ours))
+    printed = torchrun("import", *TINY, *sources(foreign), "--tensor", "2", "--out", str(ours))
     assert printed.count("decoder: 27 tensors") == 1
     torchrun("export", "--checkpoint", str(ours), "--out", str(out), "--what", "decoder", "--pipeline", "2")
     found, expected = (load_file(folder / "model.safetensors") for folder in (out, foreign / "qwen2"))

@@ -49,7 +49,7 @@ def four_pairs() -> tuple[PackedBatch, Tensor]:
     g = torch.Generator().manual_seed(3)
     losses = torch.rand(int((batch.labels != IGNORED_LABEL).sum()), generator=g) * 5
     log_probs = answer_log_probs(batch, losses)
-    return replace(batch, pair_reference=log_probs + torch.randn(8, generator=g, dtype=torch.float64) * 4), losses
+    return replace(batch, pair_reference=log_probs + torch.randn(8, generator=g, dtype=torch.float64) * 4 - 5), losses
 
 
 def per_token(losses: Tensor) -> list[list[float]]:
