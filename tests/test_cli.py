@@ -230,10 +230,10 @@ def test_a_configuration_is_checked_without_torch_and_at_once() -> None:
 
 
 @pytest.mark.parametrize(("example", "ranks"), [("demo.yaml", 2), ("stage15_qwen2_7b.yaml", 8)])
-def test_an_example_lacks_nothing_but_its_data(
+def test_an_example_lacks_nothing_but_its_data_and_weights(
     example: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = Path(__file__).parents[1] / "examples" / example
     monkeypatch.chdir(tmp_path)  # where no data was prepared
     problems = check_inputs(load_experiment(["--config", str(file)], ranks))
-    assert problems and all(problem.path.startswith("data.") for problem in problems), problems
+    assert problems and all(problem.path.startswith(("data.", "init.")) for problem in problems), problems

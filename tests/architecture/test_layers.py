@@ -126,7 +126,7 @@ def test_nothing_imports_a_banned_package(file: Path) -> None:
     ("file", "code"),
     [
         ("sicog_mcore/config.py", "import torch"),
-            ("sicog_mcore/validation.py", "def f():\n    import jsonargparse"),
+        ("sicog_mcore/validation.py", "def f():\n    import jsonargparse"),
         ("sicog_mcore/data/slicing.py", "from megatron.core import tensor_parallel"),
         ("sicog_mcore/data/slicing.py", "from sicog_mcore.model.tower import Tower"),
         ("sicog_mcore/model/tower.py", "from sicog_mcore.data.loader import Loader"),
