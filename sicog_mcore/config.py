@@ -22,6 +22,7 @@ class SlicingConfig:
         max_slices: largest number of slices of an image, the overview not counted.
         layout: "stitched" puts all slices into one raster map with a separator after each row, overview last;
             "per_slice" writes each slice's tokens followed by its own separator, overview last.
+        overview_only: encode the overview alone, as SICOG's alignment stage does.
         separators: "real" uses the tokenizer's newline and comma; "legacy" the ids 13 and 29892 of released SICOG weights.
     """
 
@@ -29,6 +30,7 @@ class SlicingConfig:
     max_slices: int = 7
     layout: Literal["stitched", "per_slice"] = "stitched"
     separators: Literal["real", "legacy"] = "real"
+    overview_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class DecoderConfig:
         rope_base: base of the rotary frequencies.
         rope_scaling_factor: Llama-3.1 frequency scaling; 1 turns it off.
         qkv_bias: biases on query, key and value (Qwen2).
+        qk_norm: RMS norm of every query and key head (Qwen3).
         tie_embeddings: one table for input and output.
         norm_eps: epsilon of the RMS norms.
         mcore: further fields of Megatron's TransformerConfig, by name (escape hatch).
@@ -120,6 +123,7 @@ class DecoderConfig:
     rope_base: int = 1_000_000
     rope_scaling_factor: float = 1.0
     qkv_bias: bool = True
+    qk_norm: bool = False
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     mcore: dict[str, bool | int | float | str] = field(default_factory=dict)
@@ -161,7 +165,7 @@ class DataConfig:
 
     Args:
         sources: data sets, read as one.
-        tokenizer: a Hugging Face tokenizer.json file.
+        tokenizer: a Hugging Face tokenizer.json, a SentencePiece .model, or the folder of one.
         template: chat template.
         system_prompt: system turn of samples that bring none; empty for no system turn.
         token_budget: length of a packed sequence (tokens, visual tokens included).
@@ -264,7 +268,10 @@ class TrainConfig:
 
     Args:
         steps: optimiser steps of the whole run.
-        packs_per_step: packed sequences per optimiser step, over all ranks (the global batch).
+        packs_per_step: global batch in packed sequences, over all ranks.
+        samples_per_step: global batch in samples, as SICOG states it: a step packs these, however many packs they need.
+        tokens_per_step: global batch in tokens (padding included), a multiple of ``data.token_budget``. At most one of the
+            last two is given; 0 leaves it to the others.
         seed: seed of weights and data order.
         precision: "bf16" keeps fp32 master weights; "fp32" is for checks.
         recompute_decoder: activations recomputed in the backward pass of the decoder.
@@ -277,6 +284,8 @@ class TrainConfig:
 
     steps: int = 1000
     packs_per_step: int = 32
+    samples_per_step: int = 0
+    tokens_per_step: int = 0
     seed: int = 42
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute_decoder: Literal["none", "selective", "full"] = "none"
@@ -304,6 +313,45 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where first weights come from. An empty path leaves a part as it is drawn at random.
+
+    A path is a Hugging Face folder or .safetensors file, one of our checkpoint folders (``checkpoints/step_N``), or the
+    output folder of a run (its newest checkpoint). Ignored when the run resumes from its own checkpoint.
+
+    Args:
+        checkpoint: weights of all parts that have no path of their own.
+        tower: weights of the vision tower.
+        resampler: weights of the resampler.
+        decoder: weights of the decoder.
+    """
+
+    checkpoint: str = ""
+    tower: str = ""
+    resampler: str = ""
+    decoder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+    """Direct preference optimisation over pairs of answers; used when ``objective`` is "dpo".
+
+    Args:
+        loss: form of the preference loss.
+        beta: strength of the pull towards the reference model.
+        label_smoothing: share of pairs whose preference is taken to be wrong (sigmoid loss).
+        sft_weight: factor of the next-token loss on chosen answers.
+        reference: "precomputed" log-probabilities, written once to the output folder, or a "frozen" copy of the model.
+    """
+
+    loss: Literal["sigmoid", "hinge", "ipo", "kto_pair"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    reference: Literal["precomputed", "frozen"] = "precomputed"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One run, whole.
 
@@ -316,6 +364,9 @@ class Experiment:
         optim: optimiser and schedule.
         train: loop, precision and logging.
         checkpoint: saving and resuming.
+        init: where first weights come from.
+        objective: next-token prediction, or preferences between pairs of answers.
+        dpo: the preference loss.
     """
 
     preset: str
@@ -326,6 +377,16 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    objective: Literal["next_token", "dpo"] = "next_token"
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packed sequences of an optimiser step; not fixed (0) where the global batch counts samples."""
+        if self.train.samples_per_step:
+            return 0
+        return self.train.tokens_per_step // max(1, self.data.token_budget) or self.train.packs_per_step
 
     def to_dict(self) -> dict:
         """Plain dictionaries, lists and scalars: what is written as JSON beside a checkpoint."""

@@ -16,16 +16,18 @@ from pathlib import Path
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.data.preflight import check_inputs
 from sicog_mcore.errors import EXIT_OK, SicogError
+from sicog_mcore.stages import Stage
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 SPEAKER_FIRST_S = 5.0
 
 
-def start_training(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+def start_training(argv: Sequence[str], environment: Mapping[str, str], stage: Stage) -> int:
     """Trains what the command line describes.
 
     Args:
         argv: of the script, its own name first.
+        stage: what the training stage fixes, see stages.py.
         environment: RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are read; without them this is a single process.
 
     Returns:
@@ -33,7 +35,7 @@ def start_training(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     is_main = int(environment.get("RANK", 0)) == 0
     try:
-        experiment = load_experiment(list(argv[1:]), int(environment.get("WORLD_SIZE", 1)), check_inputs)
+        experiment = load_experiment(list(argv[1:]), int(environment.get("WORLD_SIZE", 1)), check_inputs, stage)
         # Megatron warns of every package that is missing (tools/doctor.py explains them) and of its own plans.
         warnings.simplefilter("ignore")
         logging.getLogger("megatron").setLevel(logging.ERROR)

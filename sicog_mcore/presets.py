@@ -45,6 +45,19 @@ QWEN2_7B = DecoderConfig(
 QWEN2_72B = DecoderConfig(
     num_layers=80, hidden=8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn=29568, vocab_size=152064
 )
+SMOLLM2_135M = DecoderConfig(
+    num_layers=30,
+    hidden=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    ffn=1536,
+    vocab_size=49152,
+    rope_base=100_000,
+    qkv_bias=False,
+    tie_embeddings=True,
+    norm_eps=1e-5,
+)
 LLAMA3_1_8B = DecoderConfig(
     num_layers=32,
     hidden=4096,
@@ -69,6 +82,10 @@ def _uhd(preset: str, decoder: DecoderConfig) -> Experiment:
         decoder=decoder,
     )
     return Experiment(preset=preset, model=model, parallel=ParallelConfig(overlap_grad_reduce=True))
+
+
+def uhd_smollm2_135m() -> Experiment:
+    return _uhd("uhd_smollm2_135m", SMOLLM2_135M)
 
 
 def uhd_qwen2_0_5b() -> Experiment:
@@ -118,5 +135,13 @@ def tiny() -> Experiment:
 
 PRESETS: Mapping[str, Callable[[], Experiment]] = {
     preset.__name__: preset
-    for preset in (tiny, uhd_qwen2_0_5b, uhd_qwen2_1_5b, uhd_qwen2_7b, uhd_qwen2_72b, uhd_llama3_1_8b)
+    for preset in (
+        tiny,
+        uhd_smollm2_135m,
+        uhd_qwen2_0_5b,
+        uhd_qwen2_1_5b,
+        uhd_qwen2_7b,
+        uhd_qwen2_72b,
+        uhd_llama3_1_8b,
+    )
 }

@@ -53,8 +53,9 @@ def decoder_params(config: DecoderConfig) -> int:
     h, query, key_value = config.hidden, config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     matrices = h * (query + key_value) + query * h + 3 * h * config.ffn
     biases = query + key_value if config.qkv_bias else 0
+    head_norms = 2 * config.head_dim if config.qk_norm else 0
     tables = padded_vocab(config) * h * (1 if config.tie_embeddings else 2)
-    return config.num_layers * (matrices + biases + 2 * h) + h + tables
+    return config.num_layers * (matrices + biases + head_norms + 2 * h) + h + tables
 
 
 def model_params(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any, get_args
 
-from sicog_mcore.config import DataConfig, Experiment, ModelConfig, OptimConfig, ParallelConfig, Part
+from sicog_mcore.config import DataConfig, Experiment, ModelConfig, OptimConfig, ParallelConfig, Part, TrainConfig
 from sicog_mcore.errors import ConfigProblem
 from sicog_mcore.sizes import most_visual_tokens, padded_vocab
 
@@ -31,9 +31,10 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     *("data.workers", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale"),
     *("optim.weight_decay", "optim.clip_grad_norm", "train.seed", "train.peak_tflops"),
+    *("train.samples_per_step", "train.tokens_per_step", "dpo.beta", "dpo.sft_weight"),
 )
 ABOVE_ZERO = ("model.tower.norm_eps", "model.resampler.norm_eps", "model.decoder.norm_eps", "optim.lr", "optim.eps")
-FRACTIONS = ("data.max_bad_rate", "optim.min_lr_fraction", "optim.warmup_fraction")
+FRACTIONS = ("data.max_bad_rate", "optim.min_lr_fraction", "optim.warmup_fraction", "dpo.label_smoothing")
 BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 RULE_PATHS: Mapping[str, tuple[str, ...]] = {
@@ -54,6 +55,7 @@ def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem
         *_vision(model),
         *_decoder(model),
         *_budgets(model, data),
+        *_global_batch(experiment.train, data),
         *layout,
         *(() if layout else _ranks(experiment, world_size)),
         *_optimiser(experiment.optim, parallel),
@@ -126,6 +128,18 @@ def _budgets(model: ModelConfig, data: DataConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem("data.slice_budget", data.slice_budget, problem, fix)
 
 
+def _global_batch(train: TrainConfig, data: DataConfig) -> Iterator[ConfigProblem]:
+    if train.samples_per_step and train.tokens_per_step:
+        problem = f"the global batch is given twice, also as train.samples_per_step={train.samples_per_step}"
+        yield ConfigProblem(
+            "train.tokens_per_step", train.tokens_per_step, problem, "give one of them, 0 for the other"
+        )
+    if train.tokens_per_step and not _divides(data.token_budget, train.tokens_per_step):
+        problem = f"is no whole number of packs of {data.token_budget} tokens"
+        fix = _multiple(data.token_budget, train.tokens_per_step)
+        yield ConfigProblem("train.tokens_per_step", train.tokens_per_step, problem, fix)
+
+
 def _tensor_parallel(model: ModelConfig, data: DataConfig, parallel: ParallelConfig) -> Iterator[ConfigProblem]:
     decoder, tensor = model.decoder, parallel.tensor
     shared = [
@@ -160,9 +174,9 @@ def _pipeline(model: ModelConfig, parallel: ParallelConfig) -> Iterator[ConfigPr
 
 
 def _ranks(experiment: Experiment, world_size: int) -> Iterator[ConfigProblem]:
-    parallel, packs = experiment.parallel, experiment.train.packs_per_step
+    parallel, packs = experiment.parallel, experiment.packs_per_step
     size, stages = parallel.model_size, parallel.pipeline
-    if parallel.tensor < 1 or stages < 1 or packs < 1:
+    if parallel.tensor < 1 or stages < 1 or packs < 0:
         return
     if not _divides(size, world_size):
         problem = (

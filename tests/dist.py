@@ -1,6 +1,6 @@
 """Runs a function on several gloo ranks and hands back what each returned.
 
-A file rendezvous avoids port races; a rank's exception is raised in the test with that rank's traceback.
+Ranks are forked from a server that has imported torch and Megatron once, and has done nothing else. A file rendezvous avoids port races; a rank's exception is raised in the test with that rank's traceback.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240
+PRELOADED = ["torch", "sicog_mcore.train.run"]
 
 
 def _rank_main(function: Callable, rank: int, world_size: int, init_method: str, args: tuple, queue: Any) -> None:
@@ -43,7 +44,8 @@ class Rank:
 
 def run_ranks(function: Callable, world_size: int, *args: Any) -> list[Any]:
     """Calls ``function(rank: Rank, *args)`` in ``world_size`` fresh processes; returns the results in rank order."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         init_method = f"file://{Path(folder) / 'rendezvous'}"
         queue = context.Queue()

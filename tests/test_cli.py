@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sicog_mcore import stages
 from sicog_mcore.cli import describe_changes, experiment_from_dict, known_fields, load_experiment
 from sicog_mcore.config import Experiment, SourceConfig
 from sicog_mcore.data.preflight import check_inputs
@@ -102,7 +104,7 @@ def test_a_value_of_the_wrong_type_names_what_was_expected(path: str, value: str
         ("train.lr", "optim.lr"),
         ("paralell.tensor", "parallel.tensor"),
         ("data.workrs", "data.workers"),
-        ("checkpoint.zzz", "checkpoint.keep_last"),
+        ("checkpoint.zzz", "checkpoint.resume"),
         ("zzz", "preset"),
     ],
 )
@@ -229,11 +231,23 @@ def test_a_configuration_is_checked_without_torch_and_at_once() -> None:
     assert float(done.stdout) < START_LIMIT_S
 
 
-@pytest.mark.parametrize(("example", "ranks"), [("demo.yaml", 2), ("stage15_qwen2_7b.yaml", 8)])
-def test_an_example_lacks_nothing_but_its_data(
-    example: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STAGES = {
+    "demo": stages.PRETRAIN,
+    "stage0": stages.PERCEPTION,
+    "stage1": stages.ALIGN,
+    "stage15": stages.PRETRAIN,
+    "stage2": stages.FINETUNE,
+    "dpo": stages.DPO,
+}
+
+
+@pytest.mark.parametrize("example", sorted(file.name for file in EXAMPLES.glob("*.yaml")))
+def test_an_example_lacks_nothing_but_its_data_and_weights(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = Path(__file__).parents[1] / "examples" / example
+    stage = STAGES[re.split("[_.]", example)[0]]
     monkeypatch.chdir(tmp_path)  # where no data was prepared
-    problems = check_inputs(load_experiment(["--config", str(file)], ranks))
-    assert problems and all(problem.path.startswith("data.") for problem in problems), problems
+    ranks = 8 if "7b" in example else 2
+    problems = check_inputs(load_experiment(["--config", str(EXAMPLES / example)], ranks, stage=stage))
+    assert problems and all(problem.path.startswith(("data.", "init.")) for problem in problems), problems

@@ -15,6 +15,7 @@ import yaml
 from sicog_mcore import launcher
 from sicog_mcore.errors import DataError, PeerError, SicogError, TrainingError
 from sicog_mcore.launcher import start_training
+from sicog_mcore.stages import PRETRAIN
 from tests.builders import TOKENIZER, write_dataset
 
 SCRIPT = "launch/pretrain_stage15.py"
@@ -84,7 +85,7 @@ MISTAKES: dict[str, Case] = {
     "missing tokenizer": (
         lambda folder: ["--data.tokenizer", str(folder / "none.json")],
         1,
-        [("data.tokenizer", "none.json': is no file", "give a Hugging Face tokenizer.json")],
+        [("data.tokenizer", "none.json': holds no tokenizer", "give a Hugging Face tokenizer.json")],
     ),
     "tokenizer larger than the model": (
         lambda folder: ["--model.decoder.vocab_size", "512"],
@@ -116,7 +117,7 @@ def test_a_mistake_is_one_message_and_leaves_nothing_behind(
     arguments, ranks, expected = MISTAKES[name]
     files = sorted(config.parent.iterdir())
     argv = [SCRIPT, "--config", str(config), *arguments(config.parent)]
-    assert start_training(argv, {"RANK": "0", "WORLD_SIZE": str(ranks)}) == 2
+    assert start_training(argv, {"RANK": "0", "WORLD_SIZE": str(ranks)}, PRETRAIN) == 2
     out, err = capsys.readouterr()
     title, *lines = err.splitlines()
     assert title == f"error: {len(expected)} configuration problem{'s' * (len(expected) > 1)}:" and not out
@@ -138,12 +139,12 @@ def test_a_file_with_a_mistake_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
 ) -> None:
     config.write_text(text)
-    assert start_training([SCRIPT, "--config", str(config)], {}) == 2
+    assert start_training([SCRIPT, "--config", str(config)], {}, PRETRAIN) == 2
     assert expected in capsys.readouterr().err
 
 
 def test_no_arguments_say_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert start_training([SCRIPT], {}) == 2
+    assert start_training([SCRIPT], {}, PRETRAIN) == 2
     paths = [line.split(" = ")[0] for line in capsys.readouterr().err.splitlines()[1:]]
     assert paths == ["  - preset", "  - data.sources", "  - data.tokenizer"]
 
@@ -154,7 +155,7 @@ def test_an_unreadable_image_folder_is_one_message(
     images = config.parent / "images"
     access = os.access  # the administrator may read everything, so the answer is made up
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != images and access(path, mode))
-    assert start_training([SCRIPT, "--config", str(config)], {}) == 2
+    assert start_training([SCRIPT, "--config", str(config)], {}, PRETRAIN) == 2
     assert f"images = {str(images)!r}: cannot be read; give this user the right" in capsys.readouterr().err
 
 
@@ -162,7 +163,7 @@ def test_other_ranks_are_silent_and_let_the_first_one_speak(
     config: Path, capsys: pytest.CaptureFixture[str], waited: list[float]
 ) -> None:
     argv = [SCRIPT, "--config", str(config), "--parallel.tensor", "3"]
-    assert start_training(argv, {"RANK": "2", "WORLD_SIZE": "3"}) == 2
+    assert start_training(argv, {"RANK": "2", "WORLD_SIZE": "3"}, PRETRAIN) == 2
     assert capsys.readouterr() == ("", "") and waited == [launcher.SPEAKER_FIRST_S]
 
 
@@ -202,6 +203,8 @@ def test_the_end_of_a_run_has_its_exit_code_and_its_speaker(
 ) -> None:
     _trains_until(monkeypatch, end)
     for rank, said in enumerate((said_by_first, said_by_second)):
-        assert start_training([SCRIPT, "--config", str(config)], {"RANK": str(rank), "WORLD_SIZE": "2"}) == code
+        assert (
+            start_training([SCRIPT, "--config", str(config)], {"RANK": str(rank), "WORLD_SIZE": "2"}, PRETRAIN) == code
+        )
         assert capsys.readouterr() == ("", said)
     assert len(waited) == (said_by_second == "")

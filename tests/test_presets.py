@@ -19,7 +19,7 @@ from sicog_mcore.validation import find_problems
 CLIP_L_336 = 303_507_456
 RESAMPLER_7B = 68_963_328
 DECODERS = {"uhd_qwen2_0_5b": 494_032_768, "uhd_qwen2_7b": 7_615_616_512, "uhd_qwen2_72b": 72_706_203_648}
-PUBLISHED_BILLIONS = {"uhd_qwen2_1_5b": 1.54, "uhd_llama3_1_8b": 8.03}
+PUBLISHED_BILLIONS = {"uhd_smollm2_135m": 0.135, "uhd_qwen2_1_5b": 1.54, "uhd_llama3_1_8b": 8.03}
 
 
 @pytest.mark.parametrize(("name", "params"), DECODERS.items())

@@ -117,7 +117,7 @@ def measure(experiment: Experiment) -> Measurement:
     from sicog_mcore.train.flops import Counts, peak_tflops, step_flops
     from sicog_mcore.train.reporter import device_name
     from sicog_mcore.train.run import build_model, plan_build
-    from sicog_mcore.train.step import train_step
+    from sicog_mcore.train.step import NextToken, train_step
 
     build = plan_build(experiment)
     topology = start_topology(experiment.parallel, experiment.train.seed)
@@ -129,7 +129,7 @@ def measure(experiment: Experiment) -> Measurement:
         times = []
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             started = time.perf_counter()
-            train_step(model, batches, experiment.optim.lr)  # reads the loss, and so waits for the device
+            train_step(model, batches, experiment.optim.lr, NextToken())  # reads the loss, and so waits for the device
             times.append(time.perf_counter() - started)
         step_s = median(times[WARM_UP_STEPS:])
         device = device_name(topology.device)

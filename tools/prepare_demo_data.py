@@ -38,6 +38,11 @@ VOCAB_SIZE = 1024
 QUESTIONS_PER_SHAPE = 4
 SHAPE_SOURCE = "easy-vqa"
 DESCRIBE = "Describe the picture."
+ANSWER_KINDS = (
+    ("yes", "no"),
+    ("circle", "rectangle", "triangle"),
+    ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+)
 
 Row = dict[str, Any]
 Turns = list[tuple[str, str]]  # (question, answer)
@@ -113,6 +118,18 @@ def photographs(captions: dict[str, Any]) -> tuple[list[Item], list[Row]]:
         for kind, turns in (("caption", [caption]), ("questions", questions), ("both", [caption, *questions])):
             rows.append(conversation(f"photo-{path.stem}-{kind}", path.name, turns, source))
     return items, rows
+
+
+def preference_pairs(rows: list[Row]) -> list[Row]:
+    """Pairs for preference training: the answer of a shape's first question against a wrong one of the same kind."""
+    kinds = {answer: kind for kind in ANSWER_KINDS for answer in kind}
+    pairs = []
+    for i, row in enumerate(rows):
+        question, answer = (turn["value"] for turn in row["conversations"][:2])
+        others = [other for other in kinds[answer] if other != answer]
+        pair = {"id": f"pair-{row['id']}", "image": row["image"], "prompt": question}
+        pairs.append(pair | {"chosen": answer, "rejected": others[i % len(others)]})
+    return pairs
 
 
 def text_rows(captions: dict[str, Any]) -> list[Row]:
@@ -196,6 +213,8 @@ def write(folder: Path, num_images: int, wanted: dict[str, str | int]) -> str:
         shutil.copyfile(item.source, folder / "images" / item.name)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    pairs = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in preference_pairs(shape_rows)]
+    (folder / "pairs.jsonl").write_text("".join(pairs), encoding="utf-8")
     tokenizer = train_tokenizer(rows)
     tokenizer.save(str(folder / "tokenizer.json"))
     text = readme(photo_items, len(shape_items), len(rows), captions["caption_source"])

@@ -210,8 +210,7 @@ def _sharded_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
     # This optimizer format is the one that loads under any TP, PP and DP sizes.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": model.topology.groups.dp_cp}
     chunks = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(model)}
-    optimizer = model.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)
-    return {**chunks, "optimizer": optimizer}
+    return {**chunks, **model.sharded_optimizer_state(chunks, is_loading, metadata)}
 
 
 def _reason(error: BaseException) -> str:

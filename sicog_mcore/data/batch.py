@@ -7,7 +7,7 @@ Shapes use the project's legend (see sicog_mcore/__init__.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class EncodedSample:
         grids: int64 [k, 2]; (height, width) of each slice in patches; slices in the order of SlicePlan.encoded.
         image_slots: int64 [m]; positions in ``tokens`` that a visual token replaces.
         visual_rows: int64 [m]; which row of the resampler's output [k * q] goes into each slot.
+        pair_lengths: of a preference pair, the tokens of the chosen and of the rejected conversation, which stand one after
+            the other in ``tokens`` and show the same slices; empty for all other samples.
     """
 
     id: str
@@ -37,6 +39,7 @@ class EncodedSample:
     image_slots: Tensor
     visual_rows: Tensor
     num_images: int
+    pair_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class PackedBatch:
         image_slots: int64 [m] positions in ``tokens`` taken by visual tokens.
         visual_rows: int64 [m] rows of the resampler's output [k * q, h] that go there.
         num_tokens: positions that belong to samples (t minus padding).
+        num_pairs: preference pairs; pair i is the segments 2i (chosen) and 2i + 1 (rejected), which share their slices.
+            Either all samples of a batch are pairs or none is.
+        pair_reference: fp64 [2 * num_pairs] log-probabilities of the segments' answers under the reference model; empty
+            where there are no pairs, or where a frozen copy of the model is asked instead.
     """
 
     tokens: Tensor
@@ -67,6 +74,8 @@ class PackedBatch:
     num_tokens: int
     num_images: int
     sample_ids: tuple[str, ...]
+    num_pairs: int = 0
+    pair_reference: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
     @property
     def num_slices(self) -> int:
@@ -85,8 +94,9 @@ class PackedBatch:
                 self.cu_seqlens[0] == 0 and self.cu_seqlens[-1] == t and (self.cu_seqlens.diff() > 0).all()
             ),
             "grids cover every patch row": int(self.grids.prod(-1).sum()) == p,
-            "every visual token is used exactly once": self.visual_rows.shape == self.image_slots.shape
-            and torch.equal(self.visual_rows.sort().values, torch.arange(self.num_slices * queries_per_slice)),
+            "every visual token is used once, in a pair by both conversations": self._uses_each_row(
+                self.num_slices * queries_per_slice
+            ),
             "image slots are distinct and inside the samples": self.image_slots.unique().numel()
             == self.image_slots.numel()
             and (self.image_slots.numel() == 0 or int(self.image_slots.max()) < self.num_tokens),
@@ -98,6 +108,16 @@ class PackedBatch:
         if broken:
             raise ValueError(f"packed batch of samples {list(self.sample_ids)} is inconsistent: {'; '.join(broken)}")
         return self
+
+    def _uses_each_row(self, num_rows: int) -> bool:
+        if self.visual_rows.shape != self.image_slots.shape:
+            return False
+        users = [self.visual_rows]
+        if self.num_pairs:
+            segments = torch.searchsorted(self.cu_seqlens.long(), self.image_slots, right=True) - 1  # [m]
+            users = [self.visual_rows[segments % 2 == 0], self.visual_rows[segments % 2 == 1]]
+        once = torch.arange(num_rows)
+        return torch.equal(users[0], users[-1]) and torch.equal(users[0].sort().values, once)
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grids"}

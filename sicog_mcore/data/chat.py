@@ -7,21 +7,18 @@ ordinary text, so no data set can open or close a turn.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tokenizers import Tokenizer
-
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, Role, Turn
+from sicog_mcore.data.tokenizer import CONTROL_TOKEN, Tokenizer, load_tokenizer
 
 IMAGE_MARKER = -1
 LEGACY_NEWLINE, LEGACY_COMMA = (
     13,
     29892,
 )  # newline and comma of Llama-2, which released SICOG weights use with any tokenizer
-CONTROL_TOKEN = re.compile(r"(<\|\w+\|>)")
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,6 @@ class ChatTokens:
     supervised: tuple[bool, ...]
 
 
-def load_tokenizer(path: str) -> Tokenizer:
-    """Reads a Hugging Face tokenizer.json, set so that text never yields control tokens."""
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 def find_separators(tokenizer: Tokenizer, kind: Literal["real", "legacy"]) -> Separators:
     """Ids of newline and comma, see ``SlicingConfig.separators``.
 
@@ -119,7 +109,7 @@ def find_separators(tokenizer: Tokenizer, kind: Literal["real", "legacy"]) -> Se
     """
     if kind == "legacy":
         return Separators(LEGACY_NEWLINE, LEGACY_COMMA)
-    encoded = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in ("\n", ",")}
+    encoded = {text: tokenizer.encode(text) for text in ("\n", ",")}
     for text, ids in encoded.items():
         if len(ids) != 1:
             raise ValueError(f"the tokenizer writes {text!r} as {len(ids)} tokens, expected one; use separators legacy")
@@ -130,23 +120,19 @@ class Chat:
     """Writes conversations in one template with one tokenizer.
 
     Args:
-        tokenizer_path: tokenizer.json.
+        tokenizer_path: see ``load_tokenizer``.
         template: key of TEMPLATES.
         system_prompt: system turn of conversations that bring none; empty, or a template without roles: no such turn.
     """
 
     def __init__(self, tokenizer_path: str, template: str, system_prompt: str) -> None:
-        self._arguments = (tokenizer_path, template, system_prompt)
+        self._names = (tokenizer_path, template)
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.template = TEMPLATES[template]
         has_default = bool(system_prompt) and self.template.names_roles
         self._default_system = (Turn("system", system_prompt),) if has_default else ()
         self.pad_id = self._control_id(self.template.padding)
         self.end_id = self._control_id(self.template.answer_end)
-
-    def __reduce__(self) -> tuple[type[Chat], tuple[str, str, str]]:
-        """Workers load the tokenizer anew: a pickled one forgets that control tokens in text are text."""
-        return Chat, self._arguments
 
     def tokenize(self, turns: Iterable[Turn]) -> ChatTokens:
         """A whole conversation; only the assistant's text and the token that ends it are supervised."""
@@ -159,7 +145,7 @@ class Chat:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, control tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer.decode(ids)
 
     def _write(self, turns: tuple[Turn, ...]) -> list[tuple[list[int], bool]]:
         """Runs of ids, each supervised or not as a whole."""
@@ -169,7 +155,7 @@ class Chat:
         for turn in turns:
             runs.append((self._text_ids(self.template.header.format(role=turn.role)), False))
             if turn.role == "assistant":
-                runs.append((self._data_ids(turn.text) + [self.end_id], True))
+                runs.append((self.tokenizer.encode(turn.text) + [self.end_id], True))
                 runs.append((self._text_ids(self.template.after_answer), False))
             else:
                 runs.append((self._content_ids(turn.role, turn.text), False))
@@ -179,24 +165,21 @@ class Chat:
     def _content_ids(self, role: Role, text: str) -> list[int]:
         """Text of a turn the model does not learn; in user turns ``<image>`` becomes a marker."""
         if role != "user":
-            return self._data_ids(text)
-        first, *others = (self._data_ids(part) for part in text.split(IMAGE_PLACEHOLDER))
+            return self.tokenizer.encode(text)
+        first, *others = (self.tokenizer.encode(part) for part in text.split(IMAGE_PLACEHOLDER))
         return first + [token for part in others for token in (IMAGE_MARKER, *part)]
-
-    def _data_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _text_ids(self, template_text: str) -> list[int]:
         """Template text: control tokens by id, the rest as text."""
         ids: list[int] = []
         for part in CONTROL_TOKEN.split(template_text):
-            ids += [self._control_id(part)] if CONTROL_TOKEN.fullmatch(part) else self._data_ids(part)
+            ids += [self._control_id(part)] if CONTROL_TOKEN.fullmatch(part) else self.tokenizer.encode(part)
         return ids
 
     def _control_id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            path, template, _ = self._arguments
+            path, template = self._names
             raise ValueError(f"{path} has no token {token}, which the {template} template needs; change data.template")
         return found
 

@@ -16,6 +16,7 @@ from sicog_mcore.config import DataConfig, ModelConfig
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
 from sicog_mcore.data.chat import IMAGE_MARKER, Chat, ChatTokens, find_separators
 from sicog_mcore.data.decode import decode_image, read_bytes, read_size
+from sicog_mcore.data.pairs import conversations
 from sicog_mcore.data.patches import cut_patches
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, lay_out, plan_slices
@@ -26,7 +27,7 @@ TEXT = -1  # in _Stream.rows: this position is no visual token
 
 @dataclass(frozen=True)
 class Measured:
-    """What a sample takes of the budgets: tokens with visual ones, slices with overviews."""
+    """What a sample takes of the budgets: tokens with visual ones, of both conversations of a pair; slices once."""
 
     id: str
     num_tokens: int
@@ -74,9 +75,9 @@ class Encoder:
             SampleError: whatever makes the sample unusable and can be seen without decoding pixels.
         """
         plans = [self._plan(read_bytes(image)) for image in sample.images]
-        full = self._write(self.chat.tokenize(sample.turns), plans)
-        fitted = self._fit(full)
-        return Measured(sample.id, len(fitted.tokens), _num_slices(plans), len(fitted.tokens) < len(full.tokens))
+        full = [self._write(self.chat.tokenize(turns), plans) for turns in conversations(sample)]
+        length, fitted = _length(full), _length(self._fit(full))
+        return Measured(sample.id, fitted, _num_slices(plans), fitted < length)
 
     def encode(self, sample: Sample) -> EncodedSample:
         """The sample with its pixels cut into patches; as many tokens and slices as ``measure`` says.
@@ -84,7 +85,7 @@ class Encoder:
         Raises:
             SampleError: as ``measure``, and images whose pixels cannot be decoded.
         """
-        return self._encode(sample, self.chat.tokenize(sample.turns), is_prompt=False)
+        return self._encode(sample, [self.chat.tokenize(turns) for turns in conversations(sample)], is_prompt=False)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The sample without its last answer, open for generation; no position is supervised.
@@ -93,25 +94,28 @@ class Encoder:
             SampleError: as ``encode``.
         """
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
-        return self._encode(sample, self.chat.open_prompt(turns), is_prompt=True)
+        return self._encode(sample, [self.chat.open_prompt(turns)], is_prompt=True)
 
-    def _encode(self, sample: Sample, chat: ChatTokens, *, is_prompt: bool) -> EncodedSample:
+    def _encode(self, sample: Sample, chats: list[ChatTokens], *, is_prompt: bool) -> EncodedSample:
+        """The conversations of a sample one after the other; all of them show the same slices."""
         images = [read_bytes(image) for image in sample.images]
         plans = [self._plan(image) for image in images]
-        full = self._write(chat, plans)
-        stream = full if is_prompt else self._fit(full)
+        full = [self._write(chat, plans) for chat in chats]
+        streams = full if is_prompt else self._fit(full)
+        stream = _join(streams)
         pixels = [cut_patches(decode_image(i, self._data), p) for i, p in zip(images, plans, strict=True)]
         no_pixels = torch.empty(0, self._model.tower.patch_dim, dtype=torch.uint8)
         is_visual = stream.rows != TEXT
         return EncodedSample(
             id=sample.id,
             tokens=torch.from_numpy(stream.tokens),
-            labels=torch.from_numpy(_shifted_labels(stream)),
+            labels=torch.from_numpy(np.concatenate([_shifted_labels(part) for part in streams])),
             patches=torch.cat([no_pixels, *pixels]),  # [p, 3 * patch_px**2]
             grids=torch.tensor([size for plan in plans for size in plan.encoded], dtype=torch.int64).reshape(-1, 2),
             image_slots=torch.from_numpy(np.flatnonzero(is_visual)),
             visual_rows=torch.from_numpy(stream.rows[is_visual]),
             num_images=len(images),
+            pair_lengths=tuple(len(part.tokens) for part in streams) if len(streams) > 1 else (),
         )
 
     def _plan(self, image: bytes) -> SlicePlan:
@@ -132,11 +136,7 @@ class Encoder:
             start = marker + 1
             first_row += len(plan.encoded) * self._model.resampler.queries
         parts.append(text.part(start, len(ids)))
-        return _Stream(
-            tokens=np.concatenate([part.tokens for part in parts]),
-            supervised=np.concatenate([part.supervised for part in parts]),
-            rows=np.concatenate([part.rows for part in parts]),
-        )
+        return _join(parts)
 
     def _write_image(self, plan: SlicePlan, first_row: int) -> _Stream:
         """The stream of one image, whose first slice's output starts at ``first_row``."""
@@ -147,17 +147,33 @@ class Encoder:
         rows = np.where(layout >= 0, layout + first_row, TEXT)
         return _Stream(tokens, np.zeros(len(layout), dtype=np.bool_), rows)
 
-    def _fit(self, stream: _Stream) -> _Stream:
-        """Holds a stream against the token budget and makes sure that something is left to learn."""
-        length, limit = len(stream.tokens), self._data.token_budget
+    def _fit(self, streams: list[_Stream]) -> list[_Stream]:
+        """Holds a sample's streams against the token budget and makes sure that something is left to learn.
+
+        A pair is never cut: its loss compares whole answers.
+        """
+        length, limit = _length(streams), self._data.token_budget
         if length > limit:
-            answer = _last_answer(stream)
-            if self._data.too_long == "quarantine" or limit <= answer or (stream.rows[limit:] != TEXT).any():
+            last = streams[-1]
+            is_fixed = self._data.too_long == "quarantine" or len(streams) > 1
+            if is_fixed or limit <= _last_answer(last) or (last.rows[limit:] != TEXT).any():
                 raise SampleError("too_long", f"{length} tokens, at most {limit} fit; raise data.token_budget")
-            stream = stream.part(0, limit)
-        if not stream.supervised[1:].any():
+            streams = [last.part(0, limit)]
+        if not all(stream.supervised[1:].any() for stream in streams):
             raise SampleError("no_labels", "no token is supervised; the sample needs an answer of the assistant")
-        return stream
+        return streams
+
+
+def _join(parts: list[_Stream]) -> _Stream:
+    return _Stream(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        supervised=np.concatenate([part.supervised for part in parts]),
+        rows=np.concatenate([part.rows for part in parts]),
+    )
+
+
+def _length(streams: list[_Stream]) -> int:
+    return sum(len(stream.tokens) for stream in streams)
 
 
 def _num_slices(plans: list[SlicePlan]) -> int:

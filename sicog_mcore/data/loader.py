@@ -11,9 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -26,7 +26,9 @@ from sicog_mcore.config import DataConfig, Experiment, ModelConfig
 from sicog_mcore.data.batch import EncodedSample, PackedBatch
 from sicog_mcore.data.encode import Encoder, Measured
 from sicog_mcore.data.packing import PackPlan, collate, pack_window
+from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.quarantine import Quarantine, Rejection
+from sicog_mcore.data.rows import build_sample
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import DataError, SampleError
@@ -152,12 +154,12 @@ class _Task:
 
 
 class Loader(Iterator[PackedBatch]):
-    """Endless iterator over one replica's batches; ``packs_per_step / size`` of them are one optimiser step.
+    """Endless iterator over one replica's batches; ``ends_step`` says which is the last one of an optimiser step.
 
     Args:
         experiment: data, model sizes, seed and packs per step.
         rank: this replica among the data-parallel ones.
-        size: number of replicas; divides ``train.packs_per_step``.
+        size: number of replicas; divides the packs of a step.
         quarantine: takes the bad samples of this replica.
         state: where to start.
         pin_memory: put batches into page-locked memory (needs CUDA).
@@ -173,9 +175,15 @@ class Loader(Iterator[PackedBatch]):
         pin_memory: bool = False,
     ) -> None:
         data, model = experiment.data, experiment.model
-        self._packs_per_step = experiment.train.packs_per_step
+        self._packs_per_step = experiment.packs_per_step
         assert self._packs_per_step % size == 0, f"{self._packs_per_step} packs cannot be shared by {size} replicas"
-        samples, encoder = open_sources(data.sources, data), Encoder(model, data)
+        if experiment.train.samples_per_step:
+            data = replace(data, window_samples=experiment.train.samples_per_step)
+        parallel = experiment.parallel
+        # The interleaved schedule takes micro-batches in groups of as many as there are stages.
+        self._packs_multiple = size * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+        build = build_pair if experiment.objective == "dpo" else build_sample
+        samples, encoder = open_sources(data.sources, data, build), Encoder(model, data)
         self.num_rows = len(samples)
         self._planner = WindowPlanner(samples, encoder, data, experiment.train.seed)
         self._builder = PackBuilder(samples, encoder, model, data)
@@ -191,6 +199,7 @@ class Loader(Iterator[PackedBatch]):
         self._workers: list[BaseProcess] = []
         self._pending: deque[_Task] = deque()  # announced to the workers, not yet consumed
         self._batches = self._decode(state)
+        self._ends_step = True
         self.wait_s = 0.0
 
     def __next__(self) -> PackedBatch:
@@ -207,8 +216,14 @@ class Loader(Iterator[PackedBatch]):
         for rejection in rejected:
             self._quarantine.record(rejection)
         self._quarantine.accept(len(batch.sample_ids))
+        self._ends_step = task.after is not None
         self._state = task.after or self._state
         return batch
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the last batch was the last one of an optimiser step."""
+        return self._ends_step
 
     def state(self) -> LoaderState:
         """Where the first step begins that is not wholly consumed."""
@@ -266,14 +281,25 @@ class Loader(Iterator[PackedBatch]):
 
     def _tasks(self, state: LoaderState) -> Iterator[_Task]:
         """This replica's packs, step by step."""
-        stream = self._stream(state)
-        while step := list(islice(stream, self._packs_per_step)):
+        for step in self._steps(state):
             # All windows of a step are reported with it, so that a restart at any step reports each of them once.
             entered = tuple(window for task in step for window in task.entered)
             mine = [task.plan for task in step[self._rank :: self._size]]
             for plan in mine[:-1]:
                 yield _Task(plan, (), None)
             yield _Task(mine[-1], entered, step[-1].after)
+
+    def _steps(self, state: LoaderState) -> Iterator[list[_Task]]:
+        """Packs of all replicas for one optimiser step after the other."""
+        stream = self._stream(state)
+        if self._packs_per_step:
+            while True:
+                yield list(islice(stream, self._packs_per_step))
+        for _, window in groupby(stream, key=lambda task: (task.plan.epoch, task.plan.window)):
+            step = list(window)  # the samples of one step; every replica gets the same number of packs
+            last = step[-1]
+            blank = replace(last, plan=replace(last.plan, members=()), entered=())
+            yield step + [blank] * (-len(step) % self._packs_multiple)
 
     def _stream(self, state: LoaderState) -> Iterator[_Task]:
         """All packs of all replicas, over windows and epochs, with the position behind each."""

@@ -87,7 +87,7 @@ def collate(
         patch_dim: width of a patch row.
 
     Raises:
-        ValueError: the samples are longer than the stream, or contradict themselves.
+        ValueError: the samples are longer than the stream, contradict themselves, or only some of them are pairs.
     """
     lengths = [len(sample.tokens) for sample in samples]
     num_tokens = sum(lengths)
@@ -95,7 +95,11 @@ def collate(
         ids = [sample.id for sample in samples]
         raise ValueError(f"samples {ids} have {num_tokens} tokens, at most {token_budget} fit; did a file change?")
     tail = token_budget - num_tokens
-    segments = [*lengths, tail] if tail else lengths
+    inside = [length for sample in samples for length in sample.pair_lengths or (len(sample.tokens),)]
+    segments = [*inside, tail] if tail else inside
+    num_pairs = sum(bool(sample.pair_lengths) for sample in samples)
+    if num_pairs not in (0, len(samples)):
+        raise ValueError(f"{num_pairs} of {len(samples)} samples are preference pairs, expected all or none")
     first_tokens = _starts(lengths)
     first_rows = _starts([len(sample.grids) * queries for sample in samples])
     slots = [sample.image_slots + start for sample, start in zip(samples, first_tokens, strict=True)]
@@ -113,6 +117,7 @@ def collate(
         num_tokens=num_tokens,
         num_images=sum(sample.num_images for sample in samples),
         sample_ids=tuple(sample.id for sample in samples),
+        num_pairs=num_pairs,
     )
     return batch.validate(queries)
 

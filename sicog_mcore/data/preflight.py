@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from sicog_mcore.config import Experiment, SourceConfig
-from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators, load_tokenizer
+from sicog_mcore.config import Experiment, InitConfig, SourceConfig
+from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators
+from sicog_mcore.data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from sicog_mcore.errors import ConfigProblem
 
 ROW_FILES = (".json", ".jsonl")
 SHARD = ".tar"
+TOKENIZER_FILES = "give a Hugging Face tokenizer.json, a SentencePiece .model, or the folder of one"
 SOURCE_EXAMPLE = 'name at least one, e.g. --data.sources \'[{"path": "train.jsonl", "images": "images"}]\''
 
 
@@ -25,7 +25,7 @@ def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
     problems = [problem for number, source in enumerate(sources) for problem in check_source(number, source)]
     if not sources:
         problems.append(ConfigProblem("data.sources", (), "no data set is named", SOURCE_EXAMPLE))
-    return [*problems, *_check_tokenizer(experiment), *_check_output(experiment.output)]
+    return [*problems, *_check_tokenizer(experiment), *_check_init(experiment.init), *_check_output(experiment.output)]
 
 
 def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
@@ -70,6 +70,14 @@ def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
 
 
+def _check_init(init: InitConfig) -> list[ConfigProblem]:
+    return [
+        ConfigProblem(f"init.{name}", path, "does not exist", _relative_to_here())
+        for name, path in vars(init).items()
+        if path and not Path(path).exists()
+    ]
+
+
 def _check_output(output: str) -> list[ConfigProblem]:
     """Nothing is created: the nearest folder that exists must allow it later."""
     folder = Path(output).absolute()
@@ -82,15 +90,13 @@ def _check_output(output: str) -> list[ConfigProblem]:
 
 def _check_tokenizer(experiment: Experiment) -> list[ConfigProblem]:
     path = experiment.data.tokenizer
-    if not Path(path).is_file():
-        problem = "is no file" if path else "no tokenizer is named"
-        return [ConfigProblem("data.tokenizer", path, problem, "give a Hugging Face tokenizer.json")]
+    if find_tokenizer_file(path) is None:
+        problem = "holds no tokenizer" if path else "no tokenizer is named"
+        return [ConfigProblem("data.tokenizer", path, problem, TOKENIZER_FILES)]
     try:
         tokenizer = load_tokenizer(path)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        return [
-            ConfigProblem("data.tokenizer", path, f"cannot be parsed: {error}", "give a Hugging Face tokenizer.json")
-        ]
+        return [ConfigProblem("data.tokenizer", path, f"cannot be used: {error}", TOKENIZER_FILES)]
     return _check_vocabulary(experiment, tokenizer)
 
 
@@ -98,7 +104,7 @@ def _check_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> list[Conf
     problems: list[ConfigProblem] = []
     data, rows = experiment.data, experiment.model.decoder.vocab_size
     kind = experiment.model.slicing.separators
-    needed = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    needed = tokenizer.size
     if needed > rows:
         fix = f"make it at least {needed}, or give the tokenizer of this decoder"
         problems.append(ConfigProblem("model.decoder.vocab_size", rows, f"the tokenizer needs {needed} tokens", fix))

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PureWindowsPath
 from typing import Any
@@ -34,6 +34,7 @@ ROLES: Mapping[str, Role] = {
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 Row = dict[str, Any]
+BuildSample = Callable[[Row, Sequence[ImageRef], str, str], Sample]  # row, its images, default id, origin
 Hashes = NDArray[np.uint64]
 
 

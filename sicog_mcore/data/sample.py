@@ -47,9 +47,11 @@ class Sample:
     Attributes:
         id: unique in the run; the key of every record about this sample.
         origin: ``file:line`` (or ``shard.tar:member``) for error messages.
+        rejected: of a preference pair, the answer that is worse than the last turn's; empty for all other rows.
     """
 
     id: str
     origin: str
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
+    rejected: str = ""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
+    BuildSample,
     Hashes,
     Row,
     RowIds,
@@ -51,6 +52,7 @@ class ShardFile:
         states: int64 [rows]: READABLE, UNSAFE or DAMAGED.
         borders: int64 [rows + 1]: the members of row i are borders[i] to borders[i + 1].
         members: int64 [members, 3]: kind, offset (bytes) and length (bytes).
+        build: gives a row its meaning.
     """
 
     path: str
@@ -59,6 +61,7 @@ class ShardFile:
     states: NDArray[np.int64]
     borders: NDArray[np.int64]
     members: NDArray[np.int64]
+    build: BuildSample
 
     def __len__(self) -> int:
         return len(self.states)
@@ -75,7 +78,7 @@ class ShardFile:
             raise SampleError("shard_damaged", detail)
         members = self.members[self.borders[row] : self.borders[row + 1]].tolist()
         images = [ImageRef(self.path, offset, length) for kind, offset, length in members if kind == IMAGE]
-        return build_sample(self._fields(members), images, default_id(self.name, row), self.origin(row))
+        return self.build(self._fields(members), images, default_id(self.name, row), self.origin(row))
 
     def _fields(self, members: list[list[int]]) -> Row:
         """The LLaVA fields of a group; a caption becomes the answer to a turn that only shows the image."""
@@ -106,12 +109,13 @@ class _Group:
         return any(member.kind in (FIELDS, CAPTION) for member in self.members.values())
 
 
-def index_shard(path: Path, name: str) -> tuple[ShardFile, Hashes]:
+def index_shard(path: Path, name: str, build: BuildSample = build_sample) -> tuple[ShardFile, Hashes]:
     """Finds the samples of a shard. Damage ends it with one row that says so; the samples before it stay.
 
     Args:
         path: the shard.
         name: what default ids start with.
+        build: gives a row its meaning.
     """
     ids = RowIds(name)
     with open(path, "rb") as file:
@@ -127,6 +131,7 @@ def index_shard(path: Path, name: str) -> tuple[ShardFile, Hashes]:
         states=np.array([group.state for group in groups], dtype=np.int64),
         borders=np.cumsum([0, *(len(group.members) for group in groups)], dtype=np.int64),
         members=np.array(members, dtype=np.int64).reshape(-1, 3),
+        build=build,
     )
     return shard, ids.hashes()
 

@@ -83,11 +83,14 @@ def plan_slices(image: Size, config: SlicingConfig, patch_px: int) -> SlicePlan:
     wanted = min(math.ceil(image.height * image.width / (side * side)), config.max_slices)
     if wanted <= 1:
         return SlicePlan(image, _fit(image, side, patch_px, upscale=True), UNSLICED, UNSLICED, patch_px)
+    overview = _fit(image, side, patch_px, upscale=False)
+    if config.overview_only:
+        return SlicePlan(image, overview, UNSLICED, UNSLICED, patch_px)
     grid = _choose_grid(image, wanted, config.max_slices)
     cell = Size(image.height // grid.height, image.width // grid.width)
     return SlicePlan(
         image=image,
-        overview=_fit(image, side, patch_px, upscale=False),
+        overview=overview,
         grid=grid,
         slice=_fit(cell, side, patch_px, upscale=True),
         patch_px=patch_px,

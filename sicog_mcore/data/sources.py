@@ -23,6 +23,7 @@ from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import SHARD, check_source
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
+    BuildSample,
     Hashes,
     RowIds,
     build_sample,
@@ -112,12 +113,13 @@ class SampleIndex:
         return int(self._repeats[at]) if found else None
 
 
-def open_sources(configs: Sequence[SourceConfig], data: DataConfig) -> SampleIndex:
+def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: BuildSample = build_sample) -> SampleIndex:
     """Indexes all data sets.
 
     Args:
         configs: data sets, in order.
         data: ``duplicate_ids`` is used.
+        build: gives a row its meaning: rows.build_sample, or pairs.build_pair.
 
     Raises:
         ConfigError: paths that do not exist or have no known format, JSON files that are no list; all of them at once.
@@ -134,7 +136,7 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig) -> SampleInd
             name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
             names.add(name)
             try:
-                source, hashes = _index_file(path, config.images, name)
+                source, hashes = _index_file(path, config.images, name, build)
             except (OSError, _Malformed) as error:
                 fix = MALFORMED_FIX if isinstance(error, _Malformed) else "make it readable for this user"
                 problems.append(ConfigProblem(f"data.sources[{number}].path", str(path), str(error), fix))
@@ -156,13 +158,13 @@ def _files(config: SourceConfig) -> list[Path]:
     return sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]
 
 
-def _index_file(path: Path, images: str, name: str) -> tuple[Source, Hashes]:
+def _index_file(path: Path, images: str, name: str, build: BuildSample) -> tuple[Source, Hashes]:
     if path.suffix == SHARD:
-        return index_shard(path, name)
+        return index_shard(path, name, build)
     ids = RowIds(name)
     spans = _index_lines(path, ids) if path.suffix == ".jsonl" else _index_list(path, ids)
     table = np.frombuffer(spans, np.int64).reshape(-1, 3)
-    return RowFile(str(path), os.path.realpath(images), name, table), ids.hashes()
+    return RowFile(str(path), os.path.realpath(images), name, table, build), ids.hashes()
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,14 @@ class RowFile:
         images: real path of the folder that image paths are relative to.
         name: what default ids start with.
         spans: int64 [rows, 3]: offset (bytes), length (bytes) and line number of each row.
+        build: gives a row its meaning.
     """
 
     path: str
     images: str
     name: str
     spans: NDArray[np.int64]
+    build: BuildSample
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -191,7 +195,7 @@ class RowFile:
         offset, length, _ = self.spans[row].tolist()
         fields = parse_row(read_range(self.path, offset, length))
         images = [locate_image(path, self.images) for path in image_paths(fields)]
-        return build_sample(fields, images, default_id(self.name, row), self.origin(row))
+        return self.build(fields, images, default_id(self.name, row), self.origin(row))
 
 
 def _index_lines(path: Path, ids: RowIds) -> array[int]:

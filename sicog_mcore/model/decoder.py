@@ -48,6 +48,7 @@ def decoder_transformer_config(
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": decoder.qkv_bias,
+        "qk_layernorm": decoder.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "bf16": train.precision == "bf16",
@@ -162,7 +163,7 @@ def build_decoder(
 ) -> Decoder:
     """Builds this stage's part of the decoder; weights are undefined until initialise.py or a checkpoint fills them."""
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
-    spec = transformer_block_spec(num_layers, attention, causal=True, layers=layers)
+    spec = transformer_block_spec(num_layers, attention, causal=True, layers=layers, qk_norm=decoder.qk_norm)
     model = Decoder(
         config=config,
         transformer_layer_spec=spec,

@@ -77,7 +77,7 @@ def _parts(layers: LayerKind) -> _Parts:
 
 
 def transformer_block_spec(
-    num_layers: int, attention: AttentionBackend, causal: bool, layers: LayerKind
+    num_layers: int, attention: AttentionBackend, causal: bool, layers: LayerKind, qk_norm: bool = False
 ) -> TransformerBlockSubmodules:
     """Spec of a block of equal layers; widths, norm kind, biases and activation come from the config it is built with.
 
@@ -86,12 +86,19 @@ def transformer_block_spec(
         attention: back end of packed attention.
         causal: tokens see earlier tokens only.
         layers: Transformer Engine's parts or Megatron's local ones.
+        qk_norm: normalise every query and key head; the config it is built with must say so too (``qk_layernorm``), by
+            which Megatron sums the gradients of these norms over tensor-parallel ranks: each sees its own heads.
     """
     parts = _parts(layers)
+    head_norm = parts.final_norm if qk_norm else None
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     core_attention: Any = ModuleSpec(module=PackedAttention, params={"backend": attention})
     attention_parts = SelfAttentionSubmodules(
-        linear_qkv=parts.norm_column, core_attention=core_attention, linear_proj=parts.row
+        linear_qkv=parts.norm_column,
+        core_attention=core_attention,
+        linear_proj=parts.row,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
     mlp_parts = MLPSubmodules(linear_fc1=parts.norm_column, linear_fc2=parts.row)
 

@@ -7,8 +7,8 @@ of leaving the others to wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.errors import DataError, PeerError
 from sicog_mcore.parallel.topology import Topology
 
-HEADER_FIELDS = 8  # failed, t, n + 1, p, k, m, num_tokens, num_images
+HEADER_FIELDS = 11  # failed, ends_step, t, n + 1, p, k, m, length of pair_reference, num_tokens, num_images, num_pairs
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,17 @@ class BatchSpec:
     patch_dim: int
 
 
+class StepwiseLoader(Protocol):
+    """Endless batches; ``ends_step`` says whether the last one closed an optimiser step."""
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the next batch belongs to the next step."""
+
+    def __next__(self) -> PackedBatch:
+        """The next batch, in host memory."""
+
+
 class BatchDistributor:
     """Iterator of PackedBatch on this rank's device, equal on all ranks of a model copy.
 
@@ -35,10 +46,11 @@ class BatchDistributor:
         loader: the data loader on the rank where ``topology.loads_data``; None elsewhere.
     """
 
-    def __init__(self, topology: Topology, spec: BatchSpec, loader: Iterator[PackedBatch] | None):
+    def __init__(self, topology: Topology, spec: BatchSpec, loader: StepwiseLoader | None):
         self.topology = topology
         self.spec = spec
         self.loader = loader
+        self.ends_step = True  # whether the last batch was the last one of an optimiser step
 
     def __iter__(self) -> BatchDistributor:
         return self
@@ -55,7 +67,9 @@ class BatchDistributor:
     def _load(self) -> tuple[PackedBatch | None, DataError | None]:
         assert self.loader is not None
         try:
-            return next(self.loader).to(self.topology.device), None
+            batch = next(self.loader).to(self.topology.device)
+            self.ends_step = self.loader.ends_step
+            return batch, None
         except DataError as error:
             return None, error
 
@@ -64,10 +78,13 @@ class BatchDistributor:
         if error is not None:
             header[0] = 1
         if batch is not None:
-            sizes = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots)
-            header[1:] = torch.tensor([x.shape[0] for x in sizes] + [batch.num_tokens, batch.num_images])
+            rows = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots, batch.pair_reference)
+            counts = [batch.num_tokens, batch.num_images, batch.num_pairs]
+            header[1] = self.ends_step
+            header[2:] = torch.tensor([x.shape[0] for x in rows] + counts)
         self._broadcast(header, self.topology.groups.mp)
-        failed, t, n, p, k, m, num_tokens, num_images = header.tolist()
+        failed, ends_step, t, n, p, k, m, references, num_tokens, num_images, num_pairs = header.tolist()
+        self.ends_step = bool(ends_step)
         if failed:
             raise error or PeerError("the data loader of this model copy failed; its own rank says why")
         new = self._empty
@@ -83,10 +100,12 @@ class BatchDistributor:
             num_tokens=num_tokens,
             num_images=num_images,
             sample_ids=(),
+            num_pairs=num_pairs,
+            pair_reference=new(references, dtype=torch.float64),
         )
         for tensor in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens):
             self._broadcast(tensor, self.topology.groups.mp)
-        for tensor in (batch.image_slots, batch.visual_rows):
+        for tensor in (batch.image_slots, batch.visual_rows, batch.pair_reference):
             self._broadcast(tensor, self.topology.groups.mp)
         if self.topology.is_first_stage:
             self._broadcast(batch.patches, self.topology.groups.tp)

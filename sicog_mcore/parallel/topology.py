@@ -99,6 +99,11 @@ class Topology:
         dist.all_reduce(values)
         return values
 
+    def sum_over_copy(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds a small tensor over the ranks that share this copy of the model, in place."""
+        dist.all_reduce(values, group=self.groups.mp)
+        return values
+
     def max_over_world(self, values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values

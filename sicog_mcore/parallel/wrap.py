@@ -62,6 +62,11 @@ class TrainableModel:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.weight_decay * group["wd_mult"]  # Megatron leaves this to its own scheduler
 
+    @property
+    def _trains_here(self) -> bool:
+        """Whether this rank has a parameter that is trained; a pipeline stage of a frozen decoder has none."""
+        return any(p.requires_grad for chunk in self.chunks for part in PARTS for p in chunk.parameters_of(part))
+
     def allocate_optimizer_state(self) -> None:
         """Creates Adam's moments, which otherwise appear at the first step; loading a checkpoint needs them before."""
         for member in self.optimizer.chained_optimizers:
@@ -74,8 +79,18 @@ class TrainableModel:
                 for state in inner.state.values():
                     state.setdefault("step", torch.tensor(0.0))
 
+    def sharded_optimizer_state(
+        self, chunks: dict[str, Any], is_loading: bool, metadata: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Megatron's description of the optimizer; nothing on a rank that trains nothing, which Megatron cannot describe."""
+        if not self._trains_here:
+            return {}
+        return {"optimizer": self.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}
+
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes moments and steps of a checkpoint; betas and epsilon stay those of this run's configuration."""
+        if not self._trains_here:
+            return
         configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):

@@ -90,9 +90,7 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
             f" about {side} x {side} px and {model.resampler.queries} visual tokens each",
         ),
         _labelled("data", f"{facts.num_rows:,} rows from {len(data.sources)} source{'s' * (len(data.sources) != 1)}"),
-        _labelled(
-            "step", f"{train.packs_per_step} packs of {data.token_budget:,} tokens and {data.slice_budget} slices"
-        ),
+        _labelled("step", _global_batch(experiment)),
         _labelled("schedule", f"{train.steps:,} steps, {peak}"),
         _labelled("layout", ", ".join([layout, *extras])),
         _labelled("device", f"{facts.device}, {train.precision}"),
@@ -101,6 +99,14 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
         _labelled("counting", CONVENTION),
         _labelled("output", experiment.output),
     ]
+
+
+def _global_batch(experiment: Experiment) -> str:
+    data, packs = experiment.data, experiment.packs_per_step
+    pack = f"packs of {data.token_budget:,} tokens and {data.slice_budget} slices"
+    if not packs:
+        return f"{experiment.train.samples_per_step} samples in {pack}"
+    return f"{packs} {pack} = {packs * data.token_budget:,} tokens"
 
 
 def resume_text(checkpoint: Path | None, step: int, steps: int, output: str) -> str:
@@ -125,6 +131,7 @@ def step_line(stats: StepStats, steps_total: int, eta_s: float) -> str:
     parts = [
         f"step {stats.step:>{width},}/{steps_total:,}",
         f"loss {stats.loss:.4f}",
+        *preference_texts(stats),
         f"grad norm {stats.grad_norm:.3g}",
         f"lr {stats.lr:.2e}",
         f"{stats.tokens_per_s:,.0f} tokens/s",
@@ -140,11 +147,18 @@ def step_line(stats: StepStats, steps_total: int, eta_s: float) -> str:
     return " | ".join([*parts, f"ETA {duration_text(eta_s)}"])
 
 
+def preference_texts(stats: StepStats) -> list[str]:
+    """How the pairs were judged; nothing outside of preference training."""
+    judged = stats.preferences
+    return [f"preferred {judged.preference_accuracy:.0%}", f"margin {judged.reward_margin:.3g}"] if judged else []
+
+
 def bar_text(stats: StepStats, eta_s: float) -> str:
     """What stands behind the progress bar."""
     quarantined = f"  quarantined {stats.quarantined:,}" if stats.quarantined else ""
     mfu = "" if stats.mfu is None else f"  MFU {stats.mfu:.1%}"
-    return f"loss {stats.loss:.4f}  {stats.tokens_per_s:,.0f} tokens/s{mfu}{quarantined}  ETA {duration_text(eta_s)}"
+    loss = "  ".join([f"loss {stats.loss:.4f}", *preference_texts(stats)])
+    return f"{loss}  {stats.tokens_per_s:,.0f} tokens/s{mfu}{quarantined}  ETA {duration_text(eta_s)}"
 
 
 def finish_lines(summary: Summary, experiment: Experiment, checkpoint: Path, command: str) -> list[str]:

@@ -7,7 +7,7 @@ On ranks that load, every consumed sample id is written to ``consumed-R.jsonl``:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,15 +22,18 @@ from sicog_mcore.train.metrics import drop_steps_from
 
 CONSUMED = "consumed-{}.jsonl"
 
+Complete = Callable[[PackedBatch], PackedBatch]
+
 
 class CountingLoader:
     """A loader that remembers what it handed out since ``take``; one per model copy.
 
     Args:
         start: where to begin in the stream of packs.
+        complete: adds what the loader cannot know (reference log-probabilities); None adds nothing.
     """
 
-    def __init__(self, experiment: Experiment, topology: Topology, start: LoaderState):
+    def __init__(self, experiment: Experiment, topology: Topology, start: LoaderState, complete: Complete | None):
         output, replica = Path(experiment.output), topology.data_rank
         self.quarantine = Quarantine(
             output / f"quarantine-{replica}.jsonl", experiment.data.max_bad_rate, experiment.data.bad_window
@@ -45,16 +48,22 @@ class CountingLoader:
         )
         self._counts = Counts()
         self._ids: list[str] = []
+        self._complete = complete
         self._record = output / CONSUMED.format(replica)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
 
+    @property
+    def ends_step(self) -> bool:
+        """Whether the last batch was the last one of an optimiser step."""
+        return self.loader.ends_step
+
     def __next__(self) -> PackedBatch:
         batch = next(self.loader)
         self._counts += Counts.of(batch)
         self._ids += batch.sample_ids
-        return batch
+        return self._complete(batch) if self._complete else batch
 
     def take(self, step: int) -> Counts:
         """What was handed out since the last call; records its sample ids under ``step``."""
@@ -67,20 +76,29 @@ class CountingLoader:
 class Feed:
     """Batches of one optimiser step for this rank, equal on all ranks of a model copy."""
 
-    def __init__(self, experiment: Experiment, topology: Topology, start: Mapping[str, int], first_step: int):
+    def __init__(
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        start: Mapping[str, int],
+        first_step: int,
+        complete: Complete | None = None,
+    ):
         if topology.is_main:
             # What an interrupted run recorded from here on will be recorded again, maybe by fewer replicas.
             for record in Path(experiment.output).glob(CONSUMED.format("*")):
                 drop_steps_from(record, first_step)
         self.source: CountingLoader | None = None
         if topology.loads_data:
-            self.source = CountingLoader(experiment, topology, LoaderState(**start))
+            self.source = CountingLoader(experiment, topology, LoaderState(**start), complete)
         self._batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), self.source)
-        self._per_step = experiment.train.packs_per_step // topology.data_size
 
     def next_step(self) -> list[PackedBatch]:
         """This model copy's share of the next global batch, one packed sequence per micro-batch."""
-        return [next(self._batches) for _ in range(self._per_step)]
+        batches = [next(self._batches)]
+        while not self._batches.ends_step:
+            batches.append(next(self._batches))
+        return batches
 
     def take(self, step: int) -> Counts:
         """What this model copy consumed since the last call; zeros on ranks that do not load."""

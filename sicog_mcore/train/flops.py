@@ -26,6 +26,7 @@ class Counts:
     """What went through the model; adds up over micro-batches and over data-parallel ranks.
 
     Attributes:
+        positions: length of all packed sequences, padding included.
         tokens: positions that belong to samples, visual tokens included, padding not.
         squared_tokens: sum over samples of the squared length.
         supervised_tokens: positions with a label.
@@ -34,6 +35,7 @@ class Counts:
     """
 
     samples: int = 0
+    positions: int = 0
     tokens: int = 0
     squared_tokens: int = 0
     supervised_tokens: int = 0
@@ -46,10 +48,12 @@ class Counts:
     def of(cls, batch: PackedBatch) -> Counts:
         """Counts of one packed batch; reads its tensors, so call it before they move to a device."""
         samples = len(batch.sample_ids)
-        lengths = batch.cu_seqlens.long().diff()[:samples]  # [n], without the padded tail
+        borders = batch.cu_seqlens.long()
+        lengths = borders.diff()[borders[:-1] < batch.num_tokens]  # [n], without the padded tail
         patches = batch.grids.long().prod(-1)  # [k]
         return cls(
             samples=samples,
+            positions=batch.tokens.shape[0],
             tokens=batch.num_tokens,
             squared_tokens=int(lengths.square().sum()),
             supervised_tokens=int((batch.labels != IGNORED_LABEL).sum()),

@@ -12,7 +12,7 @@ import os
 import time
 from array import array
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, TextIO
@@ -28,6 +28,24 @@ TENSORBOARD_GROUPS: Mapping[str, tuple[str, ...]] = {
     "data": ("decoder_tokens", "images", "slices", "pack_fill", "quarantined", "truncated"),
     "memory": ("peak_memory_gib",),
 }
+PREFERENCE_GROUP = "preference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceStats:
+    """How the pairs of a global batch were judged.
+
+    Attributes:
+        preference_accuracy: share of pairs whose chosen answer has the higher reward.
+        reward_margin: mean reward of chosen answers minus that of rejected ones.
+        chosen_reward: mean of beta times the log-ratio of chosen answers to the reference model.
+        rejected_reward: the same of rejected answers.
+    """
+
+    preference_accuracy: float
+    reward_margin: float
+    chosen_reward: float
+    rejected_reward: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +54,7 @@ class StepStats:
 
     Attributes:
         step: optimiser steps done, this one included; the first is 1.
-        loss: mean over the supervised tokens of the global batch.
+        loss: mean over the supervised tokens, or pairs, of the global batch.
         grad_norm: before clipping.
         lr: scheduled learning rate, before the factors of the parts.
         step_s: wall time from step to step (s), data wait included.
@@ -49,6 +67,7 @@ class StepStats:
         peak_memory_gib: most memory of any rank so far (GiB).
         tflops: model TFLOP/s of one device; flops.py has the convention.
         mfu: tflops as a share of the device's peak; None if the peak is not known.
+        preferences: of preference training, whose loss is a mean over pairs; None for next-token prediction.
     """
 
     step: int
@@ -68,6 +87,7 @@ class StepStats:
     peak_memory_gib: float
     tflops: float
     mfu: float | None
+    preferences: PreferenceStats | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -84,7 +104,9 @@ class StepStats:
     def values(self) -> dict[str, int | float | None]:
         """All fields and rates by name; what is not finite is None."""
         rates = {name: getattr(self, name) for name in ("tokens_per_s", "images_per_s", "slices_per_s")}
-        values: dict[str, int | float | None] = asdict(self) | rates
+        values: dict[str, int | float | None] = {f.name: getattr(self, f.name) for f in fields(self)} | rates
+        del values["preferences"]
+        values |= asdict(self.preferences) if self.preferences else {}
         return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -116,7 +138,8 @@ class MetricsLog:
         self._lines.flush()
         if self._board is None:
             return
-        for group, names in TENSORBOARD_GROUPS.items():
+        preferences = tuple(asdict(stats.preferences)) if stats.preferences else ()
+        for group, names in (*TENSORBOARD_GROUPS.items(), (PREFERENCE_GROUP, preferences)):
             for name in names:
                 value = values[name]
                 if value is not None:

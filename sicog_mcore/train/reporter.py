@@ -55,7 +55,6 @@ class Reporter:
         waited_s, self._waited_s = feed.wait_s - self._waited_s, feed.wait_s
         flops = step_flops(self.experiment.model, self.experiment.optim.freeze, counts)
         tflops = flops / step_s / self.topology.world_size / 1e12
-        capacity = self.experiment.train.packs_per_step * self.experiment.data.token_budget
         stats = StepStats(
             step=step,
             loss=result.loss,
@@ -68,12 +67,13 @@ class Reporter:
             supervised_tokens=counts.supervised_tokens,
             images=counts.images,
             slices=counts.slices,
-            pack_fill=counts.tokens / capacity,
+            pack_fill=counts.tokens / counts.positions,
             quarantined=quarantined,
             truncated=truncated,
             peak_memory_gib=peak,
             tflops=tflops,
             mfu=tflops / self._peak if self._peak else None,
+            preferences=result.preferences,
         )
         self.summary.add(stats)
         if self._log:

@@ -5,7 +5,7 @@ In: a checked Experiment   Out: the newest checkpoint   Called by every launcher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
+from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, Part
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
@@ -22,8 +23,11 @@ from sicog_mcore.parallel.topology import Topology, start_topology, stop_topolog
 from sicog_mcore.parallel.wrap import TrainableModel, wrap_model
 from sicog_mcore.sizes import decoder_params, resampler_params, tower_params
 from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
-from sicog_mcore.train.feed import Feed
+from sicog_mcore.train.dpo import Preferences
+from sicog_mcore.train.feed import Complete, Feed
+from sicog_mcore.train.reference import FrozenReference, precompute_reference
 from sicog_mcore.train.reporter import Reporter, device_name
+from sicog_mcore.train.step import NextToken, Objective
 from sicog_mcore.train.trainer import Trainer
 
 
@@ -56,9 +60,25 @@ def plan_build(experiment: Experiment) -> Build:
     return Build(experiment, layers, attention, decoder)
 
 
-def build_model(build: Build, topology: Topology) -> TrainableModel:
-    """This rank's part of the model with first weights, gradient buffers and optimizer."""
-    chunks = [
+def build_model(
+    build: Build, topology: Topology, notice: Callable[[str], None] = lambda _: None, imports: bool = True
+) -> TrainableModel:
+    """This rank's part of the model with first weights, gradient buffers and optimizer.
+
+    Args:
+        notice: is told where weights came from.
+        imports: read the weights that ``init`` names; they do not matter where a checkpoint follows.
+    """
+    chunks = build_chunks(build, topology)
+    initialise(chunks, build.experiment.train.seed)
+    for line in import_init(chunks, build.experiment, topology) if imports else []:
+        notice(line)
+    return wrap_model(chunks, build.decoder, build.experiment, topology)
+
+
+def build_chunks(build: Build, topology: Topology) -> list[VisionLanguageModel]:
+    """This rank's part of the model; its weights are undefined."""
+    return [
         VisionLanguageModel(
             build.experiment,
             build.decoder,
@@ -74,8 +94,21 @@ def build_model(build: Build, topology: Topology) -> TrainableModel:
         )
         for stage in topology.stages
     ]
-    initialise(chunks, build.experiment.train.seed)
-    return wrap_model(chunks, build.decoder, build.experiment, topology)
+
+
+def build_objective(
+    build: Build, topology: Topology, model: TrainableModel, notice: Callable[[str], None]
+) -> tuple[Objective, Complete | None]:
+    """What is minimised, and what its batches need beside their samples.
+
+    Called while the model has its first weights, before a checkpoint is loaded: they are the reference of preferences.
+    """
+    experiment = build.experiment
+    if experiment.objective == "next_token":
+        return NextToken(), None
+    if experiment.dpo.reference == "frozen":
+        return Preferences(experiment.dpo, FrozenReference(build_chunks(build, topology), model)), None
+    return Preferences(experiment.dpo), precompute_reference(experiment, model, notice).complete
 
 
 def run(experiment: Experiment, command: str) -> Path:
@@ -101,11 +134,14 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     console = Console(topology.is_main, experiment.train.log_every)
     store = CheckpointStore(experiment, topology)
     found = store.find()
-    model = build_model(build, topology)
+    # The first weights are also the reference of preferences, so these need them on a resumed run too.
+    imports = found.step is None or experiment.objective == "dpo"
+    model = build_model(build, topology, console.notice, imports)
+    objective, complete = build_objective(build, topology, model, console.notice)
     state, notes = store.load(model, found.step) if found.step is not None else (RunState(), [])
-    feed = Feed(experiment, topology, state.loader, first_step=state.step + 1)
+    feed = Feed(experiment, topology, state.loader, first_step=state.step + 1, complete=complete)
     reporter = Reporter(experiment, topology, console, first_step=state.step + 1)
-    trainer = Trainer(experiment, model, feed, store, reporter, state)
+    trainer = Trainer(experiment, model, feed, store, reporter, state, objective)
     checkpoint = store.folder(state.step) if found.step is not None else None
     try:
         console.start(start_lines(experiment, _facts(build, topology, feed)))

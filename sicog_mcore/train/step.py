@@ -1,22 +1,30 @@
-"""One optimiser step over Megatron's pipeline schedules.
+"""One optimiser step over Megatron's pipeline schedules, whatever is minimised.
 
-In: the PackedBatches of this model copy   Out: StepResult, equal on all ranks   Next: trainer.py
+In: the PackedBatches of this model copy, an Objective   Out: StepResult, equal on all ranks   Next: trainer.py, dpo.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.parallel.wrap import TrainableModel
+from sicog_mcore.train.metrics import PreferenceStats
+
+Log: TypeAlias = Mapping[str, Tensor]
+# A batch and the fp32 [t_s] losses of its supervised positions to (sum, count, log). The schedules divide the sum in place.
+LossFunction: TypeAlias = Callable[[PackedBatch, Tensor], tuple[Tensor, Tensor, Log]]
+SUMS = "sums"  # in the log: fp64 [num_sums], the loss and the count first
 
 
 @dataclass(frozen=True)
@@ -24,42 +32,77 @@ class StepResult:
     """What a step did.
 
     Attributes:
-        loss: mean over all supervised tokens of the global batch; NaN if there were none.
-        supervised_tokens: of the global batch.
+        loss: mean over what the objective counts in the global batch; NaN if there was nothing.
+        count: supervised tokens, or pairs, of the global batch.
         grad_norm: before clipping, over all parameters.
         applied: False if the optimizer refused the step because of a non-finite gradient.
+        preferences: how the pairs of the global batch were judged, if there were pairs.
     """
 
     loss: float
-    supervised_tokens: int
+    count: int
     grad_norm: float
     applied: bool
+    preferences: PreferenceStats | None = None
 
 
-def _loss(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's loss contract: (sum, count, log). The schedules divide the sum in place, hence the clone."""
-    total = losses.sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, {"loss": torch.stack([total.detach().clone().double(), count.double()])}
+class Objective(Protocol):
+    """What is minimised: a sum and a count, divided once, over the global batch."""
+
+    @property
+    def num_sums(self) -> int:
+        """Length of the sums that the loss logs."""
+
+    def prepare(self, model: TrainableModel, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], LossFunction]:
+        """Completes the batches of a step, and gives the loss that knows what it must of the global batch. Collective."""
+
+    def describe(self, sums: Sequence[float]) -> PreferenceStats | None:
+        """What the sums over the global batch say beside the loss."""
 
 
-def _forward(
-    batches: Iterator[PackedBatch], model: DistributedDataParallel
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    return model(next(batches)), _loss
+class NextToken:
+    """Mean cross entropy of supervised tokens."""
+
+    num_sums = 2
+
+    def prepare(self, model: TrainableModel, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], LossFunction]:
+        return list(batches), self.loss
+
+    def loss(self, batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, Log]:
+        """Every supervised position counts the same."""
+        total = losses.sum()
+        count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+        return total, count, {SUMS: torch.stack([total.detach().clone().double(), count.double()])}
+
+    def describe(self, sums: Sequence[float]) -> PreferenceStats | None:
+        return None
 
 
-def run_schedule(model: TrainableModel, batches: Sequence[PackedBatch], forward_only: bool = False) -> Tensor:
-    """Forward and backward passes of all micro-batches; gradients are reduced and scaled by the global token count.
+def run_schedule(
+    chunks: Sequence[Any],
+    config: TransformerConfig,
+    topology: Topology,
+    batches: Sequence[PackedBatch],
+    loss: LossFunction,
+    forward_only: bool = False,
+) -> list[Log]:
+    """Forward and backward passes of all micro-batches; gradients are reduced and scaled by the global count.
+
+    Args:
+        chunks: of this rank, wrapped or, for ``forward_only``, bare.
+        config: of the chunks.
 
     Returns:
-        fp64 [2]: loss sum and supervised tokens over all ranks.
+        the log of each micro-batch on the last pipeline stage; nothing elsewhere.
     """
-    topology, config = model.topology, model.config
-    chunks = list(model.wrapped)
+
+    def forward(batches: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Callable]:
+        batch = next(batches)
+        return chunk(batch), partial(loss, batch)
+
     schedule = partial(
         get_forward_backward_func(),
-        forward_step_func=_forward,
+        forward_step_func=forward,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[0],
         micro_batch_size=1,
@@ -70,25 +113,35 @@ def run_schedule(model: TrainableModel, batches: Sequence[PackedBatch], forward_
     if topology.config.pipeline > 1:
         schedule = partial(schedule, p2p_communicator=P2PCommunicator(topology.groups.pp, config))
     interleaved = len(chunks) > 1
-    logs = schedule(
-        data_iterator=iterators if interleaved else iterators[0], model=chunks if interleaved else chunks[0]
-    )
-    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
-    if topology.tensor_rank == 0:  # all tensor-parallel ranks know the same loss
+    with torch.set_grad_enabled(not forward_only):
+        return schedule(
+            data_iterator=iterators if interleaved else iterators[0], model=list(chunks) if interleaved else chunks[0]
+        )
+
+
+def sum_logs(topology: Topology, logs: Sequence[Log], num_sums: int) -> list[float]:
+    """Adds up what the micro-batches of all model copies logged."""
+    total = torch.zeros(num_sums, dtype=torch.float64, device=topology.device)
+    if topology.tensor_rank == 0:  # all tensor-parallel ranks know the same
         for log in logs:
-            total += log["loss"]
-    return topology.sum_over_world(total)
+            total += log[SUMS]
+    return topology.sum_over_world(total).tolist()
 
 
-def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float) -> StepResult:
+def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float, objective: Objective) -> StepResult:
     """Trains on one global batch.
 
     Args:
         batches: this model copy's share of the global batch, one packed sequence per micro-batch.
         lr: scheduled learning rate.
+        objective: what is minimised.
     """
+    batches, loss = objective.prepare(model, batches)
     model.zero_grad()
-    loss_sum, count = run_schedule(model, batches).tolist()
+    logs = run_schedule(model.wrapped, model.config, model.topology, batches, loss)
+    sums = sum_logs(model.topology, logs, objective.num_sums)
     model.set_learning_rate(lr)
     applied, grad_norm = model.optimizer_step()
-    return StepResult(loss_sum / count if count else float("nan"), int(count), grad_norm, applied)
+    loss_sum, count = sums[:2]
+    mean = loss_sum / count if count else float("nan")
+    return StepResult(mean, int(count), grad_norm, applied, objective.describe(sums) if count else None)

@@ -16,7 +16,7 @@ from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.reporter import Reporter
 from sicog_mcore.train.schedule import learning_rate
-from sicog_mcore.train.step import StepResult, train_step
+from sicog_mcore.train.step import Objective, StepResult, train_step
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Trainer:
     store: CheckpointStore
     reporter: Reporter
     state: RunState
+    objective: Objective
 
     def fit(self) -> Path:
         """Runs all remaining steps. Returns the newest checkpoint.
@@ -42,7 +43,7 @@ class Trainer:
         while self.state.step < steps:
             batches = self.feed.next_step()
             lr = learning_rate(self.state.step, optim, steps)
-            result = train_step(self.model, batches, lr)
+            result = train_step(self.model, batches, lr, self.objective)
             step = self.state.step + 1
             samples = self.reporter.report(step, lr, result, self.feed)
             _require_finite(result, step)
@@ -55,7 +56,7 @@ class Trainer:
 
 def _require_finite(result: StepResult, step: int) -> None:
     """Every rank has the same result, so all of them stop at the same step."""
-    if result.supervised_tokens and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+    if result.count and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise TrainingError(
             f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the weights are no longer usable. "
             "The last checkpoint is untouched: lower optim.lr or look at the samples of this step in consumed-*.jsonl"

@@ -21,7 +21,7 @@ from sicog_mcore.errors import EXIT_CONFIG, CheckpointError
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.run import build_model, plan_build
-from sicog_mcore.train.step import train_step
+from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
@@ -38,7 +38,7 @@ def trained(experiment: Experiment, topology: Topology) -> TrainableModel:
     """Two steps on, so that moments and Adam steps are not those of a new model."""
     model = build_model(plan_build(experiment), topology)
     for seed in (0, 100):
-        train_step(model, random_batches(experiment, 2, seed), lr=1e-3)
+        train_step(model, random_batches(experiment, 2, seed), lr=1e-3, objective=NextToken())
     return model
 
 
@@ -103,7 +103,7 @@ def test_every_parameter_keeps_its_own_adam_step(saved: Any, topology: Topology)
     CheckpointStore(experiment, topology).load(model, 3)
     steps = [state["step"] for state in model.optimizer.chained_optimizers[0].optimizer.state.values()]
     assert {float(step) for step in steps} == {2} and len({step.data_ptr() for step in steps}) == len(steps)
-    train_step(model, random_batches(experiment, 2), lr=1e-3)
+    train_step(model, random_batches(experiment, 2), lr=1e-3, objective=NextToken())
     assert {float(step) for step in steps} == {3}
 
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_one_error_and_the_previous_checkpoint_stays(
     model = trained(experiment, topology)
     checkpoints.save(model, RunState(1))
     expected = tensors(model)
-    train_step(model, random_batches(experiment, 2), lr=1e-3)
+    train_step(model, random_batches(experiment, 2), lr=1e-3, objective=NextToken())
     for name, fault in FAULTS.items():
         with monkeypatch.context() as patch, largest_file(fault if isinstance(fault, int) else resource.RLIM_INFINITY):
             if isinstance(fault, tuple):

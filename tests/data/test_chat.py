@@ -24,7 +24,7 @@ def chat(template: str = "chatml", system_prompt: str = SYSTEM) -> Chat:
 
 def text_of(writer: Chat, tokens: ChatTokens, supervised: bool | None = None) -> str:
     kept = [i for i, s in zip(tokens.ids, tokens.supervised, strict=True) if supervised is None or s is supervised]
-    return writer.tokenizer.decode(kept, skip_special_tokens=False)
+    return writer.tokenizer.decode(kept, skip_controls=False)
 
 
 def test_chatml_writes_the_qwen2_string() -> None:
@@ -65,7 +65,7 @@ def test_supervised_ids_of_two_turns_are_exact() -> None:
     writer = chat()
     tokens = writer.tokenize(TWO_TURNS)
     ids = writer.tokenizer.encode
-    expected = [*ids("Yes.").ids, 2, *ids("No, it is red.").ids, 2]
+    expected = [*ids("Yes."), 2, *ids("No, it is red."), 2]
     assert [i for i, s in zip(tokens.ids, tokens.supervised, strict=True) if s] == expected
 
 

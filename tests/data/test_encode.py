@@ -51,7 +51,7 @@ def test_labels_are_the_next_supervised_token(tmp_path: Path) -> None:
     encoder = Encoder(MODEL, data_config())
     encoded = encoder.encode(sample(image(tmp_path, 240, 240)))
     tokens, labels = encoded.tokens.tolist(), encoded.labels.tolist()
-    answer = encoder.chat.tokenizer.encode("The circle is red.").ids
+    answer = encoder.chat.tokenizer.encode("The circle is red.")
     assert [label for label in labels if label != IGNORED_LABEL] == [*answer, END]
     assert all(label in (IGNORED_LABEL, after) for label, after in zip(labels, tokens[1:], strict=False))
     assert labels[-1] == IGNORED_LABEL
@@ -60,7 +60,7 @@ def test_labels_are_the_next_supervised_token(tmp_path: Path) -> None:
 def test_visual_tokens_and_separators_stand_where_the_marker_was(tmp_path: Path) -> None:
     encoder = Encoder(MODEL, data_config())
     encoded = encoder.encode(sample(image(tmp_path, 112, 224)))  # 1 x 2 slices and the overview
-    newline, comma = (encoder.chat.tokenizer.encode(text).ids[0] for text in ("\n", ","))
+    newline, comma = (encoder.chat.tokenizer.encode(text)[0] for text in ("\n", ","))
     start = int(encoded.image_slots[0])
     stitched = encoded.tokens[start : start + 4 * 9 + 1 + 16].tolist()
     assert stitched == ([PAD] * 8 + [newline]) * 4 + [comma] + [PAD] * 16

@@ -47,7 +47,7 @@ def test_all_problems_are_reported_together(folder: Path) -> None:
         ("data.sources[3].path", "is empty"),
         ("data.sources[4].images", "does not exist"),
         ("data.sources[5].images", "is not a folder"),
-        ("data.tokenizer", "is no file"),
+        ("data.tokenizer", "holds no tokenizer"),
     ]
 
 
@@ -70,7 +70,7 @@ def test_broken_tokenizer_is_named(folder: Path) -> None:
     broken = folder / "tokenizer.json"
     broken.write_text("{}")
     (problem,) = found(folder, data={"tokenizer": str(broken)})
-    assert problem.startswith(f"data.tokenizer = {str(broken)!r}: cannot be parsed")
+    assert problem.startswith(f"data.tokenizer = {str(broken)!r}: cannot be used")
 
 
 def test_vocabulary_must_fit_the_decoder(folder: Path) -> None:

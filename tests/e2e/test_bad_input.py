@@ -13,6 +13,7 @@ import yaml
 from sicog_mcore.config import Experiment, SourceConfig
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP
 from sicog_mcore.launcher import EXIT_INTERRUPTED, start_training
+from sicog_mcore.stages import PRETRAIN
 from tests.builders import tiny_experiment, write_dataset
 from tests.e2e.runs import LAUNCHER, read_metrics, start_launcher
 
@@ -70,7 +71,7 @@ def test_three_ranks_report_a_mistake_once_and_first(data: Path, tmp_path: Path)
 def test_a_malformed_json_file_is_one_message(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "malformed.json").write_text('[{"id": 1},\n {"id": 2,}]')
     arguments = _arguments(_experiment(data, tmp_path, "malformed.json"), tmp_path)
-    assert start_training([LAUNCHER, *arguments], {}) == EXIT_CONFIG
+    assert start_training([LAUNCHER, *arguments], {}, PRETRAIN) == EXIT_CONFIG
     title, problem = capsys.readouterr().err.splitlines()
     assert title == "error: 1 configuration problem:"
     assert problem.startswith(f"  - data.sources[0].path = '{data}/malformed.json': is no JSON list of rows: ")
@@ -90,7 +91,7 @@ def test_data_that_cannot_be_used_ends_the_run_for_good(
     lines = [line for line in (data / "data.jsonl").read_text().splitlines() if '"image"' in line]
     (data / "lost.jsonl").write_text("\n".join(line.replace('"image": "', '"image": "lost_') for line in lines))
     arguments = _arguments(_experiment(data, tmp_path, rows), tmp_path)
-    assert start_training([LAUNCHER, *arguments], {}) == EXIT_GIVE_UP
+    assert start_training([LAUNCHER, *arguments], {}, PRETRAIN) == EXIT_GIVE_UP
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {message}")
 

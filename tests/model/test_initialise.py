@@ -16,7 +16,7 @@ from sicog_mcore.model.initialise import STD, global_names
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.run import build_model, plan_build
-from sicog_mcore.train.step import train_step
+from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
@@ -103,7 +103,7 @@ def _train_on_ranks(rank: Rank, experiments: list[Experiment]) -> list[Trained]:
 def _train(experiment: Experiment, topology: Topology) -> Trained:
     model = build_model(plan_build(experiment), topology)
     first = {name: weight.numpy() for name, weight in weights(model).items()}
-    steps = [train_step(model, random_batches(experiment, 2, seed=50 * i), 1e-3) for i in range(2)]
+    steps = [train_step(model, random_batches(experiment, 2, seed=50 * i), 1e-3, NextToken()) for i in range(2)]
     table = weights(model)[TABLE].numpy() if TABLE in first else None
     return Trained(first, [step.loss for step in steps], [step.grad_norm for step in steps], table)
 

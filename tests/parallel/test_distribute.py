@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,19 @@ MESSAGE = "3 of 10 samples are bad"
 ERROR_S = 2.0
 
 
-def failing(experiment: Experiment) -> Iterator[PackedBatch]:
-    yield from random_batches(experiment, COUNT)
-    raise DataError(MESSAGE)
+class FailingLoader:
+    """COUNT batches, one step each, then an error."""
+
+    ends_step = True
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._batches = iter(random_batches(experiment, COUNT))
+
+    def __next__(self) -> PackedBatch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise DataError(MESSAGE) from None
 
 
 def plain(batch: PackedBatch) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def _receive(rank: Rank, experiments: list[Experiment]) -> list[tuple[list[dict[
     results = []
     for i, experiment in enumerate(experiments):
         topology = Rank(rank.rank, rank.world_size, f"{rank.init_method}-{i}").start(experiment.parallel)
-        loader = failing(experiment) if topology.loads_data else None
+        loader = FailingLoader(experiment) if topology.loads_data else None
         batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)
         received = [plain(next(batches)) for _ in range(COUNT)]
         start = time.monotonic()
@@ -86,7 +95,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], loads: bool, has_
 def test_one_rank_gets_the_loaders_batches_and_its_error() -> None:
     topology = start_topology(EXPERIMENT.parallel, seed=0)
     try:
-        batches = BatchDistributor(topology, BatchSpec(EXPERIMENT.model.tower.patch_dim), failing(EXPERIMENT))
+        batches = BatchDistributor(topology, BatchSpec(EXPERIMENT.model.tower.patch_dim), FailingLoader(EXPERIMENT))
         for expected in random_batches(EXPERIMENT, COUNT):
             assert_equal(plain(next(batches)), plain(expected), loads=True, has_pixels=True)
         with pytest.raises(DataError, match=MESSAGE) as error:

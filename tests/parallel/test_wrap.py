@@ -15,7 +15,7 @@ from sicog_mcore.config import Experiment, Part
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.run import build_model, plan_build
-from sicog_mcore.train.step import StepResult, train_step
+from sicog_mcore.train.step import NextToken, StepResult, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
@@ -50,7 +50,7 @@ def step(experiment: Experiment, topology: Topology) -> tuple[TrainableModel, di
     """One step of a new model; returns the weights from before it too."""
     model = build_model(plan_build(experiment), topology)
     before = {name: parameter.detach().clone() for name, parameter in named(model).items()}
-    return model, before, train_step(model, random_batches(experiment, 2), LR)
+    return model, before, train_step(model, random_batches(experiment, 2), LR, NextToken())
 
 
 def named(model: TrainableModel) -> dict[str, torch.nn.Parameter]:
@@ -144,7 +144,9 @@ def test_bf16_follows_fp32(topology: Topology) -> None:
     for precision in ("fp32", "bf16"):
         experiment = tiny_experiment(Path("unused"), data={"token_budget": 512}, train={"precision": precision})
         model = build_model(plan_build(experiment), topology)
-        losses[precision] = [train_step(model, random_batches(experiment, 2, 20 * i), 1e-3).loss for i in range(3)]
+        losses[precision] = [
+            train_step(model, random_batches(experiment, 2, 20 * i), 1e-3, NextToken()).loss for i in range(3)
+        ]
         assert {parameter.dtype for parameter in named(model).values()} == {
             torch.bfloat16 if precision == "bf16" else torch.float32
         }
@@ -158,7 +160,7 @@ def three_steps(experiment: Experiment, topology: Topology) -> list[StepResult]:
     steps = [random_batches(experiment, MICRO_BATCHES, seed=100 * i) for i in range(2)]
     padding = random_batches(experiment, 5)[4]
     steps.append([padding] * MICRO_BATCHES)
-    return [train_step(model, batches[share::size], 1e-3) for batches in steps]
+    return [train_step(model, batches[share::size], 1e-3, NextToken()) for batches in steps]
 
 
 def _three_steps_of_each(rank: Rank, experiments: list[Experiment]) -> list[list[StepResult]]:
@@ -179,8 +181,8 @@ def test_odd_batches_and_frozen_parts_train_alike_under_every_layout(topology: T
     for i, (name, overrides) in enumerate(LAYOUTS.items()):
         expected = three_steps(experiment_with(**overrides.get("optim", {})), topology)
         for steps in (results[i] for results in ranks):
-            assert [s.supervised_tokens for s in steps] == [s.supervised_tokens for s in expected], name
+            assert [s.count for s in steps] == [s.count for s in expected], name
             for found, one_rank in zip(steps[:2], expected[:2], strict=True):
                 assert found.loss == pytest.approx(one_rank.loss, rel=LAYOUT_LOSS), name
                 assert found.grad_norm == pytest.approx(one_rank.grad_norm, rel=LAYOUT_GRAD_NORM), name
-            assert steps[2].supervised_tokens == 0 and math.isnan(steps[2].loss) and steps[2].grad_norm == 0, name
+            assert steps[2].count == 0 and math.isnan(steps[2].loss) and steps[2].grad_norm == 0, name

@@ -106,6 +106,7 @@ def test_counts_of_a_batch_leave_out_the_padded_tail() -> None:
     )
     assert Counts.of(batch) == Counts(
         samples=2,
+        positions=16,
         tokens=10,
         squared_tokens=4**2 + 6**2,
         supervised_tokens=3,

@@ -1,0 +1,25 @@
+"""SICOG stage 0, warm-up: a base model learns step-by-step perception, or reasoning, from a few annotations.
+
+torchrun --nproc-per-node 2 launch/warmup_stage0.py perception --config examples/stage0_tiny.yaml
+torchrun --nproc-per-node 2 launch/warmup_stage0.py reasoning --config examples/stage0_tiny.yaml
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from sicog_mcore.launcher import start_training
+from sicog_mcore.stages import PERCEPTION, REASONING, Stage
+
+KINDS: Mapping[str, Stage] = {"perception": PERCEPTION, "reasoning": REASONING}
+
+if __name__ == "__main__":
+    script, *words = sys.argv
+    if not words or words[0] not in KINDS:
+        print(
+            f"error: found {words[:1] or 'nothing'}, expected perception or reasoning as the first word",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    # The word is taken out of the arguments, but stays in the command that the summary prints.
+    sys.exit(start_training([f"{script} {words[0]}", *words[1:]], os.environ, KINDS[words[0]]))

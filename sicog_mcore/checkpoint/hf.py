@@ -1,0 +1,238 @@
+"""Safetensors in and out: names and shapes without loading anything, rows of one tensor at a time, shards of bounded size.
+
+In: a file, or a folder with or without an index   Out: rows of tensors; a folder that appears whole or not at all
+Pickle files are never opened here.   Used by: weights.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sicog_mcore.checkpoint.mapping import Shape
+from sicog_mcore.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+SHARD_BYTES = 4 << 30
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header of a file says about one tensor."""
+
+    file: Path
+    shape: Shape
+    dtype: str  # as safetensors spells it: "F32", "BF16"
+
+
+class WeightFiles:
+    """All tensors of a safetensors file or of a folder. Use as a context manager; files stay mapped until it ends.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, a pickle, or at odds with the index.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+        self.entries: dict[str, Entry] = {}
+        try:
+            for file, expected in _files(path).items():
+                self._add(file, expected)
+        except CheckpointError:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> WeightFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _add(self, file: Path, expected: Collection[str] | None) -> None:
+        try:
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): truncated or no safetensors file; copy it again"
+            ) from error
+        self._open[file] = handle
+        names = set(handle.keys())
+        if expected is not None and names != set(expected):
+            problems = [f"{INDEX} names {name}, which is not there" for name in sorted(set(expected) - names)]
+            problems += [f"it holds {name}, which {INDEX} places elsewhere" for name in sorted(names - set(expected))]
+            raise CheckpointError(f"{file}: {shortened(problems)}; copy the files of one checkpoint into one folder")
+        for name in names:
+            header = handle.get_slice(name)
+            self.entries[name] = Entry(file, tuple(header.get_shape()), header.get_dtype())
+
+    def read(self, name: str, axis: int, start: int, length: int) -> Tensor:
+        """Rows of one tensor along an axis; only these are read.
+
+        Raises:
+            CheckpointError: names tensor and file.
+        """
+        entry = self.entries[name]
+        try:
+            rows = self._open[entry.file].get_slice(name)
+            return rows[:, start : start + length] if axis else rows[start : start + length]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{name} in {entry.file} cannot be read ({error}); copy the file again") from error
+
+    def whole(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._open[self.entries[name].file].get_tensor(name)
+
+
+def _files(path: Path) -> Mapping[Path, Collection[str] | None]:
+    """Every file to read, with the names that the index promises for it, if there is an index."""
+    if path.is_file():
+        if path.name == INDEX:
+            return _indexed(path)
+        if path.suffix in PICKLES:
+            raise _pickle([path])
+        return {path: None}
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a folder or a .safetensors file")
+    if (path / INDEX).is_file():
+        return _indexed(path / INDEX)
+    found = sorted(path.glob("*.safetensors"))
+    if (path / SINGLE) in found or len(found) == 1:
+        return {path / SINGLE if (path / SINGLE) in found else found[0]: None}
+    if found:
+        raise CheckpointError(f"{path} has {len(found)} .safetensors files but no {INDEX}; copy the index as well")
+    if pickles := sorted(file for file in path.iterdir() if file.suffix in PICKLES):
+        raise _pickle(pickles)
+    raise CheckpointError(f"{path} holds no weights; expected {SINGLE} or {INDEX}")
+
+
+def _indexed(index: Path) -> Mapping[Path, Collection[str]]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again") from error
+    files: dict[Path, list[str]] = {}
+    for name, file in places:
+        if Path(file).name != file:
+            raise CheckpointError(f"{index} places {name} in {file!r}; only files beside the index are read")
+        files.setdefault(index.parent / file, []).append(name)
+    missing = [
+        f"{file.name} (with {names[0]} and {len(names) - 1} more)"
+        for file, names in files.items()
+        if not file.is_file()
+    ]
+    if missing:
+        raise CheckpointError(f"{index} names files that are missing: {', '.join(missing)}; copy them as well")
+    return files
+
+
+def _pickle(files: list[Path]) -> CheckpointError:
+    return CheckpointError(
+        f"{', '.join(map(str, files))}: a pickle can run any program and is never opened; use a .safetensors release, or "
+        "convert it once: python tools/convert.py unpickle OLD --out NEW.safetensors"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder, or beside a file; empty if there is none."""
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
+    return config if isinstance(config, dict) else {}
+
+
+def shortened(lines: Collection[str], most: int = 12) -> str:
+    """A list for a message, cut where it gets long."""
+    more = len(lines) - most
+    return ", ".join([*list(lines)[:most], *([f"and {more} more"] if more > 0 else [])])
+
+
+class ShardWriter:
+    """Writes tensors in the order they come into shards, beside the folder; ``finish`` makes it appear under its name.
+
+    Holds one shard in memory.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        shard_bytes: largest shard; a larger tensor gets one of its own.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.aside = folder.parent / f"{folder.name}.tmp"
+        self._shard: dict[str, Tensor] = {}
+        self._names: list[list[str]] = []
+        self._held = self._bytes = 0
+        require_free(folder)
+        if self.aside.exists():
+            shutil.rmtree(self.aside)
+        self.aside.mkdir(parents=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes one tensor; the shard before it is written if this one does not fit any more."""
+        assert name not in self._shard and not any(name in names for names in self._names), f"{name} is written twice"
+        size = tensor.numel() * tensor.element_size()
+        if self._shard and self._held + size > self.shard_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._held += size
+        self._bytes += size
+
+    def finish(self) -> int:
+        """Completes and shows the folder. Returns the bytes of all tensors."""
+        self._flush()
+        count = len(self._names)
+        places: dict[str, str] = {}
+        for number, names in enumerate(self._names):
+            file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.rename(self._temporary(number), self.aside / file)
+            places |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(places.items()))}
+            (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if self.folder.exists():
+            self.folder.rmdir()  # empty, see require_free
+        os.rename(self.aside, self.folder)
+        return self._bytes
+
+    def abandon(self) -> None:
+        """Removes what was written so far."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+    def _flush(self) -> None:
+        if self._shard:
+            save_file(self._shard, self._temporary(len(self._names)), metadata={"format": "pt"})
+            self._names.append(list(self._shard))
+            self._shard, self._held = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        return self.aside / f"shard-{number:05d}"
+
+
+def require_free(folder: Path) -> None:
+    """An export never writes into a folder that has something in it.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists already; choose another folder, or remove it")

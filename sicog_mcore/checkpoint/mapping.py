@@ -1,0 +1,249 @@
+"""What foreign weights and our parameters have in common: each kind of mapping says which rows go where, once.
+
+A mapping lists pieces, runs of rows that stand in a source tensor and in one tensor-parallel cut of our parameter. Import
+copies them one way, export the other, so a mapping is its own inverse.
+In: names of tables.py, parameters of the model   Out: Transfer, one bound mapping   Next: weights.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sicog_mcore.errors import CheckpointError
+
+Shape = tuple[int, ...]
+# Rows ``start`` to ``start + length`` of a source tensor, along an axis.
+ReadRows = Callable[[str, int, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter of the whole model.
+
+    Attributes:
+        shape: of the whole parameter.
+        axis: dimension that tensor parallelism cuts; 0 where nothing is cut.
+        owners: the rank that holds each cut, in order.
+    """
+
+    name: str
+    shape: Shape
+    axis: int
+    owners: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def cuts(self) -> int:
+        return len(self.owners)
+
+    @property
+    def cut_shape(self) -> Shape:
+        return tuple(n // self.cuts if d == self.axis else n for d, n in enumerate(self.shape))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows along the target's axis that one source and one cut of the target have in common."""
+
+    source: int  # index of the source
+    source_start: int
+    target_start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class OneToOne:
+    """One tensor, the same on both sides; ``*`` stands for the number of a layer."""
+
+    target: str
+    source: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,)
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        """Shapes of the sources."""
+        return (target.shape,)
+
+    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+        """What one cut of the target holds."""
+        length = target.cut_shape[target.axis]
+        yield Piece(0, cut * length, 0, length)
+
+
+@dataclass(frozen=True)
+class Fused(OneToOne):
+    """A convolution whose stride is its kernel: the source is [c, channels, side, side], ours [c, channels * side**2]."""
+
+    channels: int = 3
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        """Shapes of the sources."""
+        side = round((target.shape[1] / self.channels) ** 0.5)
+        return ((target.shape[0], self.channels, side, side),)
+
+
+@dataclass(frozen=True)
+class Vocabulary(OneToOne):
+    """A table with one row per token; our last rows, padding that no token uses, have no source and are zero."""
+
+    rows: int = 0
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        """Shapes of the sources."""
+        return ((self.rows, *target.shape[1:]),)
+
+    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+        """What one cut of the target holds."""
+        length = target.cut_shape[0]
+        start = cut * length
+        if start < self.rows:
+            yield Piece(0, start, 0, min(length, self.rows - start))
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value projections, weights or biases. Ours keeps each key/value head behind its query heads.
+
+    Args:
+        groups: key/value heads.
+        queries: query heads per key/value head.
+    """
+
+    target: str
+    sources: tuple[str, str, str]
+    groups: int
+    queries: int
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        """Shapes of the sources."""
+        rows = self._rows(target)
+        return tuple((n * self.groups, *target.shape[1:]) for n in rows)
+
+    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+        """What one cut of the target holds."""
+        rows, groups = self._rows(target), self.groups // target.cuts
+        target_start = 0
+        for group in range(cut * groups, (cut + 1) * groups):
+            for source, length in enumerate(rows):
+                yield Piece(source, group * length, target_start, length)
+                target_start += length
+
+    def _rows(self, target: Target) -> tuple[int, int, int]:
+        """Rows of query, key and value in one group."""
+        head_dim = target.shape[0] // (self.groups * (self.queries + 2))
+        return self.queries * head_dim, head_dim, head_dim
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """Gate and up projection. Every cut of ours holds its part of the gate, then its part of the up projection."""
+
+    target: str
+    sources: tuple[str, str]
+
+    def shapes(self, target: Target) -> tuple[Shape, ...]:
+        """Shapes of the sources."""
+        return ((target.shape[0] // 2, *target.shape[1:]),) * 2
+
+    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+        """What one cut of the target holds."""
+        length = target.cut_shape[0] // 2
+        for source in range(2):
+            yield Piece(source, cut * length, source * length, length)
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A source that repeats another one. It may be missing, must be equal, and is not written by an export."""
+
+    source: str
+    of: str
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Sources that our model has no use for; they may be there or not. ``**`` stands for any rest of a name."""
+
+    source: str
+    why: str
+
+
+Mapping = OneToOne | Fused | Vocabulary | QKV | GatedMLP
+Row = Mapping | Tied | Ignored
+Table = tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A mapping bound to one parameter: full names and shapes on both sides."""
+
+    mapping: Mapping
+    target: Target
+    sources: tuple[str, ...]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return self.mapping.shapes(self.target)
+
+    def fill(self, parameter: Tensor, cut: int, read: ReadRows) -> None:
+        """Writes one cut of the parameter, in place and in its own dtype; rows that no source has become zero."""
+        axis, filled = self.target.axis, 0
+        for piece in self.mapping.pieces(self.target, cut):
+            rows = read(self.sources[piece.source], axis, piece.source_start, piece.length)
+            here = parameter.narrow(axis, piece.target_start, piece.length)
+            here.copy_(rows.reshape(here.shape))
+            filled += piece.length
+        parameter.narrow(axis, filled, parameter.shape[axis] - filled).zero_()
+
+    def assemble(self, cuts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The source tensors, by name, from all cuts of the parameter."""
+        axis = self.target.axis
+        wholes = [torch.empty(shape, dtype=cuts[0].dtype) for shape in self.shapes]
+        for cut, tensor in enumerate(cuts):
+            for piece in self.mapping.pieces(self.target, cut):
+                there = wholes[piece.source].narrow(axis, piece.source_start, piece.length)
+                there.copy_(tensor.narrow(axis, piece.target_start, piece.length).reshape(there.shape))
+        return dict(zip(self.sources, wholes, strict=True))
+
+
+def matches(pattern: str, name: str) -> re.Match[str] | None:
+    """``*`` matches the number of a layer, ``**`` any rest of a name."""
+    wild = {"**": ".+", "*": r"(\d+)"}
+    parts = re.split(r"(\*\*|\*)", pattern)
+    return re.fullmatch("".join(wild.get(part) or re.escape(part) for part in parts), name)
+
+
+def bind(table: Table, targets: Sequence[Target], prefix: str) -> tuple[Transfer, ...]:
+    """One transfer for every target, in the order of the targets.
+
+    Args:
+        table: rows without the prefix.
+        prefix: stands in front of every source name.
+
+    Raises:
+        CheckpointError: a parameter has no row in the table, or several.
+    """
+    transfers, orphans = [], []
+    for target in targets:
+        found = [
+            (row, match) for row in table if isinstance(row, Mapping) and (match := matches(row.target, target.name))
+        ]
+        if len(found) != 1:
+            orphans.append(f"{target.name} ({len(found)} rows)")
+            continue
+        row, match = found[0]
+        layer = match.group(1) if match.groups() else ""
+        transfers.append(Transfer(row, target, tuple(prefix + source.replace("*", layer) for source in row.sources)))
+    if orphans:
+        raise CheckpointError(
+            f"parameters without exactly one row in checkpoint/tables.py: {', '.join(orphans)}; "
+            "add a row, or remove the option in model.decoder.mcore that makes them"
+        )
+    return tuple(transfers)

@@ -1,0 +1,175 @@
+"""Parts of our own checkpoints as first weights, and checkpoints that hold weights only.
+
+In: a folder ``step_N``, the output folder of a run, or what ``save_weights`` wrote   Out: parameters filled in place
+Any layout, any of the three parts; optimizer state, data position and random states are left alone.
+Next: store.py, which resumes whole runs
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from sicog_mcore.checkpoint import commit
+from sicog_mcore.checkpoint.hf import require_free
+from sicog_mcore.checkpoint.store import FORMAT, STATE, WRITE_ERRORS, RunState
+from sicog_mcore.checkpoint.targets import PARTS, part_of
+from sicog_mcore.cli import describe_changes, experiment_from_dict
+from sicog_mcore.config import Experiment, Part
+from sicog_mcore.errors import CheckpointError
+from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.gather import on_main
+from sicog_mcore.parallel.topology import Topology
+
+WIDTHS: Mapping[Part, tuple[str, ...]] = {"resampler": ("model.tower.hidden:", "model.decoder.hidden:")}
+# May differ between stages: they do not change what a weight means.
+FREE_TO_CHANGE = ("model.resampler.train_positions", "model.decoder.mcore")
+EXTRA = "_extra_state"
+OPTIMIZER = ("optimizer.", "chained_")  # entries of a whole run's checkpoint that are no weights
+
+
+def find_weights(path: Path, topology: Topology) -> Path | None:
+    """Our checkpoint folder that a path stands for: itself, or the newest of a run; None if it is none of ours.
+
+    Looked up and verified on rank 0; the answer is the same on all ranks.
+
+    Raises:
+        CheckpointError: it is damaged, or the run has no committed checkpoint.
+    """
+    found = _find(path) if topology.is_main else None
+    answer: Any = topology.broadcast_object(found)
+    if isinstance(answer, CheckpointError):
+        raise answer
+    return answer
+
+
+def _find(path: Path) -> Path | CheckpointError | None:
+    if (path / "checkpoints").is_dir():
+        steps = commit.committed_steps(path / "checkpoints")
+        if not steps:
+            return CheckpointError(f"{path / 'checkpoints'} has no committed checkpoint; name another run")
+        path = commit.step_folder(path / "checkpoints", steps[-1])
+    if not (path / STATE).is_file():
+        return None
+    try:
+        commit.verify(path)
+    except CheckpointError as error:
+        return error
+    return path
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        CheckpointError: it cannot be read, or another version wrote it.
+    """
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error}); name another checkpoint") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {content.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    return experiment_from_dict(content["experiment"])
+
+
+def read_tensors(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every weight of a checkpoint, layers stacked along the first axis; reads no tensor."""
+    entries = dist_checkpointing.load_tensors_metadata(str(folder)).items()
+    found = [(name, tuple(t.global_shape), str(t.dtype)) for name, t in entries if not name.startswith(OPTIMIZER)]
+    return sorted((name, shape, dtype.removeprefix("torch.")) for name, shape, dtype in found)
+
+
+def load_parts(
+    chunks: Sequence[VisionLanguageModel],
+    parts: Sequence[Part],
+    folder: Path,
+    experiment: Experiment,
+    topology: Topology,
+) -> list[str]:
+    """Fills parts of the model from one of our checkpoints, written under any layout. Collective, before wrapping.
+
+    Returns:
+        a line per part for the user.
+
+    Raises:
+        CheckpointError: the checkpoint holds another model.
+    """
+    saved = read_experiment(folder)
+    _require_same_model(saved, experiment, parts, folder)
+    state = {name: _entries(chunk, parts, topology) for name, chunk in _named(chunks)}
+    try:
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except CheckpointingException as error:
+        raise CheckpointError(f"{folder} does not hold this model: {error}") from error
+    for name, chunk in _named(chunks):
+        # A later pipeline stage has nothing of tower and resampler, and Megatron drops what is empty.
+        outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
+        left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA not in key]
+        assert not left and not outcome.unexpected_keys, f"not filled: {left}, unknown: {outcome.unexpected_keys}"
+    return [f"{part}: {folder} ({saved.train.precision} -> {experiment.train.precision})" for part in parts]
+
+
+def save_weights(
+    chunks: Sequence[VisionLanguageModel], experiment: Experiment, topology: Topology, folder: Path
+) -> None:
+    """Commits a checkpoint of weights alone, for ``init`` to start from. Collective.
+
+    Raises:
+        CheckpointError: the folder exists, or it cannot be written; then nothing is there under its name.
+    """
+    temporary = commit.aside(folder)
+
+    def prepare() -> None:
+        require_free(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        content = {"format": FORMAT, "state": asdict(RunState()), "experiment": experiment.to_dict()}
+        (temporary / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()  # empty, see require_free
+        commit.commit(folder)
+
+    state = {name: _entries(chunk, PARTS, topology) for name, chunk in _named(chunks)}
+    on_main(topology, prepare, WRITE_ERRORS)
+    try:
+        dist_checkpointing.save(state, str(temporary))
+    except WRITE_ERRORS as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}; make room and try again") from error
+    on_main(topology, finish, WRITE_ERRORS)
+
+
+def _named(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, VisionLanguageModel]]:
+    return [(f"model{i}" if len(chunks) > 1 else "model", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _entries(chunk: VisionLanguageModel, parts: Sequence[Part], topology: Topology) -> dict[str, Any]:
+    """Megatron's description of a chunk's parts; Transformer Engine's extra states matter for fp8 only."""
+    state = chunk.sharded_state_dict(metadata={"dp_cp_group": topology.groups.dp_cp})
+    return {key: value for key, value in state.items() if part_of(key) in parts and EXTRA not in key}
+
+
+def _require_same_model(saved: Experiment, experiment: Experiment, parts: Sequence[Part], folder: Path) -> None:
+    judged = tuple(place for part in parts for place in (f"model.{part}.", *WIDTHS.get(part, ())))
+    changes = [
+        change
+        for change in describe_changes(saved, experiment)
+        if change.startswith(judged) and not change.startswith(FREE_TO_CHANGE)
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{folder} holds another {' and '.join(parts)} ({'; '.join(changes)}); restore these values, or start from "
+            "other weights"
+        )

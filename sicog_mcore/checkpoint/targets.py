@@ -1,0 +1,70 @@
+"""The parameters of the whole model by name, and which ranks hold them: what foreign weights are mapped to.
+
+In: this rank's chunks   Out: Target per parameter, the same on all ranks   Next: weights.py, export.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sicog_mcore.checkpoint.mapping import Target
+from sicog_mcore.config import Part
+from sicog_mcore.model.initialise import global_names
+from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.topology import Topology
+
+MODULES: tuple[tuple[Part, str], ...] = (
+    ("tower", "tower."),
+    ("resampler", "resampler."),
+    ("decoder", "language_model."),
+)
+PARTS: tuple[Part, ...] = tuple(part for part, _ in MODULES)
+# Transformer Engine's layers hold the norm in front of a linear layer inside that layer.
+FUSED_NORMS = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
+
+
+def part_of(name: str) -> Part:
+    """The part that a parameter or an entry of our checkpoints belongs to."""
+    return next(part for part, module in MODULES if name.startswith(module))
+
+
+def local_parameters(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters by their names in the whole model, the same for both kinds of layers."""
+    named = []
+    for chunk in chunks:
+        names = global_names(chunk)
+        for local, parameter in chunk.named_parameters():
+            name = names[local]
+            for fused, plain in FUSED_NORMS:
+                name = name.replace(fused, plain)
+            named.append((name, parameter))
+    return named
+
+
+def describe(chunks: Sequence[VisionLanguageModel], topology: Topology) -> tuple[Target, ...]:
+    """Every parameter of the whole model, from the first to the last stage. Collective; the same on all ranks."""
+    mine: list[tuple[str, Target, bool]] = []
+    if topology.data_rank == 0:
+        for name, parameter in local_parameters(chunks):
+            is_cut = bool(vars(parameter).get("tensor_model_parallel"))  # Megatron marks what it shards
+            axis = vars(parameter)["partition_dim"] if is_cut else 0
+            target = Target(name, tuple(parameter.shape), axis, (topology.rank,), parameter.dtype)
+            mine.append((name, target, is_cut))
+    holders: dict[str, list[tuple[Target, bool]]] = {}
+    for described in topology.gather_objects(mine):
+        for name, target, is_cut in described:
+            holders.setdefault(name, []).append((target, is_cut))
+    return tuple(_whole([cut for cut, _ in found], topology, found[0][1]) for found in holders.values())
+
+
+def _whole(cuts: list[Target], topology: Topology, is_cut: bool) -> Target:
+    """Tensor-parallel ranks are neighbours; a table that is tied over stages is found again behind them."""
+    first = cuts[0]
+    owners = tuple(cut.owners[0] for cut in cuts[: topology.config.tensor if is_cut else 1])
+    shape = tuple(n * len(owners) if d == first.axis else n for d, n in enumerate(first.shape))
+    return Target(first.name, shape, first.axis, owners, first.dtype)

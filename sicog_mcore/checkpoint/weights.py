@@ -1,0 +1,216 @@
+"""First weights from other projects or from our own checkpoints, into a model under any layout, one tensor at a time.
+
+In: a safetensors folder or file   Out: parameters filled in place   Next: export.py, the way back
+Every source name is used once and every parameter written once, or one error lists all that differs before anything is
+written. Import before the model is wrapped: the optimizer copies its fp32 master weights from the parameters it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sicog_mcore.checkpoint.hf import FLOATS, WeightFiles, read_config, shortened
+from sicog_mcore.checkpoint.hf_config import disagreements
+from sicog_mcore.checkpoint.mapping import Ignored, Shape, Table, Target, Tied, Transfer, bind, matches
+from sicog_mcore.checkpoint.parts import find_weights, load_parts
+from sicog_mcore.checkpoint.tables import RELEASED, Family, part_table, recognise
+from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
+from sicog_mcore.config import Experiment, ModelConfig, Part
+from sicog_mcore.errors import CheckpointError
+from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.topology import Topology
+
+LEGACY = "legacy"  # separators of released weights
+COMPARED_ROWS = 4096  # of two tables that must be equal, at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one part is read from a checkpoint that is known to fit.
+
+    Attributes:
+        tied: (name, the name it must equal) of tables that the source holds twice.
+        ignored: names of this part that our model has no use for.
+        dtypes: of the sources.
+    """
+
+    part: Part
+    family: Family
+    transfers: tuple[Transfer, ...]
+    tied: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: part (None for what is not ours), name, shape and dtype of every tensor."""
+
+    family: Family
+    rows: tuple[tuple[Part | None, str, Shape, str], ...]
+
+
+def inspect(path: Path) -> Contents:
+    """Reads headers only."""
+    with WeightFiles(path) as files:
+        family = family_of(files)
+        rows = sorted((name, entry) for name, entry in files.entries.items())
+        return Contents(family, tuple((family.part_of(name), name, entry.shape, entry.dtype) for name, entry in rows))
+
+
+def family_of(files: WeightFiles) -> Family:
+    """The family of opened files, by the names of their tensors and by config.json; never by their path."""
+    return recognise(files.entries, str(read_config(files.path).get("model_type", "")), str(files.path))
+
+
+def plan_import(part: Part, targets: Sequence[Target], files: WeightFiles, model: ModelConfig) -> Plan:
+    """Finds family and prefix, and compares names, shapes and config.json; reads no tensor.
+
+    Raises:
+        CheckpointError: lists all that is missing, unexpected, of another shape, or configured differently.
+    """
+    family = family_of(files)
+    if part not in family.prefixes:
+        raise CheckpointError(
+            f"{files.path} holds no {part}: it is {family.name}, {family.about}, with {', '.join(family.prefixes)}"
+        )
+    table = part_table(part, model)
+    prefix, transfers = choose_prefix(family, part, targets, files, model)
+    here = {name for name in files.entries if family.part_of(name) == part}
+    twins = {prefix + row.source: prefix + row.of for row in table if isinstance(row, Tied)}
+    tied = tuple((name, of) for name, of in twins.items() if name in here)
+    ignored = tuple(sorted(name for name in here if is_ignored(name, table, prefix)))
+    problems = disagreements(read_config(files.path), part, model)
+    problems += _differences(transfers, files, here - {name for name, _ in tied} - set(ignored))
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise CheckpointError(f"{files.path} ({family.about}) does not fit model.{part}:\n{listed}")
+    dtypes = {files.entries[name].dtype for name in _sources(transfers)}
+    return Plan(part, family, transfers, tied, ignored, tuple(sorted(dtypes)))
+
+
+def choose_prefix(
+    family: Family, part: Part, targets: Sequence[Target], files: WeightFiles, model: ModelConfig
+) -> tuple[str, tuple[Transfer, ...]]:
+    """Of the prefixes that a family may have, the one with which most names are there; and the transfers with it."""
+    wanted = [target for target in targets if part_of(target.name) == part]
+    choices = {prefix: bind(part_table(part, model), wanted, prefix) for prefix in family.prefixes[part]}
+    prefix = max(choices, key=lambda p: sum(name in files.entries for name in _sources(choices[p])))
+    return prefix, choices[prefix]
+
+
+def is_ignored(name: str, table: Table, prefix: str) -> bool:
+    """Whether a table says that a source is not for us."""
+    return any(matches(prefix + row.source, name) for row in table if isinstance(row, Ignored))
+
+
+def _sources(transfers: Sequence[Transfer]) -> Iterator[str]:
+    for transfer in transfers:
+        yield from transfer.sources
+
+
+def _differences(transfers: Sequence[Transfer], files: WeightFiles, here: Collection[str]) -> Iterator[str]:
+    """One line per kind of difference between what is needed and the sources ``here`` for this part."""
+    needed = {name: shape for t in transfers for name, shape in zip(t.sources, t.shapes, strict=True)}
+    missing = [f"{name} {list(shape)}" for name, shape in needed.items() if name not in here]
+    unexpected = [f"{name} {list(files.entries[name].shape)}" for name in sorted(here) if name not in needed]
+    found = {name: files.entries[name] for name in needed if name in here}
+    shapes = [
+        f"{name} is {list(entry.shape)}, expected {list(needed[name])}"
+        for name, entry in found.items()
+        if entry.shape != needed[name]
+    ]
+    dtypes = [f"{name} is {entry.dtype}" for name, entry in found.items() if entry.dtype not in FLOATS]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": shapes,
+        f"quantised, expected {', '.join(FLOATS)}": dtypes,
+    }
+    return (f"{kind} ({len(names)}): {shortened(names)}" for kind, names in kinds.items() if names)
+
+
+def import_part(chunks: Sequence[VisionLanguageModel], part: Part, path: Path, topology: Topology) -> str:
+    """Fills one part of the model from foreign weights. Collective; each rank reads only the rows it holds.
+
+    Returns:
+        a line for the user.
+
+    Raises:
+        CheckpointError: on every rank alike; the model must not be used after it.
+    """
+    targets = describe(chunks, topology)
+    note, failure = "", None
+    try:
+        note = _fill(chunks, part, path, targets, topology)
+    except CheckpointError as error:
+        failure = str(error)
+    # A file may be unreadable on one machine only; the others must not go on without it.
+    failures = [text for text in topology.gather_objects(failure) if text is not None]
+    if failures:
+        raise CheckpointError(failures[0])
+    return note
+
+
+def _fill(
+    chunks: Sequence[VisionLanguageModel], part: Part, path: Path, targets: Sequence[Target], topology: Topology
+) -> str:
+    warning = ""
+    with WeightFiles(path) as files:
+        plan = plan_import(part, targets, files, chunks[0].model_config)
+        for name, twin in plan.tied if topology.is_main else ():
+            _require_equal(files, name, twin)
+        transfers = {transfer.target.name: transfer for transfer in plan.transfers}
+        for name, parameter in local_parameters(chunks):
+            if part_of(name) == part:
+                transfer = transfers[name]
+                cut = topology.tensor_rank if transfer.target.cuts > 1 else 0
+                with torch.no_grad():
+                    transfer.fill(parameter, cut, files.read)
+    separators = chunks[0].model_config.slicing.separators
+    if plan.family is RELEASED and part == "decoder" and separators != LEGACY:
+        warning = f"; it was trained with model.slicing.separators={LEGACY}, this run has {separators}"
+    dtype = str(plan.transfers[0].target.dtype).removeprefix("torch.")
+    ignored = f", {len(plan.ignored)} unused" if plan.ignored else ""
+    count = sum(len(transfer.sources) for transfer in plan.transfers)
+    return (
+        f"{part}: {count} tensors of {path} ({plan.family.about}; {'/'.join(plan.dtypes)} -> {dtype}{ignored}){warning}"
+    )
+
+
+def _require_equal(files: WeightFiles, name: str, twin: str) -> None:
+    rows, expected = files.entries[name].shape[0], files.entries[twin].shape
+    same = files.entries[name].shape == expected and all(
+        torch.equal(files.read(name, 0, start, COMPARED_ROWS), files.read(twin, 0, start, COMPARED_ROWS))
+        for start in range(0, rows, COMPARED_ROWS)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{name} in {files.path} differs from {twin}, but model.decoder.tie_embeddings=true makes them one; "
+            "set it to false"
+        )
+
+
+def import_init(chunks: Sequence[VisionLanguageModel], experiment: Experiment, topology: Topology) -> list[str]:
+    """Fills the parts that ``experiment.init`` names; the others stay as they are. Collective, before wrapping.
+
+    Returns:
+        a line per part for the user.
+
+    Raises:
+        CheckpointError: on every rank alike.
+    """
+    init = experiment.init
+    places = {part: vars(init)[part] or init.checkpoint for part in PARTS}
+    notes = []
+    for path in dict.fromkeys(place for place in places.values() if place):
+        parts = [part for part in PARTS if places[part] == path]
+        if folder := find_weights(Path(path), topology):
+            notes += load_parts(chunks, parts, folder, experiment, topology)
+        else:
+            notes += [import_part(chunks, part, Path(path), topology) for part in parts]
+    return notes

@@ -1,0 +1,181 @@
+"""Tokenizers of both families behind one protocol: Hugging Face tokenizer.json and SentencePiece .model files.
+
+In: a file, or a folder that holds one   Out: Tokenizer   Next: chat.py
+Text never yields control tokens, and nothing is put in front of it: the pieces of a conversation are encoded one by one,
+so a tokenizer that starts every text with a space would write spaces that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, decoders, models, normalizers
+
+CONTROL_TOKEN = re.compile(r"(<\|\w+\|>)")
+HF_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+SENTENCEPIECE_SUFFIX = ".model"
+UNIGRAM, BPE = 1, 2  # kinds of SentencePiece models
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # kinds of its pieces
+SPACE = "▁"
+LOSSLESS_SAMPLE = "two\n\n  words "
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Picklable; ids run from 0 to below ``size``."""
+
+    @property
+    def size(self) -> int:
+        """Rows that the decoder's embedding table must have."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text; a control token in it is text like any other."""
+
+    def decode(self, ids: Iterable[int], skip_controls: bool = True) -> str:
+        """Text of ids."""
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of one token, control tokens included; None if there is none."""
+
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json that transformers loads and that gives the same ids.
+
+        One difference is left to SentencePiece models: text that spells a control piece is that piece there.
+        """
+
+
+def find_tokenizer_file(path: str) -> Path | None:
+    """The file that a path means: itself, or the first one known inside a folder; None if there is none."""
+    given = Path(path)
+    files = (given / HF_FILE, given / SENTENCEPIECE_FILE) if path and given.is_dir() else (given,)
+    return next((file for file in files if file.is_file()), None)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Reads tokenizer.json, a SentencePiece .model, or a folder that holds one of them.
+
+    Raises:
+        ValueError: there is no such file, or it is a SentencePiece model that changes white space.
+    """
+    file = find_tokenizer_file(path)
+    if file is None:
+        raise ValueError(f"{path!r} holds no tokenizer; give a {HF_FILE}, a SentencePiece .model, or their folder")
+    return SentencePieceTokenizer(file) if file.suffix == SENTENCEPIECE_SUFFIX else HuggingFaceTokenizer(file)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._engine = tokenizers.Tokenizer.from_file(str(file))
+        self._engine.encode_special_tokens = True
+
+    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[Path]]:
+        """A pickled engine forgets that control tokens in text are text; so workers read the file again."""
+        return HuggingFaceTokenizer, (self._file,)
+
+    @property
+    def size(self) -> int:
+        return max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_controls: bool = True) -> str:
+        return self._engine.decode(list(ids), skip_special_tokens=skip_controls)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._engine.token_to_id(token)
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self._file.read_bytes())
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, unigram or BPE.
+
+    User-defined symbols of the form ``<|name|>`` become control symbols, which text cannot yield.
+
+    Raises:
+        ValueError: the model changes white space; templates could not be written with it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._model = ModelProto.FromString(file.read_bytes())
+        self._model.normalizer_spec.add_dummy_prefix = False
+        for piece in self._model.pieces:
+            if piece.type == USER_DEFINED and CONTROL_TOKEN.fullmatch(piece.piece):
+                piece.type = CONTROL
+        self._engine = SentencePieceProcessor(model_proto=self._model.SerializeToString())
+        if (found := self.decode(self.encode(LOSSLESS_SAMPLE))) != LOSSLESS_SAMPLE:
+            remedy = "--byte_fallback --remove_extra_whitespaces=false --normalization_rule_name=identity"
+            raise ValueError(f"{file} writes {LOSSLESS_SAMPLE!r} as {found!r}; train it with {remedy}")
+
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[Path]]:
+        return SentencePieceTokenizer, (self._file,)
+
+    @property
+    def size(self) -> int:
+        return self._engine.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._engine.encode(text)
+
+    def decode(self, ids: Iterable[int], skip_controls: bool = True) -> str:
+        parts: list[str] = []
+        for is_control, group in itertools.groupby(ids, self._engine.is_control):
+            run = list(group)
+            if not is_control:
+                parts.append(self._engine.decode(run))
+            elif not skip_controls:
+                parts += map(self._engine.id_to_piece, run)
+        return "".join(parts)
+
+    def token_to_id(self, token: str) -> int | None:
+        found = self._engine.piece_to_id(token)
+        return found if self._engine.id_to_piece(found) == token else None
+
+    def save(self, path: Path) -> None:
+        _convert(self._model).save(str(path))
+
+
+def _convert(model: ModelProto) -> tokenizers.Tokenizer:
+    """The same tokenizer for the tokenizers library."""
+    pieces, spec = model.pieces, model.trainer_spec
+    unknown = next(piece.piece for piece in pieces if piece.type == UNKNOWN)
+    engine = tokenizers.Tokenizer(_unigram(model) if spec.model_type == UNIGRAM else _bpe(model, unknown))
+    charsmap = model.normalizer_spec.precompiled_charsmap
+    rules = [normalizers.Precompiled(charsmap)] if charsmap else []
+    engine.normalizer = normalizers.Sequence([*rules, normalizers.Replace(" ", SPACE)])
+    engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    engine.add_special_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type in (UNKNOWN, CONTROL)])
+    engine.add_tokens([AddedToken(p.piece, normalized=True) for p in pieces if p.type == USER_DEFINED])
+    return engine
+
+
+def _unigram(model: ModelProto) -> models.Unigram:
+    lowest = min(piece.score for piece in model.pieces)
+    # The names of bytes stand in the vocabulary, where text must not find them.
+    scored = [(piece.piece, 10 * lowest if piece.type == BYTE else piece.score) for piece in model.pieces]
+    unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
+    return models.Unigram(scored, unknown, model.trainer_spec.byte_fallback)
+
+
+def _bpe(model: ModelProto, unknown: str) -> models.BPE:
+    ids: Mapping[str, int] = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    merges = []
+    for piece in sorted(model.pieces, key=lambda piece: -piece.score):
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED, BYTE):
+            continue
+        halves = ((piece.piece[:i], piece.piece[i:]) for i in range(1, len(piece.piece)))
+        merges += [(left, right) for left, right in halves if left in ids and right in ids]
+    fallback = model.trainer_spec.byte_fallback
+    return models.BPE(dict(ids), merges, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)

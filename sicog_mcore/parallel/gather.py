@@ -1,0 +1,72 @@
+"""Parts of one tensor, from the ranks that hold them to rank 0, for writing a whole model one tensor at a time.
+
+Point to point, so no rank ever holds what it does not own, save rank 0 for one tensor.   Used by: checkpoint/export.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sicog_mcore.errors import CheckpointError, SicogError
+from sicog_mcore.parallel.topology import Topology
+
+WRITER = 0  # the rank that receives
+
+
+def gather_cuts(
+    own: Tensor | None, owners: Sequence[int], shape: Sequence[int], dtype: torch.dtype, topology: Topology
+) -> list[Tensor]:
+    """Called by every rank for the same tensors in the same order.
+
+    Args:
+        own: this rank's part where it is one of the owners.
+        owners: ranks of all parts, in order.
+        shape: of one part.
+        dtype: in which the parts travel and arrive.
+
+    Returns:
+        on rank 0 all parts, on the CPU; elsewhere nothing.
+    """
+    if topology.rank in owners:
+        assert own is not None, "an owner must hand in its part"
+        own = own.detach().to(dtype).contiguous()
+    if topology.rank != WRITER:
+        if own is not None and topology.rank in owners:
+            dist.send(own, dst=WRITER)
+        return []
+    return [_receive(own, owner, shape, dtype, topology.device).cpu() for owner in owners]
+
+
+def _receive(own: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if owner == WRITER:
+        assert own is not None, "an owner must hand in its part"
+        return own
+    buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
+    dist.recv(buffer, src=owner)
+    return buffer
+
+
+def on_main(topology: Topology, work: Callable[[], object], errors: tuple[type[BaseException], ...]) -> None:
+    """Does work on rank 0, the others wait; where it fails, it fails on all ranks.
+
+    Args:
+        errors: what a failing disk raises; reported like a CheckpointError.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    failure = None
+    if topology.is_main:
+        try:
+            work()
+        except SicogError as error:
+            failure = str(error)
+        except errors as error:
+            failure = f"it cannot be written: {error}; make room, or choose another folder"
+    text = topology.broadcast_object(failure)
+    if text is not None:
+        raise CheckpointError(str(text))

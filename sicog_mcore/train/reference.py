@@ -1,0 +1,217 @@
+"""Log-probabilities of answers under the reference model: the model with the first weights of the run.
+
+In: batches of pairs   Out: fp64 [2 * pairs] for each, chosen and rejected in turn   Next: dpo.py
+Precomputed, they stand in ``<output>/reference/log_probs.jsonl`` by sample id, with a fingerprint of what they depend on: no
+second model is in memory, and a resumed run reads them again. A pass that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sicog_mcore.config import Experiment
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.errors import DataError
+from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.parallel.topology import Topology
+from sicog_mcore.parallel.wrap import TrainableModel
+from sicog_mcore.train.feed import Feed
+from sicog_mcore.train.fingerprint import fingerprint
+from sicog_mcore.train.step import Log, run_schedule
+
+FOLDER = "reference"
+FILE = "log_probs.jsonl"
+UNFINISHED = ".part"
+STAMP = "fingerprint"
+NOTICE_EVERY_S = 60
+
+Entries = Mapping[str, tuple[float, float]]  # sample id to (chosen, rejected)
+
+
+def owners(batch: PackedBatch, rows: Tensor) -> Tensor:
+    """Segment that each position belongs to: int64 in the shape of ``rows``."""
+    return torch.searchsorted(batch.cu_seqlens.long(), rows, right=True) - 1
+
+
+def answer_log_probs(batch: PackedBatch, losses: Tensor) -> Tensor:
+    """Summed log-probabilities of the supervised tokens of each conversation of each pair.
+
+    Args:
+        losses: fp32 [t_s] of the supervised positions.
+
+    Returns:
+        fp64 [2 * pairs]
+    """
+    segments = torch.arange(2 * batch.num_pairs, device=losses.device)
+    belongs = owners(batch, supervised_rows(batch.labels)) == segments[:, None]  # [2 * pairs, t_s]
+    return -(losses.double() * belongs).sum(-1)  # a scatter would add in random order on a GPU
+
+
+def score_pairs(chunks: Sequence[Any], model: TrainableModel, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    """Log-probabilities of each batch's answers, on all ranks of the model copy. Collective.
+
+    Args:
+        chunks: with the weights to ask; bare or wrapped.
+        model: whose configuration and layout they have.
+    """
+    topology, sizes = model.topology, [2 * batch.num_pairs for batch in batches]
+    logs = run_schedule(chunks, model.config, topology, batches, _log_probs, forward_only=True)
+    flat = torch.zeros(sum(sizes), dtype=torch.float64, device=topology.device)
+    if logs and topology.tensor_rank == 0:  # only the last stage has logs
+        flat += torch.cat([log["log_probs"] for log in logs])
+    return list((topology.sum_over_copy(flat) if sum(sizes) else flat).split(sizes))
+
+
+def _log_probs(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, Log]:
+    count = torch.tensor(batch.num_pairs, dtype=torch.int, device=losses.device)
+    return losses.sum(), count, {"log_probs": answer_log_probs(batch, losses)}
+
+
+class FrozenReference:
+    """A second copy of the model, without gradients, asked for every step's batches.
+
+    Args:
+        chunks: built like the model's.
+        model: whose weights, as they are now, they get.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], model: TrainableModel):
+        for chunk, source in zip(chunks, model.wrapped, strict=True):
+            chunk.load_state_dict(source.module.state_dict())
+            chunk.requires_grad_(False)
+        self._chunks = chunks
+        self._model = model
+
+    def complete(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches with reference log-probabilities. Collective."""
+        scores = score_pairs(self._chunks, self._model, batches)
+        return [replace(batch, pair_reference=score) for batch, score in zip(batches, scores, strict=True)]
+
+
+@dataclass(frozen=True)
+class ReferenceTable:
+    """Precomputed log-probabilities of all pairs."""
+
+    entries: Entries
+    path: Path
+
+    def complete(self, batch: PackedBatch) -> PackedBatch:
+        """The batch with the log-probabilities of its pairs.
+
+        Raises:
+            DataError: the file lacks a pair.
+        """
+        if missing := [name for name in batch.sample_ids if name not in self.entries]:
+            found = f"{self.path} has no log-probabilities of {', '.join(missing[:3])}"
+            raise DataError(f"{found}; was an image unreadable when it was written? Remove it to compute them again")
+        values = [value for name in batch.sample_ids for value in self.entries[name]]
+        return replace(batch, pair_reference=torch.tensor(values, dtype=torch.float64))
+
+
+def precompute_reference(
+    experiment: Experiment, model: TrainableModel, notice: Callable[[str], None]
+) -> ReferenceTable:
+    """Asks the model, with its weights as they are now, for all pairs, unless that was done before. Collective.
+
+    Returns:
+        all pairs on ranks that load data, none on others.
+    """
+    topology, path = model.topology, Path(experiment.output) / FOLDER / FILE
+    stamp = ""
+    is_done = False
+    if topology.is_main:
+        stamp = fingerprint(experiment)
+        is_done = _fits(path, stamp)
+    stamp, is_done = topology.broadcast_object((stamp, is_done))  # type: ignore[misc]  # what was put in
+    if is_done:
+        notice(f"reference log-probabilities: {path} fits this run")
+    else:
+        notice(f"reference log-probabilities: one forward pass over all pairs, into {path}")
+        _compute(experiment, model, path, stamp, notice)
+    return ReferenceTable(_read(path, stamp) if topology.loads_data else {}, path)
+
+
+def _compute(
+    experiment: Experiment, model: TrainableModel, path: Path, stamp: str, notice: Callable[[str], None]
+) -> None:
+    """One pass over the first epoch of the run's own stream of batches, which holds every usable pair."""
+    topology, unfinished = model.topology, path.with_suffix(UNFINISHED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = dict(_read(unfinished, stamp)) if topology.loads_data else {}
+    topology.gather_objects(None)  # all have read before anything is written
+    if topology.is_main:
+        _write(unfinished, [{STAMP: stamp}, *_lines(known)], "w")
+    # Its own folder: pairs that are refused here will be refused, and reported, in training too.
+    feed = Feed(replace(experiment, output=str(path.parent)), topology, {}, first_step=1)
+    num_written, told_at = len(known), time.monotonic()
+    try:
+        is_last = False
+        while not is_last:
+            batches = feed.next_step()
+            ids = [name for batch in batches for name in batch.sample_ids]
+            is_new = any(name not in known for name in ids)
+            is_last, is_new = _anywhere(topology, feed.state().get("epoch", 0) > 0, is_new)
+            if is_new:
+                scores = torch.cat(score_pairs(model.wrapped, model, batches)).view(-1, 2).tolist()
+                mine = {name: (chosen, rejected) for name, (chosen, rejected) in zip(ids, scores, strict=False)}
+                gathered = topology.gather_objects({name: pair for name, pair in mine.items() if name not in known})
+                known |= mine
+                if topology.is_main:
+                    _write(unfinished, [line for entries in gathered for line in _lines(entries)], "a")
+                num_written += sum(map(len, gathered))
+                if time.monotonic() - told_at > NOTICE_EVERY_S:
+                    told_at = time.monotonic()
+                    notice(f"reference log-probabilities: {num_written:,} of {feed.num_rows:,} pairs")
+    finally:
+        feed.close()
+    if topology.is_main:
+        os.replace(unfinished, path)
+    topology.gather_objects(None)  # nobody reads before that
+
+
+def _anywhere(topology: Topology, *facts: bool) -> list[bool]:
+    """Whether each fact holds on any rank."""
+    found = topology.sum_over_world(torch.tensor(facts, dtype=torch.int64, device=topology.device))
+    return [count > 0 for count in found.tolist()]
+
+
+def _lines(entries: Entries) -> Iterable[dict[str, object]]:
+    return ({"id": name, "chosen": chosen, "rejected": rejected} for name, (chosen, rejected) in entries.items())
+
+
+def _write(path: Path, lines: Iterable[Mapping[str, object]], mode: str) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fits(path: Path, stamp: str) -> bool:
+    """Whether there is a file that belongs to these data and weights."""
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as file:
+        return file.readline() == json.dumps({STAMP: stamp}) + "\n"
+
+
+def _read(path: Path, stamp: str) -> dict[str, tuple[float, float]]:
+    """What a file that fits holds; nothing of any other. A torn last line is left out."""
+    entries: dict[str, tuple[float, float]] = {}
+    if not _fits(path, stamp):
+        return entries
+    with path.open(encoding="utf-8") as file:
+        next(file)
+        for line in file:
+            if line.endswith("\n"):
+                entry = json.loads(line)
+                entries[entry["id"]] = (entry["chosen"], entry["rejected"])
+    return entries

@@ -1,0 +1,159 @@
+"""Preference pairs from answers to spoiled images: writes the spoiled images, and joins answers into rows of pairs.
+
+corrupt: In: LLaVA rows and images   Out: a folder with images/ and rows.jsonl, to generate answers from
+join: In: the same rows, rejected answers {id, answer}, maybe chosen ones   Out: rows of pairs (sicog_mcore/data/pairs.py)
+Next: launch/train_dpo.py. Everything is joined by id; a row that yields no pair is counted and named by its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+
+from sicog_mcore.config import DataConfig, SourceConfig
+from sicog_mcore.data.corrupt import Corruption, corrupt
+from sicog_mcore.data.decode import decode_image, read_bytes
+from sicog_mcore.data.pairs import build_pair
+from sicog_mcore.data.rows import parse_row
+from sicog_mcore.data.sample import Role, Sample
+from sicog_mcore.data.sources import open_sources
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SampleError
+
+SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
+ROW_FILES = (".json", ".jsonl")
+
+Row = dict[str, Any]
+
+
+def read_samples(rows: Path, images: Path, refused: Counter[str]) -> Iterator[Sample]:
+    """The usable rows of a file; the reasons of all others are counted."""
+    if rows.suffix not in ROW_FILES:
+        raise ValueError(f"{rows} is no {' or '.join(ROW_FILES)} file")
+    samples = open_sources([SourceConfig(path=str(rows), images=str(images))], DataConfig())
+    for row in range(len(samples)):
+        try:
+            yield samples.read(row)
+        except SampleError as error:
+            refused[error.reason] += 1
+
+
+def prompt_row(sample: Sample, images: list[str]) -> Row:
+    """Id, images and the turns before the last answer, in LLaVA form."""
+    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in sample.turns[:-1]]
+    return {"id": sample.id} | ({"image": images} if images else {}) | {"conversations": turns}
+
+
+def write_rows(path: Path, rows: Iterator[Row]) -> int:
+    """Writes rows as JSONL; the file appears whole or not at all. Returns their number."""
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(partial, path)
+    return count
+
+
+def corrupted_rows(options: argparse.Namespace, refused: Counter[str]) -> Iterator[Row]:
+    """Spoils the images of each row, writes them, and names them in the row; rows without an image are left out."""
+    limits, folder = DataConfig(), options.out / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(read_samples(options.rows, options.images, refused)):
+        if not sample.images:
+            refused["no_image"] += 1
+            continue
+        try:
+            pixels = [decode_image(read_bytes(image), limits) for image in sample.images]
+        except SampleError as error:
+            refused[error.reason] += 1
+            continue
+        spoiled = [corrupt(p, f"{sample.id}#{i}", options.seed, options.kinds) for i, p in enumerate(pixels)]
+        names = [f"{number:08d}-{i}.png" for i in range(len(spoiled))]
+        for name, image in zip(names, spoiled, strict=True):
+            Image.fromarray(image.pixels).save(folder / name)
+        yield prompt_row(sample, names) | {"corruption": [image.kind for image in spoiled]}
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """Answers by sample id, from JSONL rows {id, answer}."""
+    answers: dict[str, str] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = parse_row(line)
+        except SampleError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if not isinstance(row.get("answer"), str) or "id" not in row:
+            raise ValueError(f"{path}:{number}: found {sorted(row)}, expected id and answer")
+        if answers.setdefault(str(row["id"]), row["answer"]) != row["answer"]:
+            raise ValueError(f"{path}:{number}: a second answer for {row['id']!r}; keep one per id")
+    return answers
+
+
+def pair_rows(options: argparse.Namespace, refused: Counter[str]) -> Iterator[Row]:
+    """Joins answers by id; the chosen one is the row's own last answer unless others are given."""
+    rejected = read_answers(options.rejected)
+    chosen = read_answers(options.chosen) if options.chosen else None
+    root = os.path.realpath(options.images)
+    for sample in read_samples(options.rows, options.images, refused):
+        better = sample.turns[-1].text if chosen is None else chosen.get(sample.id)
+        if better is None or sample.id not in rejected:
+            refused["no_answer"] += 1
+            continue
+        images = [os.path.relpath(image.path, root) for image in sample.images]
+        row = prompt_row(sample, images) | {"chosen": better, "rejected": rejected[sample.id]}
+        try:
+            build_pair(row, sample.images, sample.id, sample.origin)
+        except SampleError as error:
+            refused[error.reason] += 1
+            continue
+        yield row
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    spoil = commands.add_parser("corrupt", help="write spoiled images, to generate rejected answers from")
+    spoil.add_argument("--seed", type=int, default=42)
+    kinds: tuple[Corruption, ...] = get_args(Corruption)
+    spoil.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="one is drawn for each image")
+    spoil.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and images/")
+    join = commands.add_parser("join", help="write rows of pairs")
+    join.add_argument("--rejected", type=Path, required=True, help="JSONL of {id, answer}")
+    join.add_argument("--chosen", type=Path, help="the same; without it the rows' own last answers")
+    join.add_argument("--out", type=Path, required=True, help="JSONL file of pairs")
+    for command in (spoil, join):
+        command.add_argument("--rows", type=Path, required=True, help="LLaVA rows, .json or .jsonl")
+        command.add_argument("--images", type=Path, required=True, help="folder that their image paths are relative to")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = parse(arguments)
+    refused: Counter[str] = Counter()
+    try:
+        if options.command == "corrupt":
+            options.out.mkdir(parents=True, exist_ok=True)
+            count = write_rows(options.out / "rows.jsonl", corrupted_rows(options, refused))
+        else:
+            count = write_rows(options.out, pair_rows(options, refused))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"make_pairs: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    left_out = ", ".join(f"{number} x {reason}" for reason, number in refused.most_common())
+    print(f"{options.out}: {count} rows" + (f"; left out: {left_out}" if left_out else ""))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
