@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks and hands back what each returned.
 
-Ranks are forked from a server that has imported torch and Megatron once, and has done nothing else. A file rendezvous avoids port races; a rank's exception is raised in the test with that rank's traceback.
+Ranks are forked from a server that has imported torch and Megatron once, and has done nothing else.
+A file rendezvous avoids port races; a rank's exception is raised in the test with that rank's traceback.
 """
 
 from __future__ import annotations
