@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+warnings.filterwarnings("ignore")  # before Megatron, which warns of every package that is missing (see tools/doctor.py)
+
+from sicog_mcore.checkpoint.commit import write_tensors
 from sicog_mcore.checkpoint.export import ExportOptions, What, export_hf
 from sicog_mcore.checkpoint.hf import WeightFiles, require_free
 from sicog_mcore.checkpoint.hf_folder import write_decoder_files, write_model_files
@@ -57,7 +59,6 @@ TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options, rest = _parser().parse_known_args(arguments)
-    warnings.filterwarnings("ignore")
     for name in ("megatron", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -242,7 +243,7 @@ def unpickle(options: Any, rest: list[str]) -> int:
         raise CheckpointError(f"{options.out} exists already; choose another name, or remove it")
     try:
         tensors = torch.load(options.path, map_location="cpu", weights_only=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, options.out, {"format": "pt"})
+        write_tensors(options.out, tensors)
     except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         # Not torch's own words: they advise to load it in the unsafe way.
         raise CheckpointError(
@@ -265,6 +266,9 @@ def _verify(chunks: Sequence[VisionLanguageModel], topology: Topology, what: Par
     """Prints the largest difference on a seeded batch; True if it is too large."""
     if topology.world_size > 1:
         raise CheckpointError("--verify compares whole models: run it on one rank")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     compare = {"decoder": compare_decoder, "tower": compare_tower, "vlm": compare_model}[what]
     ours, theirs = compare(chunks[0], path)
     difference = float((ours - theirs).abs().max())

@@ -11,9 +11,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sicog_mcore.errors import CheckpointError
 
@@ -94,6 +97,12 @@ def keep_last(root: Path, count: int) -> list[int]:
         (folder / MANIFEST).unlink()
         shutil.rmtree(folder)
     return removed
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file that whoever may enter the folder may read; the library leaves it to the owner alone."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sicog_mcore.checkpoint.commit import write_tensors
 from sicog_mcore.checkpoint.mapping import Shape
 from sicog_mcore.errors import CheckpointError
 
@@ -193,7 +193,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._held + size > self.shard_bytes:
             self._flush()
-        self._shard[name] = tensor.contiguous()
+        self._shard[name] = tensor
         self._held += size
         self._bytes += size
 
@@ -220,7 +220,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._shard:
-            save_file(self._shard, self._temporary(len(self._names)), metadata={"format": "pt"})
+            write_tensors(self._temporary(len(self._names)), self._shard)
             self._names.append(list(self._shard))
             self._shard, self._held = {}, 0
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from sicog_mcore.checkpoint.commit import write_tensors
 
 TRACKER = "tracker."
 
@@ -32,7 +34,7 @@ def save_rng(path: Path) -> None:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
+    write_tensors(path, {name: value.clone() for name, value in state.items()})
 
 
 def load_rng(path: Path) -> None:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.store import Found, find_checkpoint
@@ -174,3 +176,12 @@ def test_a_damaged_newest_checkpoint_stops_the_search_with_its_name(tmp_path: Pa
     assert isinstance(found, CheckpointError) and f"{folder / 'common.pt'} is missing" in str(found)
     shutil.rmtree(folder)  # the remedy that the message gives
     assert find_checkpoint(tmp_path, CheckpointConfig()) == Found(4, ())
+
+
+def test_tensors_are_readable_for_whom_the_folder_is(tmp_path: Path) -> None:
+    for mode in (0o755, 0o770, 0o700):
+        tmp_path.chmod(mode)
+        file = tmp_path / f"{mode}.safetensors"
+        commit.write_tensors(file, {"a": torch.arange(6.0).reshape(2, 3).T})
+        assert file.stat().st_mode & 0o777 == mode & 0o666
+        assert torch.equal(load_file(file)["a"], torch.arange(6.0).reshape(2, 3).T)
