@@ -50,7 +50,8 @@ class PackedBatch:
         tokens: int64 [t]; the tail after the last sample is padding.
         labels: int64 [t]; the token each position must predict, or -100.
         positions: int64 [t]; restart at 0 for every sample.
-        cu_seqlens: int32 [n + 1]; borders of the samples; the padded tail is the last segment, if there is one.
+        cu_seqlens: int32 [n + 1]; borders of the samples (of both conversations of a pair), then of the padded tail in
+            pieces no longer than the longest of them.
         patches: uint8 [p, 3 * patch_px**2] of all slices, one packed sequence.
         grids: int64 [k, 2] slice sizes (height, width) in patches; sum of products = p. Always on the CPU: they decide
             shapes, and reading them from a device would stall it.

@@ -96,7 +96,7 @@ def collate(
         raise ValueError(f"samples {ids} have {num_tokens} tokens, at most {token_budget} fit; did a file change?")
     tail = token_budget - num_tokens
     inside = [length for sample in samples for length in sample.pair_lengths or (len(sample.tokens),)]
-    segments = [*inside, tail] if tail else inside
+    segments = [*inside, *_cut(tail, max(inside, default=tail))]
     num_pairs = sum(bool(sample.pair_lengths) for sample in samples)
     if num_pairs not in (0, len(samples)):
         raise ValueError(f"{num_pairs} of {len(samples)} samples are preference pairs, expected all or none")
@@ -124,6 +124,11 @@ def collate(
 
 def _starts(lengths: Sequence[int]) -> list[int]:
     return list(accumulate(lengths, initial=0))[:-1]
+
+
+def _cut(tail: int, longest: int) -> list[int]:
+    """Padding as segments no longer than a conversation: attention costs the square, or pads all to the longest."""
+    return [min(longest, tail - start) for start in range(0, tail, longest)] if tail else []
 
 
 def _filled(length: int, value: int) -> Tensor:

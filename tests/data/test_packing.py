@@ -75,6 +75,13 @@ def test_full_pack_has_no_tail() -> None:
     assert batch.cu_seqlens.tolist() == [0, 10]
 
 
+def test_padding_is_cut_into_pieces_no_longer_than_the_longest_sample() -> None:
+    samples = [sample("a", 3, 0), sample("b", 5, 0)]
+    batch = collate(samples, token_budget=20, pad_id=PAD, queries=QUERIES, patch_dim=PATCH_DIM)
+    assert batch.cu_seqlens.tolist() == [0, 3, 8, 13, 18, 20] and batch.max_seqlen == 5
+    assert batch.positions[8:].tolist() == [*range(5), *range(5), 0, 1]
+
+
 def test_no_samples_give_a_batch_of_padding() -> None:
     batch = collate([], token_budget=8, pad_id=PAD, queries=QUERIES, patch_dim=PATCH_DIM)
     assert batch.tokens.tolist() == [PAD] * 8 and batch.cu_seqlens.tolist() == [0, 8]
