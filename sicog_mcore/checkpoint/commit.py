@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 COMMITTED = re.compile(r"^step_(\d{8})$")
 UNFINISHED = re.compile(r"^step_\d{8}(\.tmp)?$")
 CHUNK_BYTES = 1 << 22
+# Differ from run to run although all weights are equal: a random name of the save, and generators that nobody seeded.
+NOT_IN_WEIGHTS = (".metadata", "rng/")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -86,6 +88,20 @@ def verify(folder: Path) -> None:
         found = _fingerprint(path) if size == expected.get("bytes") else {"bytes": size}
         if found != expected:
             raise CheckpointError(f"{path} is damaged: found {found}, expected {expected}; {remedy}")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of all that a committed checkpoint says; two equal runs write checkpoints with the same one.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        content = [[name, files[name]] for name in sorted(files) if not name.startswith(NOT_IN_WEIGHTS)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error!r}); name another checkpoint") from error
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 def keep_last(root: Path, count: int) -> list[int]:

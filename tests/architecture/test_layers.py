@@ -25,6 +25,12 @@ BATCH = (*CONTRACTS, "sicog_mcore.data.batch", "sicog_mcore.sizes", "sicog_kerne
 BELOW_CHECKPOINT = (*BATCH, "sicog_mcore.cli", "sicog_mcore.data", "sicog_mcore.model", "sicog_mcore.parallel")
 BELOW_TRAIN = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.presets")
 TRAINING = ("torch", "megatron.core", "numpy")
+COGNITION = (
+    *("xxhash", "rich", "PIL", "pyarrow", "yaml"),
+    *("httpx", "tenacity"),  # annotate
+    *("sklearn", "sentence_transformers", "transformers", "tokenizers"),  # score
+    *("jinja2", "markupsafe"),  # report
+)
 
 # The first row that matches a path counts; names stand for themselves and everything below them.
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -57,9 +63,23 @@ RULES: tuple[tuple[str, Rule], ...] = (
         Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
     ),
     ("sicog_mcore/train/", Rule((*BELOW_TRAIN, "sicog_mcore.train"), (*TRAINING, "rich", "tensorboard"))),
+    (
+        "sicog_mcore/cognition/",
+        Rule(
+            (*BELOW_TRAIN, "sicog_mcore.stages", "sicog_mcore.train", "sicog_mcore.cognition"), (*TRAINING, *COGNITION)
+        ),
+    ),
     ("sicog_mcore/launcher.py", Rule((*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.stages"), ())),
     ("kernels/sicog_kernels/triton/", Rule(("sicog_kernels",), ("torch", "triton"))),
     ("kernels/sicog_kernels/", Rule(("sicog_kernels",), ("torch",))),
+    # An experiment on top of everything, like a tool, but of several files.
+    (
+        "examples/micro_loop/",
+        Rule(
+            (*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.cognition"),
+            ("examples.micro_loop", "torch", "numpy", "scipy", "sklearn", "PIL", "tokenizers", "rich"),
+        ),
+    ),
     ("examples/", Rule((*CONTRACTS, "sicog_mcore.presets"), ())),
 )
 STANDS_ALONE = "sicog_mcore/hf/"  # copied into exported models, where absolute imports of our own find nothing

@@ -185,3 +185,21 @@ def test_tensors_are_readable_for_whom_the_folder_is(tmp_path: Path) -> None:
         commit.write_tensors(file, {"a": torch.arange(6.0).reshape(2, 3).T})
         assert file.stat().st_mode & 0o777 == mode & 0o666
         assert torch.equal(load_file(file)["a"], torch.arange(6.0).reshape(2, 3).T)
+
+
+def test_equal_weights_have_an_equal_fingerprint(tmp_path: Path) -> None:
+    def fingerprint_with(root: str, name: str, content: bytes) -> str:
+        write_aside(tmp_path / root, 1)
+        folder = commit.step_folder(tmp_path / root, 1)
+        path = commit.aside(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        commit.commit(folder)
+        return commit.fingerprint(folder)
+
+    first = fingerprint_with("a", "rng/rank_00000.safetensors", b"1")
+    assert fingerprint_with("b", "rng/rank_00000.safetensors", b"2") == first
+    assert fingerprint_with("c", ".metadata", b"3") == first
+    assert fingerprint_with("d", "__0_0.distcp", b"4") != first
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        commit.fingerprint(tmp_path)

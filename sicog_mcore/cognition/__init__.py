@@ -1,0 +1,1 @@
+"""The self-improvement loop: generate, agree, curate. Every step is a function from files to files."""

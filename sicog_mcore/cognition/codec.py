@@ -1,0 +1,181 @@
+"""Answers in steps: how they are written for training, and how they are read back from what a model wrote.
+
+In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read   Next: annotate.py, score.py
+Reading is tolerant in form (markup, blank lines, titles) and strict in content: each step once, in order, with text.
+Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sicog_mcore.cognition.prompts import Style
+from sicog_mcore.cognition.records import Task
+from sicog_mcore.errors import SampleError
+
+Kind = Literal["cod", "cot"]
+
+COD_STEPS = ("Main content", "Details", "Relations", "Surroundings", "Full description")
+COT_STEPS = ("Task", "Visual facts", "Reasoning", "Answer")
+TITLES: Mapping[Kind, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
+KINDS: Mapping[Task, Kind] = {"caption": "cod", "answer": "cot"}
+TAGS = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")  # LLaVA-CoT's, one for each of COT_STEPS
+
+# "Step 2" at the start of a line, maybe behind a bullet, a heading or an opening mark, and maybe marked itself. It must be
+# followed by the end of the line or by a separator: "Step 2 of the stairs" and "step 2.5" are prose.
+HEADER = re.compile(
+    r"^[ \t]*(?:[-+*>][ \t]+)*(?P<heading>\#{1,6}[ \t]*)?(?P<mark>[*_]{0,3})[ \t]*"
+    r"step[ \t]*(?P<number>[0-9]{1,2})"
+    r"[ \t]*(?P<closed>[*_]{0,3})[ \t]*(?:$|[:)–—]|\.(?![0-9])|-(?!\w))"
+    r"(?P<rest>.*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
+BEHIND_TITLE = re.compile(r"[ \t]*[*_]{0,3}[ \t]*(?:[:.–—]|-(?!\w))?[ \t]*")
+RULE_AT_END = re.compile(r"(?:^|\n)[ \t]*(?:-{3,}|\*{3,}|_{3,})$")
+MARKS = " \t*_"  # white space and what makes text bold or italic
+TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """An answer read back.
+
+    Attributes:
+        steps: text of every step, or None.
+        problem: why there are none; empty otherwise.
+    """
+
+    steps: tuple[str, ...] | None
+    problem: str = ""
+
+
+def header(kind: Kind, step: int) -> str:
+    """The line above a step; steps count from 1."""
+    return f"Step {step}: {TITLES[kind][step - 1]}"
+
+
+def render(steps: Sequence[str], kind: Kind) -> str:
+    """The answer as it is trained on. ``parse`` gives the steps back, less white space around them.
+
+    Raises:
+        SampleError: step_count; step_empty; step_ambiguous (a text holds what reads like a header).
+    """
+    texts = tuple(_clean(step) for step in steps)
+    if len(texts) != len(TITLES[kind]):
+        raise SampleError("step_count", f"found {len(texts)} steps, expected {len(TITLES[kind])}")
+    if not all(texts):
+        raise SampleError("step_empty", f"step {texts.index('') + 1} has no text")
+    text = "\n\n".join(f"{header(kind, number)}\n{step}" for number, step in enumerate(texts, 1))
+    if parse(text, kind).steps != texts:
+        raise SampleError("step_ambiguous", "a step has a line that reads like the header of a step; reword it")
+    return text
+
+
+def parse(text: str, kind: Kind) -> Parsed:
+    """Reads an answer in steps. What stands before the first header is no part of any step."""
+    text = _unix(text)
+    headers = list(HEADER.finditer(text))
+    numbers = [int(match["number"]) for match in headers]
+    if problem := _order_problem(numbers, len(TITLES[kind])):
+        return Parsed(None, problem)
+    ends = [match.start() for match in headers[1:]] + [len(text)]
+    steps = tuple(
+        _body(match, text[match.end() : end], title)
+        for match, end, title in zip(headers, ends, TITLES[kind], strict=True)
+    )
+    return Parsed(steps) if all(steps) else Parsed(None, "step_empty")
+
+
+def final_clause(text: str, prompt_style: Style, task: Task) -> str | None:
+    """The part of an answer that is compared: of steps the last one, otherwise all of it; None where there is none."""
+    if prompt_style == "plain":
+        return text.strip() or None
+    steps = parse(text, KINDS[task]).steps
+    return steps[-1] if steps else None
+
+
+def from_tags(text: str) -> tuple[str, ...]:
+    """The steps of an answer in LLaVA-CoT's form.
+
+    Raises:
+        SampleError: missing_tag, duplicate_tag, misordered_tag, empty_tag, text_outside_tags.
+    """
+    found = list(TAG.finditer(text))
+    counts = Counter(match[0] for match in found)
+    expected = [tag for name in TAGS for tag in (f"<{name}>", f"</{name}>")]
+    for tag in expected:
+        if not counts[tag]:
+            raise SampleError("missing_tag", f"found no {tag} in {text!r:.80}")
+        if counts[tag] > 1:
+            raise SampleError("duplicate_tag", f"found {counts[tag]} x {tag}, expected one")
+    order = [match[0] for match in found]
+    if order != expected:
+        raise SampleError("misordered_tag", f"found {' '.join(order)}, expected {' '.join(expected)}")
+    borders = [0, *(border for match in found for border in match.span()), len(text)]
+    pieces = [text[start:end].strip() for start, end in zip(borders[::2], borders[1::2], strict=True)]
+    outside, inside = pieces[::2], pieces[1::2]
+    if any(outside):
+        raise SampleError("text_outside_tags", f"found {next(filter(None, outside))!r:.80} between the tags")
+    if not all(inside):
+        raise SampleError("empty_tag", f"<{TAGS[inside.index('')]}> has no text")
+    return tuple(inside)
+
+
+def to_tags(steps: Sequence[str]) -> str:
+    """The steps in LLaVA-CoT's form. ``from_tags`` gives them back, less white space around them.
+
+    Raises:
+        SampleError: as ``from_tags``; step_count.
+    """
+    if len(steps) != len(TAGS):
+        raise SampleError("step_count", f"found {len(steps)} steps, expected {len(TAGS)}")
+    text = "\n\n".join(f"<{tag}> {step.strip()} </{tag}>" for tag, step in zip(TAGS, steps, strict=True))
+    from_tags(text)
+    return text
+
+
+def _order_problem(numbers: Sequence[int], count: int) -> str:
+    """What is wrong with the numbers of the steps; empty if nothing."""
+    expected = list(range(1, count + 1))
+    if not numbers:
+        return "no_steps"
+    if not set(numbers) <= set(expected):
+        return "step_unknown"
+    if len(set(numbers)) < len(numbers):
+        return "step_doubled"
+    if len(numbers) < count:
+        return "step_missing"
+    return "" if list(numbers) == expected else "step_order"
+
+
+def _body(match: re.Match[str], below: str, title: str) -> str:
+    """Text of a step: what stands behind the title in the line of the header, and what stands below it."""
+    line = match["rest"].strip()
+    mark = "" if match["closed"] else match["mark"]  # still open
+    own = line.lstrip(MARKS)
+    if own[: len(title)].casefold() == title.casefold():
+        after = own[len(title) :]
+        text = BEHIND_TITLE.sub("", after, count=1)
+        if not text or after[: -len(text)].strip():
+            return _clean(text.removeprefix(mark) + below)
+    if mark and mark in line:  # a title of the writer's own, up to the closing mark
+        return _clean(BEHIND_TITLE.sub("", line.partition(mark)[2], count=1) + below) or _clean(line.strip(MARKS))
+    if match["heading"]:  # the whole line is a title, unless nothing else is there
+        return _clean(below) or _clean(line.strip(MARKS))
+    return _clean(line + below)
+
+
+def _clean(text: str) -> str:
+    """Without white space around it, and without the horizontal rule that some models draw below each step."""
+    text = _unix(text).strip()
+    while match := RULE_AT_END.search(text):
+        text = text[: match.start()].strip()
+    return text
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,128 @@
+"""What the model is asked: every wording once, for training rows and for generation alike.
+
+In: prompts.json   Out: Prompt, the text of a user turn   Next: codec.py (what it answers), generate.py, annotate.py
+A wording that changes gets a new version; records name both, so answers to different wordings are never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sicog_mcore.cognition.records import Task
+from sicog_mcore.data.sample import IMAGE_PLACEHOLDER
+from sicog_mcore.errors import RecordError, SampleError
+
+Style = Literal["steps", "plain"]
+DATA_FILE = "prompts.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A way to ask.
+
+    Attributes:
+        style: whether the answer is expected in the steps of codec.py.
+        text: our wording.
+        with_question: the text follows the item's own question; otherwise it stands alone.
+    """
+
+    id: str
+    version: int
+    task: Task
+    style: Style
+    text: str
+    with_question: bool
+
+
+@dataclass(frozen=True)
+class AnnotatorPrompt:
+    """What a stronger model is told when it annotates.
+
+    Attributes:
+        system: role, steps and rules.
+        reference: line before the description that the data set already has.
+        prefill: start of the answer, given as a turn of the assistant.
+    """
+
+    version: int
+    system: str
+    reference: str
+    prefill: str
+
+
+@cache
+def load_prompts() -> Mapping[str, Prompt]:
+    """All prompts by id."""
+    return MappingProxyType({name: Prompt(id=name, **fields) for name, fields in _data()["prompts"].items()})
+
+
+@cache
+def load_annotator_prompt() -> AnnotatorPrompt:
+    """The annotator's instructions."""
+    fields = _data()["annotator"]
+    return AnnotatorPrompt(**fields | {"system": "\n".join(fields["system"])})
+
+
+def find_prompt(prompt_id: str) -> Prompt:
+    """A prompt by its id.
+
+    Raises:
+        RecordError: there is none; the known ones are named.
+    """
+    prompts = load_prompts()
+    if prompt_id not in prompts:
+        raise RecordError(f"found prompt {prompt_id!r}, expected one of {', '.join(prompts)}")
+    return prompts[prompt_id]
+
+
+def ask(prompt: Prompt, question: str, num_images: int) -> str:
+    """The user turn: one placeholder per image, each with a line of its own, then the text.
+
+    Args:
+        question: the item's own; unused unless the prompt is ``with_question``. Placeholders and requests of ours that it
+            already holds are taken out, and so is a request for a short answer where steps are asked for.
+
+    Raises:
+        SampleError: question_empty.
+    """
+    text = prompt.text
+    if prompt.with_question:
+        own = bare_question(question)
+        if prompt.style == "steps":
+            own = _without(own, _short_answer_requests())
+        if not own:
+            raise SampleError(
+                "question_empty", f"prompt {prompt.id!r} needs the item's question; found {question!r:.80}"
+            )
+        text = f"{own}\n{text}" if text else own
+    return f"{IMAGE_PLACEHOLDER}\n" * num_images + text
+
+
+def bare_question(text: str) -> str:
+    """A user turn without placeholders and without the requests that ``ask`` appends."""
+    requests = (prompt.text for prompt in load_prompts().values() if prompt.with_question and prompt.text)
+    return _without(text, (IMAGE_PLACEHOLDER, *requests))
+
+
+def _without(text: str, parts: tuple[str, ...]) -> str:
+    """Takes the parts out, also those that only appear when another one is gone."""
+    while any(part in text for part in parts):
+        for part in parts:
+            text = text.replace(part, "")
+    return text.strip()
+
+
+@cache
+def _short_answer_requests() -> tuple[str, ...]:
+    return tuple(_data()["short_answer_requests"])
+
+
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath(DATA_FILE).read_text(encoding="utf-8"))
+    return data
