@@ -6,11 +6,13 @@ Both come from the same token stream, so what was measured is what is encoded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sicog_mcore.config import DataConfig, ModelConfig
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
@@ -18,7 +20,7 @@ from sicog_mcore.data.chat import IMAGE_MARKER, Chat, ChatTokens, find_separator
 from sicog_mcore.data.decode import decode_image, read_bytes, read_size
 from sicog_mcore.data.pairs import conversations
 from sicog_mcore.data.patches import cut_patches
-from sicog_mcore.data.sample import Sample
+from sicog_mcore.data.sample import ImageRef, Sample, Turn
 from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, lay_out, plan_slices
 from sicog_mcore.errors import SampleError
 
@@ -64,6 +66,7 @@ class Encoder:
     def __init__(self, model: ModelConfig, data: DataConfig) -> None:
         self._model = model
         self._data = data
+        self.token_budget = data.token_budget
         self.chat = Chat(data.tokenizer, data.template, data.system_prompt)
         separators = find_separators(self.chat.tokenizer, model.slicing.separators)
         self._separator_ids = {NEWLINE: separators.newline, COMMA: separators.comma}
@@ -85,7 +88,11 @@ class Encoder:
         Raises:
             SampleError: as ``measure``, and images whose pixels cannot be decoded.
         """
-        return self._encode(sample, [self.chat.tokenize(turns) for turns in conversations(sample)], is_prompt=False)
+        chats = [self.chat.tokenize(turns) for turns in conversations(sample)]
+        images = [read_bytes(image) for image in sample.images]
+        plans = [self._plan(image) for image in images]
+        streams = self._fit([self._write(chat, plans) for chat in chats])
+        return self._assemble(sample.id, streams, plans, self._cut(images, plans))
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The sample without its last answer, open for generation; no position is supervised.
@@ -94,27 +101,62 @@ class Encoder:
             SampleError: as ``encode``.
         """
         turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
-        return self._encode(sample, [self.chat.open_prompt(turns)], is_prompt=True)
+        return self.encode_prompts(sample.id, sample.images, [turns])[0]
 
-    def _encode(self, sample: Sample, chats: list[ChatTokens], *, is_prompt: bool) -> EncodedSample:
-        """The conversations of a sample one after the other; all of them show the same slices."""
-        images = [read_bytes(image) for image in sample.images]
-        plans = [self._plan(image) for image in images]
-        full = [self._write(chat, plans) for chat in chats]
-        streams = full if is_prompt else self._fit(full)
-        stream = _join(streams)
-        pixels = [cut_patches(decode_image(i, self._data), p) for i, p in zip(images, plans, strict=True)]
+    def encode_prompts(
+        self, id: str, images: Sequence[ImageRef], prompts: Sequence[Sequence[Turn]]
+    ) -> list[EncodedSample]:
+        """Several prompts about the same images, open for generation; the images are decoded once.
+
+        Args:
+            id: of the sample, for messages.
+            images: in the order of their placeholders, which each conversation has all of.
+            prompts: turns of each, the last one a user's.
+
+        Raises:
+            SampleError: as ``encode``.
+        """
+        raw = [read_bytes(image) for image in images]
+        plans = [self._plan(image) for image in raw]
+        streams = [self._write(self.chat.open_prompt(turns), plans) for turns in prompts]
+        patches = self._cut(raw, plans)
+        return [self._assemble(id, [stream], plans, patches) for stream in streams]
+
+    def measure_prompts(self, images: Sequence[ImageRef], prompts: Sequence[Sequence[Turn]]) -> tuple[int, int]:
+        """What such prompts cost: tokens, those that all begin with counted once, and slices; no pixel is decoded.
+
+        Raises:
+            SampleError: as ``measure``.
+        """
+        plans = [self._plan(read_bytes(image)) for image in images]
+        streams = [self._write(self.chat.open_prompt(turns), plans).tokens for turns in prompts]
+        shortest = min(len(stream) for stream in streams)
+        differs = np.any([stream[:shortest] != streams[0][:shortest] for stream in streams], axis=0)
+        common = int(differs.argmax()) if differs.any() else shortest
+        return common + sum(len(stream) - common for stream in streams), _num_slices(plans)
+
+    def _cut(self, images: Sequence[bytes], plans: Sequence[SlicePlan]) -> Tensor:
+        """Patches of all slices of all images: uint8 [p, 3 * patch_px**2]."""
         no_pixels = torch.empty(0, self._model.tower.patch_dim, dtype=torch.uint8)
+        return torch.cat(
+            [no_pixels, *(cut_patches(decode_image(i, self._data), p) for i, p in zip(images, plans, strict=True))]
+        )
+
+    def _assemble(
+        self, id: str, streams: Sequence[_Stream], plans: Sequence[SlicePlan], patches: Tensor
+    ) -> EncodedSample:
+        """The conversations of a sample one after the other; all of them show the same slices."""
+        stream = _join(streams)
         is_visual = stream.rows != TEXT
         return EncodedSample(
-            id=sample.id,
+            id=id,
             tokens=torch.from_numpy(stream.tokens),
             labels=torch.from_numpy(np.concatenate([_shifted_labels(part) for part in streams])),
-            patches=torch.cat([no_pixels, *pixels]),  # [p, 3 * patch_px**2]
+            patches=patches,
             grids=torch.tensor([size for plan in plans for size in plan.encoded], dtype=torch.int64).reshape(-1, 2),
             image_slots=torch.from_numpy(np.flatnonzero(is_visual)),
             visual_rows=torch.from_numpy(stream.rows[is_visual]),
-            num_images=len(images),
+            num_images=len(plans),
             pair_lengths=tuple(len(part.tokens) for part in streams) if len(streams) > 1 else (),
         )
 
@@ -164,7 +206,7 @@ class Encoder:
         return streams
 
 
-def _join(parts: list[_Stream]) -> _Stream:
+def _join(parts: Sequence[_Stream]) -> _Stream:
     return _Stream(
         tokens=np.concatenate([part.tokens for part in parts]),
         supervised=np.concatenate([part.supervised for part in parts]),

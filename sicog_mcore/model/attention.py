@@ -39,6 +39,24 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
     )
 
 
+class CachedPass(PackedSeqParams):
+    """A forward pass that fills or reads a cache of keys and values, see generation.py; takes the place of the borders."""
+
+    def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            core: the layer's attention.
+            query: [t, n, d], rotated.
+            key: [t, g, d], rotated.
+            value: [t, g, d].
+
+        Returns:
+            [t, n, d]
+        """
+        raise NotImplementedError
+
+
 class PackedAttention(MegatronModule):
     """Every sequence of a packed row attends to itself only: fully, or causally.
 
@@ -60,6 +78,7 @@ class PackedAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ):
         super().__init__(config)
+        self.layer_number = layer_number
         self.mask_type = attn_mask_type
         self.is_causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = softmax_scale
@@ -103,7 +122,11 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None:
             raise ValueError("packed attention got no packed_seq_params; pass packed_sequences(cu_seqlens, max_seqlen)")
-        rows = self.attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params)
+        rotated = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if isinstance(packed_seq_params, CachedPass):
+            rows = packed_seq_params.attend(self, *rotated)
+        else:
+            rows = self.attend(*rotated, packed_seq_params)
         return rows.reshape(rows.shape[0], 1, -1)  # [t, n, d] -> [t, 1, n * d]
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:

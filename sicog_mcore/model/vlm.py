@@ -125,14 +125,16 @@ class VisionLanguageModel(MegatronModule):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Embeds text and images on the first stage and runs the decoder layers of this stage: [t', 1, h]."""
-        embeddings = None
-        if self.pre_process:
-            text = self.language_model.embedding(batch.tokens[None], batch.positions[None])  # [t', 1, h]
-            visual = self.encode_images(batch)  # [r, h]
-            first_position = self.groups.tp.rank() * text.shape[0] if self.config.sequence_parallel else 0
-            embeddings = splice(text, visual, batch.image_slots, batch.visual_rows, first_position)
+        embeddings = self.embed(batch) if self.pre_process else None
         borders = packed_sequences(batch.cu_seqlens, batch.max_seqlen)
         return self.language_model(embeddings, batch.positions, borders)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """What the decoder reads: text with visual tokens in their places, on the first stage only: [t', 1, h]."""
+        text = self.language_model.embedding(batch.tokens[None], batch.positions[None])  # [t', 1, h]
+        visual = self.encode_images(batch)  # [r, h]
+        first_position = self.groups.tp.rank() * text.shape[0] if self.config.sequence_parallel else 0
+        return splice(text, visual, batch.image_slots, batch.visual_rows, first_position)
 
     def encode_images(self, batch: PackedBatch) -> Tensor:
         """Visual tokens of all slices: [r, h], slice i in rows i*q to (i+1)*q; rows of blank slices at the end."""

@@ -114,6 +114,20 @@ class Topology:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def share_object(self, value: Any) -> Any:
+        """Sends a picklable object from the first rank of each model copy to the others of that copy."""
+        if self.groups.mp.size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(self.groups.mp)[0], group=self.groups.mp)
+        return box[0]
+
+    def share_over_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Gives the tensor-parallel ranks the values of their first one, in place."""
+        if self.groups.tp.size() > 1:
+            dist.broadcast(values, src=dist.get_process_group_ranks(self.groups.tp)[0], group=self.groups.tp)
+        return values
+
     def gather_objects(self, value: object) -> list[Any]:
         """Small picklable objects of all ranks, in rank order, on every rank."""
         values: list[Any] = [None] * self.world_size

@@ -1,0 +1,1 @@
+"""Candidates from a checkpoint, sharded and resumable. Start: generate.py."""

@@ -1,0 +1,156 @@
+"""Records that survive whatever happens to the run that makes them: one append-only file per writer, merged at the end.
+
+In: Generation per item, in any order   Out: ``parts/*.jsonl``, then one file in the order of the items
+A record is on disk before the next one is begun. A header says what the records depend on; whoever goes on must depend on
+the same, or is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sicog_mcore.cognition.records import Generation, from_json, to_json, write_records
+from sicog_mcore.errors import RecordError
+
+FOLDER = "parts"
+HEADER = "header.json"
+SUFFIX = ".jsonl"
+
+Header = Mapping[str, Any]  # JSON values by name
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    offset: int
+    length: int
+
+
+class PartWriter:
+    """Appends records to a file of its own; use it as a context."""
+
+    def __init__(self, folder: Path, name: str):
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        self._file = (folder / FOLDER / f"{name}{SUFFIX}").open("ab")
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def commit(self, record: Generation) -> None:
+        """Returns when the record is on disk."""
+        self._file.write(to_json(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def open_parts(folder: Path, header: Header) -> frozenset[str]:
+    """Prepares a folder for this run. To be called by one process, before anybody writes.
+
+    Half-written last lines of a run that was killed are cut off.
+
+    Returns:
+        ids of the items that are done.
+
+    Raises:
+        RecordError: records are there that depend on something else.
+    """
+    parts = folder / FOLDER
+    path = parts / HEADER
+    if path.is_file():
+        _require_same(_read_header(path), json.loads(json.dumps(header)), folder)
+    elif parts.is_dir() and any(parts.glob(f"*{SUFFIX}")):
+        raise RecordError(f"{parts} holds records without {HEADER}; choose another --out, or remove {parts}")
+    else:
+        parts.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(aside, path)
+    for part in parts.glob(f"*{SUFFIX}"):
+        _cut_half_line(part)
+    return frozenset(_index(parts))
+
+
+def merge_parts(folder: Path, ids: Sequence[str], target: Path) -> int:
+    """Writes the records of these items, in this order, by one rename. Returns their number.
+
+    Raises:
+        RecordError: an item has no record.
+    """
+    places = _index(folder / FOLDER)
+    missing = [name for name in ids if name not in places]
+    if missing:
+        raise RecordError(f"{folder / FOLDER} lacks {len(missing)} items, e.g. {missing[0]!r}; run the command again")
+    return write_records(target, (_read(places[name]) for name in ids))
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path} is damaged ({error}); remove {path.parent} to start anew") from error
+    return header if isinstance(header, dict) else {}
+
+
+def _require_same(found: Header, wanted: Header, folder: Path) -> None:
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        listed = "\n".join(f"  - {name}: {found.get(name)} -> {wanted.get(name)}" for name in names)
+        raise RecordError(
+            f"{folder} holds records made with other inputs; restore these, choose another --out, or remove "
+            f"{folder / FOLDER}:\n{listed}"
+        )
+
+
+def _cut_half_line(path: Path) -> None:
+    """Cuts off what stands behind the last line end: the record was not committed."""
+    with path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+
+def _index(parts: Path) -> dict[str, _Place]:
+    """Where each item's record stands; the first counts."""
+    places: dict[str, _Place] = {}
+    for path in sorted(parts.glob(f"*{SUFFIX}")):
+        for number, (offset, line) in enumerate(_lines(path), 1):
+            try:
+                name = json.loads(line)["id"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecordError(f"{path}:{number}: not a record ({error}); remove the line") from error
+            places.setdefault(name, _Place(path, offset, len(line)))
+    return places
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+def _read(place: _Place) -> Generation:
+    with place.path.open("rb") as file:
+        file.seek(place.offset)
+        return from_json(file.read(place.length), Generation, f"{place.path} at byte {place.offset}")
