@@ -1,0 +1,194 @@
+"""What an annotator was asked, what it answered, and what that cost: one file that only grows.
+
+In: calls begun and ended   Out: JSON lines; which items are done; tokens and costs   Next: annotate.py
+A call is written down before it starts and again when it ends, so one that a kill cut off is known and counted as paid at
+its upper bound. A half-written last line is dropped when the file is opened; every other damage is an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from sicog_mcore.errors import RecordError
+
+FORMAT = 1
+Outcome = Literal["answer", "refused", "fault"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question to the endpoint, and how it ended.
+
+    Attributes:
+        outcome: "answer" can be used; "refused" was answered, but not usably; "fault" brought no answer.
+        reason: of a refusal or fault.
+        final: the item needs no further call: it has its answer, or it failed.
+        text: what the annotator wrote.
+        cost: price in USD; None where the endpoint may ask for one and did not tell how many tokens.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    detail: str = ""
+    final: bool = False
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: Decimal | None = Decimal(0)
+
+
+@dataclass
+class Totals:
+    """Sums over all calls of a ledger.
+
+    Attributes:
+        calls: by outcome, and "cut_off" for those without one.
+        cost: USD, of all calls whose price is known.
+        unpriced: calls whose price is not known.
+        at_most: USD that the unpriced calls can have cost.
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    priced_answers: int = 0
+    cost: Decimal = Decimal(0)
+    unpriced: int = 0
+    at_most: Decimal = Decimal(0)
+
+
+class Ledger:
+    """The file, and what follows from it. Only one process can have it open.
+
+    Args:
+        path: file; made if it does not exist.
+        settings: what the answers depend on; a ledger that was begun with others is refused.
+
+    Raises:
+        RecordError: a damaged line, other settings, or another process that writes.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.totals = Totals()
+        self._path = path
+        self._finals: dict[str, Call] = {}
+        self._costs: dict[str, Decimal] = {}
+        self._begun: dict[int, tuple[str, Decimal]] = {}  # calls without an end: their item, and their price at most
+        self._next = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            self._load({"format": FORMAT} | dict(settings))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @property
+    def committed(self) -> Decimal:
+        """USD that are spent at most: known prices, and the bounds of all other calls, those under way among them."""
+        return (
+            self.totals.cost + self.totals.at_most + sum((at_most for _, at_most in self._begun.values()), Decimal(0))
+        )
+
+    def begin(self, item: str, at_most: Decimal) -> int:
+        """Writes down that a call starts; returns its number."""
+        number = self._next
+        self._write({"call": number, "item": item, "at_most": str(at_most)})
+        self._start(number, item, at_most)
+        return number
+
+    def end(self, number: int, call: Call) -> None:
+        """Writes down how a call ended; when this returns it is on disk."""
+        cost = None if call.cost is None else str(call.cost)
+        self._write({"call": number} | asdict(call) | {"cost": cost})
+        os.fsync(self._file.fileno())
+        self._finish(number, call)
+
+    def final(self, item: str) -> Call | None:
+        """The call that settled an item."""
+        return self._finals.get(item)
+
+    def cost(self, item: str) -> Decimal:
+        """USD of all calls of an item whose price is known."""
+        return self._costs.get(item, Decimal(0))
+
+    def cut_off(self) -> int:
+        """Calls that were begun and have no end: under way now, or killed."""
+        return len(self._begun)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecordError(
+                f"{self._path}: another process writes it; wait for it, or choose another folder"
+            ) from error
+
+    def _load(self, settings: dict[str, Any]) -> None:
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
+        if torn := lines.pop():  # a whole file ends with a newline
+            self._file.truncate(self._file.tell() - len(torn))
+        for number, line in enumerate(lines, 1):
+            try:
+                self._replay(json.loads(line), settings, first=number == 1)
+            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+                found = f"{self._path}:{number}: {line[:60]!r} is no line of a ledger ({error!r})"
+                raise RecordError(f"{found}; restore the file, or move it away and pay again") from error
+        if not lines:
+            self._write(settings)
+
+    def _replay(self, row: dict[str, Any], settings: dict[str, Any], first: bool) -> None:
+        if first:
+            if row != settings:
+                odd = sorted(name for name in row.keys() | settings.keys() if row.get(name) != settings.get(name))
+                found = ", ".join(f"{name} {row.get(name)!r} (now {settings.get(name)!r})" for name in odd)
+                raise RecordError(f"{self._path} was begun with {found:.500}; use the same, or another folder")
+            return
+        number = row.pop("call")
+        if "at_most" in row:
+            self._start(number, row["item"], Decimal(row["at_most"]))
+            return
+        cost = row.pop("cost")
+        self._finish(number, Call(**row, cost=None if cost is None else Decimal(cost)))
+
+    def _start(self, number: int, item: str, at_most: Decimal) -> None:
+        self._begun[number] = (item, at_most)
+        self._next = number + 1
+
+    def _finish(self, number: int, call: Call) -> None:
+        item, at_most = self._begun.pop(number)
+        totals = self.totals
+        totals.calls[call.outcome] = totals.calls.get(call.outcome, 0) + 1
+        totals.prompt_tokens += call.prompt_tokens
+        totals.completion_tokens += call.completion_tokens
+        if call.cost is None:
+            totals.unpriced += 1
+            totals.at_most += at_most
+        else:
+            totals.cost += call.cost
+            totals.priced_answers += call.outcome != "fault"
+            self._costs[item] = self.cost(item) + call.cost
+        if call.final:
+            self._finals[item] = call
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
