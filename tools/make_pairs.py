@@ -8,7 +8,6 @@ Next: launch/train_dpo.py. Everything is joined by id; a row that yields no pair
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
+from sicog_mcore.cognition.annotation.rows import write_rows
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.corrupt import Corruption, corrupt
 from sicog_mcore.data.decode import decode_image, read_bytes
@@ -49,18 +49,6 @@ def prompt_row(sample: Sample, images: list[str]) -> Row:
     """Id, images and the turns before the last answer, in LLaVA form."""
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in sample.turns[:-1]]
     return {"id": sample.id} | ({"image": images} if images else {}) | {"conversations": turns}
-
-
-def write_rows(path: Path, rows: Iterator[Row]) -> int:
-    """Writes rows as JSONL; the file appears whole or not at all. Returns their number."""
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(partial, path)
-    return count
 
 
 def corrupted_rows(options: argparse.Namespace, refused: Counter[str]) -> Iterator[Row]:

@@ -1,0 +1,1 @@
+"""What is kept, and as which training rows. Start: curate.py."""
