@@ -1,0 +1,1 @@
+"""Benchmarks, judgements, intervals. Start: evaluate.py."""

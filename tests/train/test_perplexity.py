@@ -1,0 +1,86 @@
+"""Perplexity is the trainer's own loss: the same mean, per sample, under another layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.train.perplexity import segment_sums
+from tests.batches import random_batches
+from tests.builders import tiny_experiment, write_dataset
+from tests.e2e.runs import REPOSITORY, train_ranks
+from tests.tolerances import LAYOUT_LOSS
+
+NUM_ROWS = 9
+LAUNCHER = str(REPOSITORY / "launch" / "perplexity.py")
+
+
+def test_sums_of_segments_are_those_of_their_own_positions(tmp_path: Path) -> None:
+    batch = random_batches(tiny_experiment(tmp_path), 1)[0]
+    rows = supervised_rows(batch.labels)
+    losses = torch.rand(len(rows))
+    sums = segment_sums(batch, losses)
+    borders = batch.cu_seqlens.tolist()
+    assert sums.shape == (2, len(borders) - 1)
+    for i, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        inside = (rows >= start) & (rows < stop)
+        assert sums[1, i] == inside.sum()
+        assert sums[0, i].item() == pytest.approx(losses[inside].double().sum().item(), rel=1e-12)
+    assert sums[1, -1] == 0  # the padded tail
+
+
+def run_launcher(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    return subprocess.run(
+        [sys.executable, *torchrun, LAUNCHER, *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_perplexity_is_the_loss_of_training(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_ROWS)
+    # One step over all rows; its learning rate leaves the weights as they were when the loss was taken.
+    experiment = tiny_experiment(
+        tmp_path,
+        train={"steps": 1, "samples_per_step": NUM_ROWS, "tensorboard": False},
+        optim={"lr": 1e-30, "weight_decay": 0.0, "warmup_fraction": 0.0},
+        data={"token_budget": 512},
+    )
+    (metrics,) = train_ranks(experiment, 1)
+    broken = {"id": "broken", "image": "none.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+    broken["conversations"] += [{"from": "gpt", "value": "Nothing."}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((tmp_path / "data.jsonl").read_text() + json.dumps(broken) + "\n")
+    summaries, outcomes = [], []
+    for tensor, ranks in ((1, 1), (2, 4)):  # the second with two model copies
+        out = tmp_path / f"tensor{tensor}"
+        options = ["--checkpoint", experiment.output, "--rows", str(rows), "--images", str(tmp_path / "images")]
+        done = run_launcher(ranks, *options, "--out", str(out), "--tensor", str(tensor))
+        assert done.returncode == 0, done.stderr
+        assert "left out: 1 x image_missing" in done.stdout
+        summaries.append(json.loads((out / "results.json").read_text()))
+        outcomes.append([json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()])
+    one, two = summaries
+    assert one["mean"] == pytest.approx(metrics["loss"], rel=1e-6)
+    assert one["perplexity"] == pytest.approx(math.exp(metrics["loss"]), rel=1e-6 * max(1, metrics["loss"]))
+    assert one["tokens"] == metrics["supervised_tokens"]
+    assert two["mean"] == pytest.approx(one["mean"], rel=LAYOUT_LOSS)
+    assert [row["id"] for row in outcomes[0]] == [*sorted(f"s{i}" for i in range(NUM_ROWS)), "broken"]
+    assert outcomes[0][-1]["weight"] == 0
+    for first, second in zip(*outcomes, strict=True):
+        assert (first["id"], first["weight"]) == (second["id"], second["weight"])
+        assert second["value"] == pytest.approx(first["value"], rel=LAYOUT_LOSS)
