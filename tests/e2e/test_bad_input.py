@@ -17,7 +17,7 @@ from sicog_mcore.stages import PRETRAIN
 from tests.builders import tiny_experiment, write_dataset
 from tests.e2e.runs import LAUNCHER, read_metrics, start_launcher
 
-TIMEOUT_S = 120
+TIMEOUT_S = 280
 MISTAKE_LIMIT_S = 5
 LAYOUT_MISTAKE = (
     "error: 1 configuration problem:\n"

@@ -52,7 +52,7 @@ def _start(experiment: Experiment, ranks: int) -> subprocess.Popen[str]:
 
 
 def _finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=280)
     assert process.returncode == 0, text
     return text
 

@@ -185,7 +185,7 @@ def test_it_runs_under_torchrun_on_cut_weights(foreign: Path, tmp_path: Path) ->
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(TOOL)]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=280)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
