@@ -6,12 +6,18 @@ A file rendezvous avoids port races; a rank's exception is raised in the test wi
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing as mp
+import os
+import runpy
+import socket
+import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +70,26 @@ def run_ranks(function: Callable, world_size: int, *args: Any) -> list[Any]:
                 if process.is_alive():
                     process.kill()
     return [results[r] for r in range(world_size)]
+
+
+def run_script(script: Path, arguments: Sequence[str], world_size: int) -> str:
+    """A script as torchrun starts it, on forked ranks: starting Python costs seconds. Returns what the ranks printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return "".join(run_ranks(_script_main, world_size, str(script), list(arguments), port))
+
+
+def _script_main(rank: Rank, script: str, arguments: list[str], port: int) -> str:
+    place = {"RANK": rank.rank, "LOCAL_RANK": rank.rank, "WORLD_SIZE": rank.world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    sys.argv = [script, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{script} ended with {end.code} after:\n{said.getvalue()}"
+    return said.getvalue()
 
 
 def _collect(queue: Any, ranks: list) -> dict[int, Any]:

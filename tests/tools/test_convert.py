@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.builders import TOKENIZER
 from tests.checkpoint.foreign import BASE, random_resampler, write_clip, write_decoder
+from tests.dist import run_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -180,18 +178,12 @@ def test_a_mistake_is_one_message(
     assert message in capsys.readouterr().err
 
 
-def test_it_runs_under_torchrun_on_cut_weights(foreign: Path, tmp_path: Path) -> None:
-    def torchrun(*arguments: str) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(TOOL)]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=280)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
+def test_it_runs_on_two_ranks_on_cut_weights(foreign: Path, tmp_path: Path) -> None:
     ours, out = tmp_path / "ours", tmp_path / "out"
-    printed = torchrun("import", *TINY, *sources(foreign), "--tensor", "2", "--out", str(ours))
+    printed = run_script(TOOL, ["import", *TINY, *sources(foreign), "--tensor", "2", "--out", str(ours)], 2)
     assert printed.count("decoder: 27 tensors") == 1
-    torchrun("export", "--checkpoint", str(ours), "--out", str(out), "--what", "decoder", "--pipeline", "2")
+    run_script(
+        TOOL, ["export", "--checkpoint", str(ours), "--out", str(out), "--what", "decoder", "--pipeline", "2"], 2
+    )
     found, expected = (load_file(folder / "model.safetensors") for folder in (out, foreign / "qwen2"))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,12 @@ from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.train.perplexity import segment_sums
 from tests.batches import random_batches
 from tests.builders import tiny_experiment, write_dataset
+from tests.dist import run_script
 from tests.e2e.runs import REPOSITORY, train_ranks
 from tests.tolerances import LAYOUT_LOSS
 
 NUM_ROWS = 9
-LAUNCHER = str(REPOSITORY / "launch" / "perplexity.py")
+LAUNCHER = REPOSITORY / "launch" / "perplexity.py"
 
 
 def test_sums_of_segments_are_those_of_their_own_positions(tmp_path: Path) -> None:
@@ -35,19 +33,6 @@ def test_sums_of_segments_are_those_of_their_own_positions(tmp_path: Path) -> No
         assert sums[1, i] == inside.sum()
         assert sums[0, i].item() == pytest.approx(losses[inside].double().sum().item(), rel=1e-12)
     assert sums[1, -1] == 0  # the padded tail
-
-
-def run_launcher(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return subprocess.run(
-        [sys.executable, *torchrun, LAUNCHER, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
 
 
 @pytest.mark.slow
@@ -69,9 +54,8 @@ def test_perplexity_is_the_loss_of_training(tmp_path: Path) -> None:
     for tensor, ranks in ((1, 1), (2, 4)):  # the second with two model copies
         out = tmp_path / f"tensor{tensor}"
         options = ["--checkpoint", experiment.output, "--rows", str(rows), "--images", str(tmp_path / "images")]
-        done = run_launcher(ranks, *options, "--out", str(out), "--tensor", str(tensor))
-        assert done.returncode == 0, done.stderr
-        assert "left out: 1 x image_missing" in done.stdout
+        said = run_script(LAUNCHER, [*options, "--out", str(out), "--tensor", str(tensor)], ranks)
+        assert said.count("left out: 1 x image_missing") == 1
         summaries.append(json.loads((out / "results.json").read_text()))
         outcomes.append([json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()])
     one, two = summaries
