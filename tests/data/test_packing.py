@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
@@ -17,6 +17,7 @@ MIN_FILL = 0.95
 sizes = st.lists(st.tuples(st.integers(1, TOKENS), st.integers(0, SLICES)), max_size=60)
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_pack_never_splits_a_sample_and_respects_both_budgets(window: list[tuple[int, int]]) -> None:
     packs = pack_window(window, TOKENS, SLICES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_mcore.config import SlicingConfig
@@ -75,6 +75,7 @@ def test_small_image_is_scaled_up_and_not_sliced() -> None:
     assert plan.num_slices == 0 and plan.overview == Size(266, 406) and plan.encoded == (Size(19, 29),)
 
 
+@settings(deadline=None)
 @given(images, configs, st.sampled_from([14, 16, 28]))
 def test_plan_keeps_its_bounds(image: Size, config: SlicingConfig, patch_px: int) -> None:
     plan = plan_slices(image, config, patch_px)
@@ -85,6 +86,7 @@ def test_plan_keeps_its_bounds(image: Size, config: SlicingConfig, patch_px: int
         assert size.height % patch_px == size.width % patch_px == 0
 
 
+@settings(deadline=None)
 @given(images, st.integers(1, 30))
 def test_no_slice_is_larger_than_the_resolution(image: Size, max_slices: int) -> None:
     plan = plan_slices(image, SlicingConfig(max_slices=max_slices), PATCH_PX)
@@ -94,6 +96,7 @@ def test_no_slice_is_larger_than_the_resolution(image: Size, max_slices: int) ->
             assert size.height * size.width <= 336**2
 
 
+@settings(deadline=None)
 @given(images, st.integers(2, 30))
 def test_no_other_grid_of_the_same_slice_counts_is_nearer_to_the_image(image: Size, max_slices: int) -> None:
     plan = plan_slices(image, SlicingConfig(max_slices=max_slices), PATCH_PX)
@@ -111,6 +114,7 @@ def test_no_other_grid_of_the_same_slice_counts_is_nearer_to_the_image(image: Si
             assert distance(plan.grid.width, plan.grid.height) <= distance(columns, count // columns)
 
 
+@settings(deadline=None)
 @given(images, configs, st.integers(1, 12), st.sampled_from(LAYOUTS))
 def test_layout_holds_every_visual_token_once_and_the_overview_last(image, config, query_grid, layout) -> None:
     plan = plan_slices(image, config, PATCH_PX)
