@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from examples.micro_loop.digits import SIZES
-from examples.micro_loop.plan import BASE, EQUAL, LONG, Regime
-from examples.micro_loop.results import GATE_KEPT, GATE_POINTS, Difference, Kept, Scores, SeedResult, paired
+from examples.micro_loop.plan import BASE, EQUAL, LONG, UNCURATED, Regime
+from examples.micro_loop.results import CONFIDENCE, GATE_KEPT, GATE_POINTS, Difference, Kept, Scores, SeedResult, paired
 
 INTRODUCTION = """\
 # Does the loop help? An experiment with equal compute
@@ -45,7 +45,9 @@ def write_document(results: Sequence[SeedResult], regime: Regime, split: str, se
 
 def arm_table(results: Sequence[SeedResult]) -> list[str]:
     """One row per arm."""
-    rows = [f"| arm | digit | minus {EQUAL} | minus {BASE} | attributes | questions |", "|---|---|---|---|---|---|"]
+    others = (EQUAL, BASE, UNCURATED)
+    minus = " | ".join(f"minus {other}" for other in others)
+    rows = [f"| arm | digit | {minus} | attributes | questions |", "|---|---|---|---|---|---|---|"]
     for arm in results[0].arms:
         scores = [result.arms[arm] for result in results]
         digit, attributes, questions = (
@@ -53,7 +55,7 @@ def arm_table(results: Sequence[SeedResult]) -> list[str]:
         )
         against = [
             show(difference(results, other, arm)) if arm != other and other in results[0].arms else ""
-            for other in (EQUAL, BASE)
+            for other in others
         ]
         rows.append(f"| {arm} | {digit} | {' | '.join(against)} | {attributes} | {questions} |")
     return rows
@@ -98,9 +100,19 @@ def reading(results: Sequence[SeedResult]) -> list[str]:
         lines.append(
             f"- Gate for `{name}`: {'holds' if all(entry.passes for entry in kept) else 'does not hold'} ({passed})."
         )
-    for arm in (arm for arm in arms if arm.startswith("curated") and EQUAL in arms):
+    curated = [arm for arm in arms if arm.startswith("curated")]
+    for arm in curated if EQUAL in arms else ():
         gain = difference(results, EQUAL, arm)
         lines.append(f"- Goal for `{arm}`: {show(gain)} points of digits against {EQUAL}: {verdict(gain)}.")
+    if EQUAL in arms and len(curated) > 1:
+        chance = 100 * (1 - (1 - (1 - CONFIDENCE) / 2) ** len(curated))
+        lines.append(
+            f"- These are {len(curated)} intervals: were none of the arms better, in up to {chance:.0f} % of such"
+            " experiments one of them would still lie above zero."
+        )
+    for arm in curated if UNCURATED in arms else ():
+        gain = difference(results, UNCURATED, arm)
+        lines.append(f"- `{arm}` against {UNCURATED}: {show(gain)}: what the selection itself brings: {verdict(gain)}.")
     for arm, meaning in ((LONG, "what more steps on the labels alone bring"), ("oracle", "what the truth would bring")):
         if {arm, BASE} <= arms:
             lines.append(f"- `{arm}` against {BASE}: {show(difference(results, BASE, arm))} points: {meaning}.")

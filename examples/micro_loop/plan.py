@@ -18,7 +18,7 @@ from sicog_mcore.cognition.loop.steps import Step
 CONFIG = Path(__file__).with_name("model.yaml")
 TAUS = ("0.8", "0.9", "0.95")
 VIEWS_TAU = MIXED_TAU = "0.9"
-BASE, EQUAL, LONG = "base", "equal steps", "one long run"
+BASE, EQUAL, LONG, UNCURATED = "base", "equal steps", "one long run", "uncurated"
 BATCH = 128  # items that are answered at the same time
 KEPT = "kept"  # folder of what was kept, below that of the seed
 LONGEST = 32  # tokens of an answer; a chain has 20
@@ -28,7 +28,7 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     BASE: (),
     EQUAL: ("labelled",),
     LONG: (),  # the labels only, with as many steps in one schedule
-    "uncurated": ("uncurated",),
+    UNCURATED: ("uncurated",),
     **{f"curated {tau}": (f"curated-{tau}",) for tau in TAUS},
     f"curated {VIEWS_TAU}, from views": (f"curated-views-{VIEWS_TAU}",),
     f"curated {MIXED_TAU}, mixed with labels": (f"curated-{MIXED_TAU}", "labelled"),

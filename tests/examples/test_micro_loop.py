@@ -15,7 +15,7 @@ from examples.micro_loop import digits
 from examples.micro_loop.document import write_document
 from examples.micro_loop.first_candidate import keep_first
 from examples.micro_loop.lanes import run_lanes, seconds_of
-from examples.micro_loop.plan import ARMS, BASE, EQUAL, FAST, LONG, Lane, Regime, plan_seed
+from examples.micro_loop.plan import ARMS, BASE, EQUAL, FAST, LONG, UNCURATED, Lane, Regime, plan_seed
 from examples.micro_loop.results import Kept, Scores, SeedResult, measure_kept, paired
 from sicog_mcore.cognition.codec import render
 from sicog_mcore.cognition.loop.steps import Step
@@ -188,14 +188,19 @@ def test_the_first_candidate_is_what_one_draw_would_have_given() -> None:
 
 def test_the_document_says_what_the_numbers_say() -> None:
     def seed(number: int, gain: float) -> SeedResult:
-        arms = {BASE: 60.0, EQUAL: 61.0, "curated 0.9": 61.0 + gain, "oracle": 80.0}
+        arms = {BASE: 60.0, EQUAL: 61.0, UNCURATED: 65.0 + number % 2, "curated 0.9": 61.0 + gain, "oracle": 80.0}
+        arms["curated 0.8"] = 61.0 - gain
         kept = {"curated-0.9": Kept(50.0, 80.0 + number, 65.0)}
         return SeedResult(number, {arm: Scores(value, 90.0, 70.0) for arm, value in arms.items()}, kept)
 
     text = write_document([seed(0, 3.0), seed(1, 4.0), seed(2, 5.0)], Regime(), "test", 120.0)
-    assert "| curated 0.9 | 65.0 | +4.0 ± 2.5 | +5.0 ± 2.5 | 90.0 | 70.0 |" in text
+    assert "| curated 0.9 | 65.0 | +4.0 ± 2.5 | +5.0 ± 2.5 | -0.3 ± 2.9 | 90.0 | 70.0 |" in text
     assert "| curated-0.9 | 50.0 | 81.0 | 65.0 | +16.0 ± 2.5 | +15.0, +16.0, +17.0 | 3 of 3 |" in text
     assert "Goal for `curated 0.9`: +4.0 ± 2.5 points of digits against equal steps: it helps." in text
+    assert (
+        "`curated 0.9` against uncurated: -0.3 ± 2.9: what the selection itself brings: no difference is shown." in text
+    )
+    assert "These are 2 intervals: were none of the arms better, in up to 5 % of such experiments" in text
     assert "Gate for `curated-0.9`: holds (3 of 3 seeds)." in text
     assert "no difference is shown" in write_document([seed(0, -3.0), seed(1, 4.0)], Regime(), "test", 0.0)
     assert "it harms" in write_document([seed(0, -3.0), seed(1, -3.1)], Regime(), "test", 0.0)
