@@ -21,7 +21,7 @@ from sicog_mcore.cognition.records import Decision, Generation, read_by_id
 from tests.builders import TOKENIZER
 from tests.e2e.runs import REPOSITORY
 
-pytestmark = [pytest.mark.loop, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.loop, pytest.mark.timeout(1500)]
 COLOURS = ("red", "blue", "green", "yellow")
 RESULTS = ("curated/train.jsonl", "decisions.jsonl", "pairs.jsonl")
 SECONDS_BETWEEN_KILLS = (1.0, 12.0)
