@@ -67,7 +67,8 @@ def model_params(config: ModelConfig) -> int:
 def most_visual_tokens(slicing: SlicingConfig, resampler: ResamplerConfig) -> int:
     """Visual tokens, separators included, of the image that takes the most of them."""
     side, queries, most = resampler.query_grid, resampler.queries, slicing.max_slices
-    grids = [(rows, most // rows) for rows in range(1, most + 1)] if most > 1 else []
+    if most <= 1:
+        return queries
     if slicing.layout == "per_slice":
-        return max([(queries + 1) * rows * columns + queries for rows, columns in grids], default=queries)
-    return max([side * rows * (side * columns + 1) + 1 + queries for rows, columns in grids], default=queries)
+        return (queries + 1) * most + queries
+    return side * most * (side + 1) + 1 + queries  # a single column of slices has the most rows, each with a separator

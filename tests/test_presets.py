@@ -61,3 +61,4 @@ def test_no_preset_needs_a_padded_vocabulary(name: str) -> None:
 def test_most_visual_tokens_is_that_of_seven_slices(layout: str, tokens: int) -> None:
     assert most_visual_tokens(SlicingConfig(layout=layout), ResamplerConfig()) == tokens
     assert most_visual_tokens(SlicingConfig(layout=layout, max_slices=1), ResamplerConfig()) == 144
+    assert most_visual_tokens(SlicingConfig(layout=layout, max_slices=10**12), ResamplerConfig()) > 10**12  # at once
