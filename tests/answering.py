@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,6 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.parallel.topology import Topology
 from tests.builders import write_image
 
-REPOSITORY = Path(__file__).parents[1]
 SHARPNESS = 8.0  # factor on the output head: far from uniform, as a trained model is
 # (height, width) in px of the items' images, in turn: 0, 2, 4 and 6 slices under the tiny preset. None: text only.
 SIZES = ((64, 64), (100, 180), None, (200, 200), (240, 340), (33, 57), (90, 160))
@@ -62,17 +57,3 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     prompts = ("--prompts", "cod=2", "caption=1")
     files = ("--checkpoint", folder / "model", "--rows", folder / "items.jsonl", "--images", folder / "images")
     return [*map(str, files), *prompts, *DRAW, "--out", str(out), *more]
-
-
-def start_generate(words: Sequence[str], ranks: int = 0) -> subprocess.Popen[str]:
-    """The real command of a user; ``ranks`` processes under torchrun, 0 for one without it."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks else []
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return subprocess.Popen(
-        [sys.executable, *torchrun, str(REPOSITORY / "launch" / "generate.py"), *words],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from sicog_mcore.cognition.answers import (
 )
 
 CHARTQA = 0.05
+LINEAR_LIMIT_S = 30.0  # a square would take hours
 VOCABULARY = {"colour": ["blue", "light blue", "red"], "shape": ["circle", "square"], "digit": ["three", "four"]}
 PLAIN_NUMBERS = st.floats(-1e9, 1e9).map(lambda value: f"{value:.4f}")
 
@@ -203,6 +206,7 @@ def test_every_letter_is_found_in_every_form(letter: str, form: str) -> None:
 
 
 def test_long_runs_are_read_in_linear_time() -> None:
+    start = time.process_time()
     for run in (
         "A " * 50_000,
         "answer " + " " * 100_000 + "x",
@@ -213,6 +217,7 @@ def test_long_runs_are_read_in_linear_time() -> None:
         extract_choice(run, "ABCD")
         read_number(run)
         normalise(run)
+    assert time.process_time() - start < LINEAR_LIMIT_S
 
 
 def test_an_answer_in_the_words_of_an_option_chooses_it() -> None:

@@ -29,7 +29,7 @@ def train_ranks(experiment: Experiment, world_size: int) -> list[dict[str, Any]]
     return read_metrics(Path(experiment.output))
 
 
-def start_launcher(arguments: Sequence[str], ranks: int) -> subprocess.Popen[str]:
+def start_launcher(arguments: Sequence[str], ranks: int, launcher: str = LAUNCHER) -> subprocess.Popen[str]:
     """The real command of a user, in a process group of its own.
 
     Args:
@@ -39,7 +39,7 @@ def start_launcher(arguments: Sequence[str], ranks: int) -> subprocess.Popen[str
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks else []
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
     return subprocess.Popen(
-        [sys.executable, *torchrun, LAUNCHER, *arguments],
+        [sys.executable, *torchrun, launcher, *arguments],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,11 +13,13 @@ import pytest
 
 from sicog_mcore.cognition.records import Generation, read_records
 from sicog_mcore.config import Experiment
-from tests.answering import arguments, start_generate, write_checkpoint, write_items
+from tests.answering import arguments, write_checkpoint, write_items
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
+from tests.e2e.runs import REPOSITORY, start_launcher
 
 pytestmark = pytest.mark.slow
+LAUNCHER = str(REPOSITORY / "launch" / "generate.py")
 ITEMS = 10
 KILLS = 2
 
@@ -86,13 +88,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, expecte
     out = folder / "killed"
     words = arguments(folder, out, "--batch", "1")
     for kill in range(KILLS):
-        _kill_after(start_generate(words), out / "parts" / "00000.jsonl", 2 * (kill + 1))
+        _kill_after(start_launcher(words, ranks=0, launcher=LAUNCHER), out / "parts" / "00000.jsonl", 2 * (kill + 1))
         assert not (out / "generations.jsonl").exists()
     before = (out / "parts" / "00000.jsonl").read_bytes()
     assert before.count(b"\n") < ITEMS
     with (out / "parts" / "00000.jsonl").open("ab") as file:  # what a kill in the middle of a write leaves
         file.write(b'{"id":"i9","task":"capt')
-    last = start_generate(words)
+    last = start_launcher(words, ranks=0, launcher=LAUNCHER)
     text, _ = last.communicate(timeout=280)
     assert last.returncode == 0, text
     assert f"{before.count(10)} of them done before" in text
