@@ -55,11 +55,19 @@ class Counts:
     keys: set[str] = field(default_factory=set)
 
 
+class Listener(ThreadingHTTPServer):
+    """A thread per connection."""
+
+    daemon_threads = True
+    request_queue_size = 128  # the stock 5 overflows on a busy machine: a call reset by the kernel is in no count
+
+
 class ChatServer:
     """Serves on a free port of this machine while the ``with`` block runs.
 
     Args:
-        plan: "answer", a name of TEXTS, a status ("429 0.05" with a Retry-After), "half", "closed", "malformed" or "slow".
+        plan: "answer", a name of TEXTS, a status ("429 0.05" with a Retry-After), "half", "closed", "reset", "malformed"
+            or "slow".
         delay_s: before every answer.
     """
 
@@ -80,8 +88,7 @@ class ChatServer:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = Listener(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     @property

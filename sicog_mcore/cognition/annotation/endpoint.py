@@ -136,11 +136,11 @@ class Endpoint:
             async with asyncio.timeout(self._timeout_s):  # httpx limits the pauses, not the whole
                 response = await self._client.post(self._url, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise Fault("no_connection", self._quote(str(error))) from error
+            raise Fault("no_connection", self._quote(str(error) or type(error).__name__)) from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise Fault("timeout", f"no answer within {self._timeout_s:g} s", maybe_paid=True) from error
         except httpx.HTTPError as error:
-            raise Fault("connection_lost", self._quote(str(error)), maybe_paid=True) from error
+            raise Fault("connection_lost", self._quote(str(error) or type(error).__name__), maybe_paid=True) from error
         if not response.is_success:
             raise self._http_fault(response)
         try:

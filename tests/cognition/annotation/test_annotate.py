@@ -6,6 +6,9 @@ import asyncio
 import base64
 import io
 import json
+import socket
+import struct
+import threading
 import time
 from collections.abc import Sequence
 from decimal import Decimal
@@ -94,11 +97,11 @@ def test_a_ledger_belongs_to_one_process_and_to_its_settings(tmp_path: Path) -> 
         Ledger(path, SETTINGS | {"model": "n"})
 
 
-def asked(server: ChatServer, timeout_s: float = TIMEOUT_S) -> Reply:
-    """One call to a server."""
+def asked(url: str, timeout_s: float = TIMEOUT_S) -> Reply:
+    """One call to a server at an address."""
 
     async def ask() -> Reply:
-        async with Endpoint(server.url, "sk-1", DECODING, timeout_s, 1) as endpoint:
+        async with Endpoint(url, "sk-1", DECODING, timeout_s, 1) as endpoint:
             return await endpoint.ask(QUESTION)
 
     return asyncio.run(ask())
@@ -106,7 +109,7 @@ def asked(server: ChatServer, timeout_s: float = TIMEOUT_S) -> Reply:
 
 def test_an_answer_comes_with_its_counts() -> None:
     with ChatServer() as server:
-        assert asked(server) == Reply(five_steps(3), "stop", 1003, 103)
+        assert asked(server.url) == Reply(five_steps(3), "stop", 1003, 103)
     body = server.counts.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.2, 500)
 
@@ -131,17 +134,36 @@ def test_an_answer_comes_with_its_counts() -> None:
 )
 def test_each_fault_says_what_to_do_next(what: str, reason: str, retry: bool, stop: bool, maybe_paid: bool) -> None:
     with ChatServer(lambda call, item, of_item: what) as server, pytest.raises(Fault) as caught:
-        asked(server, SHORT_TIMEOUT_S if what == "slow" else TIMEOUT_S)
+        asked(server.url, SHORT_TIMEOUT_S if what == "slow" else TIMEOUT_S)
     fault = caught.value
     assert (fault.reason, fault.retry, fault.stop, fault.maybe_paid) == (reason, retry, stop, maybe_paid)
     assert "sk-1" not in str(fault)
+
+
+def reset_one(listener: socket.socket) -> None:
+    """Takes a connection and resets it: closed at once, with what came unread."""
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def test_a_reset_connection_is_named_though_the_error_has_no_text() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=reset_one, args=(listener,))
+        thread.start()
+        with pytest.raises(Fault) as caught:
+            asked(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+        thread.join()
+    fault = caught.value
+    assert (fault.reason, fault.retry, fault.maybe_paid) == ("connection_lost", True, True)
+    assert fault.detail.endswith("Error")
 
 
 def test_nobody_there_costs_nothing() -> None:
     with ChatServer() as server:
         pass
     with pytest.raises(Fault) as caught:
-        asked(server)
+        asked(server.url)
     assert (caught.value.reason, caught.value.retry, caught.value.maybe_paid) == ("no_connection", True, False)
 
 
