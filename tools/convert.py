@@ -14,6 +14,7 @@ Exit code 0: done; 1: --verify found a difference; 2: something does not fit, an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import pickle
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(is_main=True)  # until the ranks know each other
+    parser.set_defaults(is_main=True, verify=False)  # is_main: until the ranks know each other
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("import", help="other weights -> one of our checkpoints, without optimizer state")
     command.usage = (
@@ -117,6 +118,10 @@ def _add_layout(command: argparse.ArgumentParser) -> None:
 def _start(options: Any, parallel: ParallelConfig) -> Topology:
     topology = start_topology(parallel, SEED)
     options.is_main = topology.is_main
+    if options.verify and topology.world_size > 1:  # said before anything is written
+        raise CheckpointError("--verify compares whole models: run it on one rank")
+    if options.verify and importlib.util.find_spec("transformers") is None:
+        raise CheckpointError("transformers is missing, and --verify compares with it; pip install -e .[hf]")
     return topology
 
 
@@ -139,7 +144,7 @@ def import_weights(options: Any, rest: list[str]) -> int:
     for part in PARTS if options.verify else ():
         path = Path(vars(experiment.init)[part] or experiment.init.checkpoint or ".")
         if part != "resampler" and (path / "config.json").is_file():
-            differs |= _verify(chunks, topology, part, path)
+            differs |= _verify(chunks, part, path)
     if differs:
         return EXIT_DIFFERS
     save_weights(chunks, experiment, topology, options.out)
@@ -171,7 +176,7 @@ def export_weights(options: Any, rest: list[str]) -> int:
     _say(topology, f"written: {options.out} ({options.what}, {str(dtype).removeprefix('torch.')})")
     if options.what == "decoder" and not has_tokenizer:
         _say(topology, "without a tokenizer; give --tokenizer FILE to have it in the folder")
-    return EXIT_DIFFERS if options.verify and _verify(chunks, topology, options.what, options.out) else 0
+    return EXIT_DIFFERS if options.verify and _verify(chunks, options.what, options.out) else 0
 
 
 def _for_export(experiment: Experiment, options: Any, topology: Topology) -> Experiment:
@@ -262,10 +267,8 @@ def _say(topology: Topology, *lines: str) -> None:
 
 
 @torch.no_grad()
-def _verify(chunks: Sequence[VisionLanguageModel], topology: Topology, what: Part | What, path: Path) -> bool:
+def _verify(chunks: Sequence[VisionLanguageModel], what: Part | What, path: Path) -> bool:
     """Prints the largest difference on a seeded batch; True if it is too large."""
-    if topology.world_size > 1:
-        raise CheckpointError("--verify compares whole models: run it on one rank")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

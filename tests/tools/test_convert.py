@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -176,6 +177,23 @@ def test_a_mistake_is_one_message(
 ) -> None:
     assert convert.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_verification_that_cannot_be_is_refused_before_anything_is_written(
+    convert: ModuleType,
+    foreign: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    arguments = ["import", *TINY, *sources(foreign), "--out", str(tmp_path / "ours")]
+    assert convert.main([*arguments, "--verify"]) == 2
+    assert "pip install -e .[hf]" in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    assert convert.main(arguments) == 0
+    with pytest.raises(AssertionError, match="ended with 2"):
+        run_script(TOOL, [*arguments[:-1], str(tmp_path / "two"), "--tensor", "2", "--verify"], 2)
+    assert not (tmp_path / "two").exists()
 
 
 def test_it_runs_on_two_ranks_on_cut_weights(foreign: Path, tmp_path: Path) -> None:
