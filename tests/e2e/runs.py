@@ -14,6 +14,7 @@ from sicog_mcore.config import Experiment
 from tests.dist import Rank, run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE_S = 280  # for a run of seconds: machines are shared
 LAUNCHER = str(REPOSITORY / "launch" / "pretrain_stage15.py")
 
 

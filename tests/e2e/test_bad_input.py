@@ -15,9 +15,8 @@ from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP
 from sicog_mcore.launcher import EXIT_INTERRUPTED, start_training
 from sicog_mcore.stages import PRETRAIN
 from tests.builders import tiny_experiment, write_dataset
-from tests.e2e.runs import LAUNCHER, read_metrics, start_launcher
+from tests.e2e.runs import LAUNCHER, PATIENCE_S, read_metrics, start_launcher
 
-TIMEOUT_S = 280
 MISTAKE_LIMIT_S = 5
 LAYOUT_MISTAKE = (
     "error: 1 configuration problem:\n"
@@ -49,7 +48,7 @@ def test_a_mistake_is_reported_before_anything_starts(data: Path, tmp_path: Path
     started = time.monotonic()
     arguments = _arguments(_experiment(data, tmp_path), tmp_path)
     process = start_launcher([*arguments, "--parallel.tensor", "3"], ranks=0)
-    printed, _ = process.communicate(timeout=TIMEOUT_S)
+    printed, _ = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, printed) == (EXIT_CONFIG, LAYOUT_MISTAKE)
     assert time.monotonic() - started < MISTAKE_LIMIT_S
     assert not (tmp_path / "run").exists()
@@ -59,7 +58,7 @@ def test_a_mistake_is_reported_before_anything_starts(data: Path, tmp_path: Path
 def test_three_ranks_report_a_mistake_once_and_first(data: Path, tmp_path: Path) -> None:
     arguments = _arguments(_experiment(data, tmp_path), tmp_path)
     process = start_launcher([*arguments, "--parallel.tensor", "3"], ranks=3)
-    printed, _ = process.communicate(timeout=TIMEOUT_S)
+    printed, _ = process.communicate(timeout=PATIENCE_S)
     ours = printed[: printed.index("torch/distributed/elastic")]  # what follows is the report of torchrun
     assert ours.count(LAYOUT_MISTAKE) == 1 and printed.count("configuration problem") == 1
     assert "Traceback" not in ours
@@ -101,12 +100,12 @@ def test_data_that_cannot_be_used_ends_the_run_for_good(
 def test_an_interrupted_run_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     experiment = _experiment(data, tmp_path, steps=100_000)
     process = start_launcher(_arguments(experiment, tmp_path), ranks=0)
-    metrics, deadline = Path(experiment.output) / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+    metrics, deadline = Path(experiment.output) / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=TIMEOUT_S)
+    printed, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == EXIT_INTERRUPTED and "Traceback" not in printed, printed
     *_, progress, last = printed.splitlines()
     done = len(read_metrics(Path(experiment.output)))

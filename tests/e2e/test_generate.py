@@ -16,7 +16,7 @@ from sicog_mcore.config import Experiment
 from tests.answering import arguments, write_checkpoint, write_items
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
-from tests.e2e.runs import REPOSITORY, start_launcher
+from tests.e2e.runs import PATIENCE_S, REPOSITORY, start_launcher
 
 pytestmark = pytest.mark.slow
 LAUNCHER = str(REPOSITORY / "launch" / "generate.py")
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, expecte
     with (out / "parts" / "00000.jsonl").open("ab") as file:  # what a kill in the middle of a write leaves
         file.write(b'{"id":"i9","task":"capt')
     last = start_launcher(words, ranks=0, launcher=LAUNCHER)
-    text, _ = last.communicate(timeout=280)
+    text, _ = last.communicate(timeout=PATIENCE_S)
     assert last.returncode == 0, text
     assert f"{before.count(10)} of them done before" in text
     assert (out / "generations.jsonl").read_bytes() == expected
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, expecte
 
 
 def _kill_after(process: subprocess.Popen[str], part: Path, lines: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not part.is_file() or part.read_bytes().count(b"\n") < lines:
         assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.002)

@@ -15,7 +15,7 @@ import yaml
 
 from sicog_mcore.config import Experiment
 from tests.builders import tiny_experiment, write_dataset
-from tests.e2e.runs import consumed_ids, read_metrics, start_launcher, train_ranks
+from tests.e2e.runs import PATIENCE_S, consumed_ids, read_metrics, start_launcher, train_ranks
 from tests.tolerances import RESHARDED_RESUME
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
@@ -52,7 +52,7 @@ def _start(experiment: Experiment, ranks: int) -> subprocess.Popen[str]:
 
 
 def _finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=280)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, text
     return text
 
@@ -60,7 +60,7 @@ def _finish(process: subprocess.Popen[str]) -> str:
 def _kill_after(process: subprocess.Popen[str], output: Path, step: int) -> None:
     """SIGKILL to every process of the run once ``step`` stands in metrics.jsonl."""
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)

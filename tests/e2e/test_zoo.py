@@ -17,9 +17,8 @@ from sicog_mcore.data.quarantine import Quarantine
 from sicog_mcore.errors import EXIT_GIVE_UP
 from tests.builders import tiny_experiment, write_dataset
 from tests.data.zoo import IMAGES_FOLDER, OK, ROWS_FILE, ZooCase, build_zoo
-from tests.e2e.runs import consumed_ids, read_metrics, start_launcher
+from tests.e2e.runs import PATIENCE_S, consumed_ids, read_metrics, start_launcher
 
-TIMEOUT_S = 180
 STEPS = 3
 NUM_GOOD_ROWS = 20
 
@@ -83,7 +82,7 @@ def _launch(experiment: Experiment, folder: Path, ranks: int) -> tuple[int, str]
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(experiment.to_dict()))
     process = start_launcher(["--config", str(config)], ranks)
-    printed, _ = process.communicate(timeout=TIMEOUT_S)
+    printed, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, printed
 
 
