@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sicog_mcore.config import Experiment
 from tests.dist import Rank, run_ranks
@@ -47,6 +51,25 @@ def start_launcher(arguments: Sequence[str], ranks: int, launcher: str = LAUNCHE
         text=True,
         start_new_session=True,
     )
+
+
+def kill_after(process: subprocess.Popen[str], file: Path, lines: int) -> None:
+    """SIGKILL to every process of a launcher's run once it has written so many lines; the run has to be under way then."""
+
+    def is_written() -> bool:
+        return file.is_file() and file.read_bytes().count(b"\n") >= lines
+
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_written() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    under_way = process.poll() is None
+    if under_way:
+        agent = psutil.Process(process.pid)
+        for one in (agent, *agent.children(recursive=True)):  # torchrun gives each rank a session of its own
+            with contextlib.suppress(psutil.NoSuchProcess):  # a worker may follow its rank by itself
+                one.kill()
+    printed, _ = process.communicate(timeout=30)
+    assert under_way and is_written(), f"ended, or too slow, before the kill at {lines} lines of {file}:\n{printed}"
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

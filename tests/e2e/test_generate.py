@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ from sicog_mcore.config import Experiment
 from tests.answering import arguments, write_checkpoint, write_items
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
-from tests.e2e.runs import PATIENCE_S, REPOSITORY, start_launcher
+from tests.e2e.runs import PATIENCE_S, REPOSITORY, kill_after, start_launcher
 
 pytestmark = pytest.mark.slow
 LAUNCHER = str(REPOSITORY / "launch" / "generate.py")
@@ -88,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, expecte
     out = folder / "killed"
     words = arguments(folder, out, "--batch", "1")
     for kill in range(KILLS):
-        _kill_after(start_launcher(words, ranks=0, launcher=LAUNCHER), out / "parts" / "00000.jsonl", 2 * (kill + 1))
+        kill_after(start_launcher(words, ranks=0, launcher=LAUNCHER), out / "parts" / "00000.jsonl", 2 * (kill + 1))
         assert not (out / "generations.jsonl").exists()
     before = (out / "parts" / "00000.jsonl").read_bytes()
     assert before.count(b"\n") < ITEMS
@@ -100,12 +96,3 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, expecte
     assert f"{before.count(10)} of them done before" in text
     assert (out / "generations.jsonl").read_bytes() == expected
     assert (out / "parts" / "00000.jsonl").read_bytes().startswith(before)
-
-
-def _kill_after(process: subprocess.Popen[str], part: Path, lines: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not part.is_file() or part.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

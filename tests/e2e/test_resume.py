@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import yaml
 
 from sicog_mcore.config import Experiment
 from tests.builders import tiny_experiment, write_dataset
-from tests.e2e.runs import PATIENCE_S, consumed_ids, read_metrics, start_launcher, train_ranks
+from tests.e2e.runs import PATIENCE_S, consumed_ids, kill_after, read_metrics, start_launcher, train_ranks
 from tests.tolerances import RESHARDED_RESUME
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault]
@@ -57,24 +54,13 @@ def _finish(process: subprocess.Popen[str]) -> str:
     return text
 
 
-def _kill_after(process: subprocess.Popen[str], output: Path, step: int) -> None:
-    """SIGKILL to every process of the run once ``step`` stands in metrics.jsonl."""
-    metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + PATIENCE_S
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-
-
 def test_a_killed_run_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     straight, killed = (
         _experiment(data, tmp_path / "straight", tensor=2),
         _experiment(data, tmp_path / "killed", tensor=2),
     )
     _finish(_start(straight, 2))
-    _kill_after(_start(killed, 2), tmp_path / "killed", SAVED + 2)
+    kill_after(_start(killed, 2), tmp_path / "killed" / "metrics.jsonl", SAVED + 2)
     assert not (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:08d}").exists()
     printed = _finish(_start(killed, 2))
     assert f"resuming from {killed.output}/checkpoints/step_{SAVED:08d}: {SAVED} of {STEPS} steps are done" in printed
