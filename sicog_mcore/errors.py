@@ -10,6 +10,7 @@ from dataclasses import dataclass
 EXIT_OK = 0
 EXIT_CONFIG = 2  # wrong configuration or input: do not retry
 EXIT_GIVE_UP = 17  # too many bad samples, or a diverged run: do not retry
+EXIT_RETRY = 75  # the machine failed, not the run: a full disk, a dead peer, a hang; the same command may work later
 EXIT_CRASH = 1
 
 
@@ -74,6 +75,13 @@ class TrainingError(SicogError):
     """The run itself went wrong (a loss that is not a number); trying again from the same state would repeat it."""
 
     exit_code = EXIT_GIVE_UP
+
+
+class MachineError(SicogError):
+    """The machine failed, not the run: a full disk, a peer that died, a collective that hung. Trying again can work."""
+
+    exit_code = EXIT_RETRY
+    same_on_all_ranks = False
 
 
 class CheckpointError(SicogError):
