@@ -110,7 +110,8 @@ class DecoderConfig:
         qk_norm: RMS norm of every query and key head (Qwen3).
         tie_embeddings: one table for input and output.
         norm_eps: epsilon of the RMS norms.
-        mcore: further fields of Megatron's TransformerConfig, by name (escape hatch).
+        mcore: further fields of Megatron's TransformerConfig that change how the decoder is computed, not what it computes;
+            model/mcore_options.py lists them.
     """
 
     num_layers: int
@@ -170,7 +171,8 @@ class DataConfig:
         system_prompt: system turn of samples that bring none; empty for no system turn.
         token_budget: length of a packed sequence (tokens, visual tokens included).
         slice_budget: most slices in a packed sequence, overviews included.
-        window_samples: samples that are packed together (best fit inside this window).
+        window_samples: samples that are packed together (best fit inside this window); with ``train.samples_per_step``
+            these are the samples of a step instead, and this is not used.
         workers: processes that decode and slice images, per data-parallel rank; 0 decodes in the main process.
         worker_timeout_s: seconds without a batch after which the run stops instead of waiting for ever.
         too_long: samples over the token budget are quarantined, or lose the end of their last answer.
@@ -274,7 +276,9 @@ class TrainConfig:
             last two is given; 0 leaves it to the others.
         seed: seed of weights and data order.
         precision: "bf16" keeps fp32 master weights; "fp32" is for checks.
-        recompute_decoder: activations recomputed in the backward pass of the decoder.
+        recompute_decoder: decoder layers that are computed again in the backward pass instead of kept: "none", "full" for
+            all, or "block" for the first ``recompute_layers`` of each model chunk.
+        recompute_layers: number of these layers with "block"; 0 otherwise.
         recompute_tower: the same for the vision tower.
         attention: back end of packed attention; "auto" takes the first that the machine can run.
         log_every: steps between lines on the console; metrics.jsonl always has every step.
@@ -288,7 +292,8 @@ class TrainConfig:
     tokens_per_step: int = 0
     seed: int = 42
     precision: Literal["bf16", "fp32"] = "bf16"
-    recompute_decoder: Literal["none", "selective", "full"] = "none"
+    recompute_decoder: Literal["none", "block", "full"] = "none"
+    recompute_layers: int = 0
     recompute_tower: Literal["none", "full"] = "full"
     attention: Literal["auto", "te", "flash", "varlen", "sdpa"] = "auto"
     log_every: int = 1

@@ -96,8 +96,12 @@ def uhd_qwen2_1_5b() -> Experiment:
     return _uhd("uhd_qwen2_1_5b", QWEN2_1_5B)
 
 
+# One GPU of 80 GB holds no 7B model with its gradients and activations: two share it.
+SHARED_BY_TWO = ParallelConfig(tensor=2, sequence=True, overlap_grad_reduce=True)
+
+
 def uhd_qwen2_7b() -> Experiment:
-    return _uhd("uhd_qwen2_7b", QWEN2_7B)
+    return replace(_uhd("uhd_qwen2_7b", QWEN2_7B), parallel=SHARED_BY_TWO)
 
 
 def uhd_qwen2_72b() -> Experiment:
@@ -109,7 +113,7 @@ def uhd_qwen2_72b() -> Experiment:
 
 def uhd_llama3_1_8b() -> Experiment:
     base = _uhd("uhd_llama3_1_8b", LLAMA3_1_8B)
-    return replace(base, data=replace(base.data, template="llama3"))
+    return replace(base, data=replace(base.data, template="llama3"), parallel=SHARED_BY_TWO)
 
 
 def tiny() -> Experiment:

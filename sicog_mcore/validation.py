@@ -11,7 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any, get_args
 
-from sicog_mcore.config import DataConfig, Experiment, ModelConfig, OptimConfig, ParallelConfig, Part, TrainConfig
+from sicog_mcore.config import (
+    DataConfig,
+    DpoConfig,
+    Experiment,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Part,
+    TrainConfig,
+)
 from sicog_mcore.errors import ConfigProblem
 from sicog_mcore.sizes import most_visual_tokens, padded_vocab
 
@@ -31,9 +40,16 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     *("data.workers", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale"),
     *("optim.weight_decay", "optim.clip_grad_norm", "train.seed", "train.peak_tflops"),
-    *("train.samples_per_step", "train.tokens_per_step", "dpo.beta", "dpo.sft_weight"),
+    *("train.samples_per_step", "train.tokens_per_step", "train.recompute_layers", "dpo.sft_weight"),
 )
-ABOVE_ZERO = ("model.tower.norm_eps", "model.resampler.norm_eps", "model.decoder.norm_eps", "optim.lr", "optim.eps")
+ABOVE_ZERO = (
+    "model.tower.norm_eps",
+    "model.resampler.norm_eps",
+    "model.decoder.norm_eps",
+    "optim.lr",
+    "optim.eps",
+    "dpo.beta",
+)
 FRACTIONS = ("data.max_bad_rate", "optim.min_lr_fraction", "optim.warmup_fraction", "dpo.label_smoothing")
 BELOW_ONE = ("optim.beta1", "optim.beta2")
 
@@ -56,9 +72,11 @@ def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem
         *_decoder(model),
         *_budgets(model, data),
         *_global_batch(experiment.train, data),
+        *_recompute(experiment.train, model, parallel),
         *layout,
         *(() if layout else _ranks(experiment, world_size)),
         *_optimiser(experiment.optim, parallel),
+        *_preferences(experiment),
     ]
 
 
@@ -140,6 +158,17 @@ def _global_batch(train: TrainConfig, data: DataConfig) -> Iterator[ConfigProble
         yield ConfigProblem("train.tokens_per_step", train.tokens_per_step, problem, fix)
 
 
+def _recompute(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> Iterator[ConfigProblem]:
+    layers = model.decoder.num_layers // max(1, parallel.pipeline * parallel.virtual_pipeline)  # of a model chunk
+    count, path = train.recompute_layers, "train.recompute_layers"
+    if train.recompute_decoder == "block" and not 1 <= count <= max(1, layers):
+        problem = f"a model chunk has {layers} decoder layers, of which block recomputes this many"
+        yield ConfigProblem(path, count, problem, f"use 1 to {max(1, layers)}")
+    elif train.recompute_decoder != "block" and count > 0:
+        problem = f"would be ignored: train.recompute_decoder is {train.recompute_decoder!r}"
+        yield ConfigProblem(path, count, problem, "set train.recompute_decoder=block, or this to 0")
+
+
 def _tensor_parallel(model: ModelConfig, data: DataConfig, parallel: ParallelConfig) -> Iterator[ConfigProblem]:
     decoder, tensor = model.decoder, parallel.tensor
     shared = [
@@ -202,6 +231,18 @@ def _optimiser(optim: OptimConfig, parallel: ParallelConfig) -> Iterator[ConfigP
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         fix = "set parallel.overlap_grad_reduce=true as well"
         yield ConfigProblem("parallel.overlap_param_gather", True, "needs the overlapped gradient reduction", fix)
+
+
+def _preferences(experiment: Experiment) -> Iterator[ConfigProblem]:
+    dpo, usual = experiment.dpo, DpoConfig()
+    if experiment.objective != "dpo":
+        for name, value in vars(dpo).items():
+            if value != vars(usual)[name]:
+                fix = "start launch/train_dpo.py, set objective=dpo, or leave it out"
+                yield ConfigProblem(f"dpo.{name}", value, f"would be ignored: objective is {experiment.objective}", fix)
+    elif dpo.label_smoothing > 0 and dpo.loss != "sigmoid":
+        problem = f"would be ignored: the {dpo.loss} loss has no label smoothing"
+        yield ConfigProblem("dpo.label_smoothing", dpo.label_smoothing, problem, "set dpo.loss=sigmoid, or this to 0")
 
 
 def _divides(divisor: int, number: int) -> bool:

@@ -51,10 +51,10 @@ def test_overrides_win_over_the_file_which_wins_over_the_preset(tmp_path: Path, 
 
 def test_lists_mappings_and_groups_can_be_given_on_the_command_line(inputs: list[str]) -> None:
     argv = ["--preset", "tiny", "--optim.freeze", "[tower]", "--parallel", "{overlap_grad_reduce: true}", *inputs]
-    experiment = load_experiment([*argv, "model.decoder.mcore={init_method_std: 1e-2}"], 1)
+    experiment = load_experiment([*argv, "model.decoder.mcore={deallocate_pipeline_outputs: true}"], 1)
     assert experiment.optim.freeze == ("tower",)
     assert experiment.parallel.overlap_grad_reduce
-    assert experiment.model.decoder.mcore == {"init_method_std": 0.01}
+    assert experiment.model.decoder.mcore == {"deallocate_pipeline_outputs": True}
     assert isinstance(experiment.data.sources[0], SourceConfig)
 
 

@@ -59,6 +59,18 @@ BROKEN = [
     (1, {"data__token_budget": 188}, "data.token_budget", "at least 189"),
     (1, {"data__slice_budget": 7}, "data.slice_budget", "at least 8"),
     (1, {"optim__freeze": ("tower", "resampler", "decoder")}, "optim.freeze", "nothing is left to train"),
+    (1, {"train__recompute_decoder": "block"}, "train.recompute_layers", "use 1 to 4"),
+    (1, {"train__recompute_decoder": "block", "train__recompute_layers": 5}, "train.recompute_layers", "use 1 to 4"),
+    (
+        2,
+        {"train__recompute_decoder": "block", "train__recompute_layers": 3, "parallel__pipeline": 2},
+        "train.recompute_layers",
+        "use 1 to 2",
+    ),
+    (1, {"dpo__beta": 0.3, "dpo__loss": "ipo"}, "dpo.beta", "would be ignored: objective is next_token"),
+    (1, {"objective": "dpo", "dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "dpo.label_smoothing", "ipo loss has"),
+    (1, {"train__recompute_layers": 2}, "train.recompute_layers", "would be ignored"),
+    (1, {"train__recompute_decoder": "full", "train__recompute_layers": 2}, "train.recompute_layers", "be ignored"),
 ]
 
 

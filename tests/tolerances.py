@@ -5,3 +5,4 @@ LAYOUT_GRAD_NORM = 1e-5
 RESHARDED_RESUME = 1e-6  # loss after resuming under another layout, against never having stopped
 PACKED_LOSS = 1e-5  # packed sequences against one by one
 OVERFIT_LOSS = 0.05  # absolute
+MEMORY_ESTIMATE = 0.01  # of an independent derivation of the same terms

@@ -6,8 +6,6 @@ GPTModel is deprecated from megatron-core 0.19 on; whoever replaces it changes t
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -22,6 +20,7 @@ from sicog_mcore.config import DecoderConfig, ParallelConfig, TrainConfig
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.model.capability import AttentionBackend, LayerKind
 from sicog_mcore.model.layers import transformer_block_spec
+from sicog_mcore.model.mcore_options import option_problems
 from sicog_mcore.sizes import padded_vocab
 
 
@@ -31,7 +30,7 @@ def decoder_transformer_config(
     """Megatron's view of the decoder.
 
     Raises:
-        ConfigError: ``decoder.mcore`` names a field that TransformerConfig lacks, or Megatron refuses the combination.
+        ConfigError: ``decoder.mcore`` names what mcore_options.py does not list, or Megatron refuses the combination.
     """
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     interleaved = parallel.virtual_pipeline > 1
@@ -75,19 +74,10 @@ def decoder_transformer_config(
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        **_recompute(train.recompute_decoder),
+        **_recompute(train),
     }
-    known = {f.name for f in fields(TransformerConfig)}
-    unknown = sorted(set(decoder.mcore) - known)
-    if unknown:
-        raise ConfigError(
-            [
-                ConfigProblem(
-                    f"model.decoder.mcore.{name}", decoder.mcore[name], "is no field of TransformerConfig", "remove it"
-                )
-                for name in unknown
-            ]
-        )
+    if problems := option_problems(decoder.mcore, with_te):
+        raise ConfigError(problems)
     try:
         return TransformerConfig(**{**values, **decoder.mcore})
     except (ValueError, AssertionError, TypeError) as error:
@@ -101,12 +91,17 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
     return weight
 
 
-def _recompute(mode: str) -> dict[str, object]:
-    if mode == "full":
+def _recompute(train: TrainConfig) -> dict[str, object]:
+    if train.recompute_decoder == "none":
+        return {}
+    # Recomputing attention alone would free next to nothing: every packed back end keeps its inputs and output anyway.
+    if train.recompute_decoder == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if mode == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": train.recompute_layers,
+    }
 
 
 class Decoder(GPTModel):

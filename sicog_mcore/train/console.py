@@ -41,6 +41,7 @@ class RunFacts:
         device: name of the device, or "cpu".
         layers: whose transformer layers are used, and why.
         attention: back end of packed attention, and why.
+        memory: what the run needs on one device, by arithmetic.
     """
 
     parameters: Mapping[Part, int]
@@ -49,6 +50,7 @@ class RunFacts:
     device: str
     layers: str
     attention: str
+    memory: str
 
 
 def count_text(number: int) -> str:
@@ -96,6 +98,7 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
         _labelled("device", f"{facts.device}, {train.precision}"),
         _labelled("layers", facts.layers),
         _labelled("attention", facts.attention),
+        _labelled("memory", facts.memory),
         _labelled("counting", CONVENTION),
         _labelled("output", experiment.output),
     ]

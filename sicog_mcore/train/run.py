@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, Part
+from sicog_mcore.memory import estimate_memory, estimate_text, fitting
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
 from sicog_mcore.model.initialise import initialise
@@ -131,6 +132,7 @@ def run(experiment: Experiment, command: str) -> Path:
 def train(build: Build, topology: Topology, command: str) -> Path:
     """The same on ranks that have already joined each other."""
     experiment = build.experiment
+    doubts = _fit(experiment, topology)
     console = Console(topology.is_main, experiment.train.log_every)
     store = CheckpointStore(experiment, topology)
     found = store.find()
@@ -145,7 +147,7 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     checkpoint = store.folder(state.step) if found.step is not None else None
     try:
         console.start(start_lines(experiment, _facts(build, topology, feed)))
-        for note in [*found.notes, *notes]:
+        for note in [*doubts, *found.notes, *notes]:
             console.notice(note)
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()
@@ -158,6 +160,13 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     return newest
 
 
+def _fit(experiment: Experiment, topology: Topology) -> list[str]:
+    """Whether the run fits its device; nothing is known of memory that is shared with other programs, as a CPU's is."""
+    if topology.device.type != "cuda":
+        return []
+    return fitting(experiment, topology.world_size, torch.cuda.get_device_properties(topology.device).total_memory)
+
+
 def _facts(build: Build, topology: Topology, feed: Feed) -> RunFacts:
     return RunFacts(
         parameters=_parameters(build.experiment),
@@ -166,6 +175,7 @@ def _facts(build: Build, topology: Topology, feed: Feed) -> RunFacts:
         device=device_name(topology.device),
         layers=f"{build.layers.name} ({build.layers.why})",
         attention=f"{build.attention.name} ({build.attention.why})",
+        memory=estimate_text(estimate_memory(build.experiment, topology.world_size)),
     )
 
 

@@ -23,7 +23,7 @@ VERSION = "sicog_mcore.__version__"
 CONTRACTS = ("sicog_mcore.config", "sicog_mcore.errors")
 BATCH = (*CONTRACTS, "sicog_mcore.data.batch", "sicog_mcore.sizes", "sicog_kernels")
 BELOW_CHECKPOINT = (*BATCH, "sicog_mcore.cli", "sicog_mcore.data", "sicog_mcore.model", "sicog_mcore.parallel")
-BELOW_TRAIN = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.presets")
+BELOW_TRAIN = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.memory", "sicog_mcore.presets")
 TRAINING = ("torch", "megatron.core", "numpy")
 COGNITION = (
     *("xxhash", "rich", "PIL", "pyarrow", "yaml"),
@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sicog_mcore/config.py", Rule((), ())),
     ("sicog_mcore/errors.py", Rule((), ())),
     ("sicog_mcore/sizes.py", Rule(CONTRACTS, ())),
+    ("sicog_mcore/memory.py", Rule((*CONTRACTS, "sicog_mcore.sizes"), ())),
     ("sicog_mcore/presets.py", Rule(CONTRACTS, ())),
     ("sicog_mcore/stages.py", Rule((), ())),
     ("sicog_mcore/validation.py", Rule((*CONTRACTS, "sicog_mcore.sizes"), ())),

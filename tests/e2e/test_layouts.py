@@ -61,7 +61,9 @@ def test_layout_equals_one_rank(name: str, data: Path, one_rank: Any, tmp_path: 
         assert [line[field] for line in metrics] == [line[field] for line in one_rank[0]], field
 
 
-@pytest.mark.parametrize("decoder, tower", [("full", "full"), ("selective", "none")])
-def test_recompute_equals_none(decoder: str, tower: str, data: Path, one_rank: Any, tmp_path: Path) -> None:
-    train = {"recompute_decoder": decoder, "recompute_tower": tower}
+@pytest.mark.parametrize("decoder, layers, tower", [("full", 0, "full"), ("block", 3, "none")])
+def test_recompute_equals_none(
+    decoder: str, layers: int, tower: str, data: Path, one_rank: Any, tmp_path: Path
+) -> None:
+    train = {"recompute_decoder": decoder, "recompute_layers": layers, "recompute_tower": tower}
     _assert_same(train_ranks(_experiment(data, tmp_path, train=train), 1), one_rank[0])

@@ -77,6 +77,7 @@ def facts() -> RunFacts:
         device="cpu",
         layers="local",
         attention="sdpa (no CUDA device)",
+        memory="about 0.1 GiB by arithmetic",
     )
 
 
