@@ -137,7 +137,7 @@ def _held_params(model: ModelConfig, tensor: int, pipeline: int, is_first: bool,
     tables = table * (1 if decoder.tie_embeddings else 2)
     layers = (decoder_params(decoder) - tables) // pipeline
     own_tables = table * (is_first + (is_last and not (is_first and decoder.tie_embeddings)))
-    vision = {
+    vision: Mapping[Part, int] = {
         "tower": tower_params(model.tower),
         "resampler": resampler_params(model.resampler, model.tower.hidden, decoder.hidden),
     }
