@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol, get_args
 
 import torch
@@ -42,14 +43,35 @@ class ModelChunk(Protocol):
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The chunks of this rank, their gradient buffers, and the optimizer over them."""
+    """The chunks of this rank, their gradient buffers, and the optimizer over them.
 
-    chunks: tuple[ModelChunk, ...]
-    wrapped: tuple[Any, ...]  # DistributedDataParallel
-    optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
+    With ``overlap_param_gather`` each data-parallel rank has, after a step, only its own share of the new weights; the rest
+    arrives during the next forward pass of ``wrapped``. Whoever reads or writes weights in any other way goes through
+    ``chunks``, which settles them before.
+
+    Attributes:
+        wrapped: for the schedules alone (DistributedDataParallel).
+        optimizer: megatron.core.optimizer.MegatronOptimizer.
+    """
+
+    _chunks: tuple[ModelChunk, ...]
+    wrapped: tuple[Any, ...]
+    optimizer: Any
     config: TransformerConfig
     topology: Topology
     weight_decay: float
+
+    @property
+    def chunks(self) -> tuple[ModelChunk, ...]:
+        """The chunks of this rank with the weights of the last step. Collective under ``overlap_param_gather``."""
+        self.settle()
+        return self._chunks
+
+    def settle(self) -> None:
+        """Brings every parameter of this rank to the last step; nothing arrives later. Collective under the same option."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def zero_grad(self) -> None:
         for chunk in self.wrapped:
@@ -65,7 +87,7 @@ class TrainableModel:
     @property
     def _trains_here(self) -> bool:
         """Whether this rank has a parameter that is trained; a pipeline stage of a frozen decoder has none."""
-        return any(p.requires_grad for chunk in self.chunks for part in PARTS for p in chunk.parameters_of(part))
+        return any(p.requires_grad for chunk in self._chunks for part in PARTS for p in chunk.parameters_of(part))
 
     def allocate_optimizer_state(self) -> None:
         """Creates Adam's moments, which otherwise appear at the first step; loading a checkpoint needs them before."""
@@ -87,14 +109,29 @@ class TrainableModel:
             return {}
         return {"optimizer": self.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}
 
+    def load_weights(self, states: Sequence[dict[str, Any]]) -> None:
+        """Fills the chunks, one state each, and the optimizer's fp32 masters from them. Collective."""
+        for chunk, state in zip(self.chunks, states, strict=True):
+            chunk.load_state_dict(state, strict=True)
+        if self._trains_here:
+            self.optimizer.reload_model_params()
+
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Takes moments and steps of a checkpoint; betas and epsilon stay those of this run's configuration."""
+        """Takes masters, moments and steps of a checkpoint; betas and epsilon stay those of this run. Collective.
+
+        The weights become what the masters say: a checkpoint may have been written while weights were a step behind.
+        """
         if not self._trains_here:
             return
         configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
             group["betas"], group["eps"] = betas, eps
+        self.settle()
+        for member in self.optimizer.chained_optimizers:
+            member._copy_main_params_to_model_params()  # of this rank's share
+        for chunk in self.wrapped:
+            chunk.start_param_sync(force_sync=True)
 
     def optimizer_step(self) -> tuple[bool, float]:
         """Clips and applies the gradients. Returns whether the step was taken, and the gradient norm."""
@@ -199,19 +236,38 @@ def _set_schedule_hooks(config: TransformerConfig, model: TrainableModel, parall
 
 
 def _sum_replicated_grads(model: TrainableModel) -> None:
-    """Adds the gradients of tower and resampler over tensor-parallel ranks: each encoded its own slices."""
+    """Adds the gradients of tower and resampler over tensor-parallel ranks: each encoded its own slices.
+
+    In place, in Megatron's buffers: a copy would cost as much memory again as these gradients.
+    """
     group = model.topology.groups.tp
     if group.size() == 1:
         return
-    for chunk in model.chunks:
-        grads = [
-            vars(parameter)["main_grad"]  # Megatron's buffer of reduced gradients
-            for part in REPLICATED_PARTS
-            for parameter in chunk.parameters_of(part)
-            if parameter.requires_grad
-        ]
-        if grads:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=group)
-            for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(total.view_as(grad))
+    for chunk in model._chunks:
+        for stretch in _replicated_stretches(chunk):
+            dist.all_reduce(stretch, group=group)
+
+
+def _replicated_stretches(chunk: ModelChunk) -> list[Tensor]:
+    """The gradients of tower and resampler as views, as long as possible, of the buffers they lie in.
+
+    Between neighbours in a buffer there is nothing but padding, which is zero on all ranks.
+    """
+    members: dict[tuple[int, torch.dtype], list[tuple[int, Tensor, bool]]] = {}
+    for part in PARTS:
+        for parameter in chunk.parameters_of(part):
+            if parameter.requires_grad:
+                grad = vars(parameter)["main_grad"]  # Megatron's: a view of a buffer
+                buffer = (grad.untyped_storage().data_ptr(), grad.dtype)
+                entry = (grad.storage_offset(), grad, part in REPLICATED_PARTS)
+                members.setdefault(buffer, []).append(entry)
+    stretches = []
+    for entries in members.values():
+        ordered = sorted(entries, key=lambda entry: entry[0])
+        for is_replicated, run in groupby(ordered, key=lambda entry: entry[2]):
+            if is_replicated:
+                grads = [grad for _, grad, _ in run]
+                first, last = grads[0], grads[-1]
+                length = last.storage_offset() + last.numel() - first.storage_offset()
+                stretches.append(first.as_strided((length,), (1,)))
+    return stretches
