@@ -23,8 +23,8 @@ AttentionBackend = Literal["te", "flash", "varlen", "sdpa"]
 LayerKind = Literal["te", "local"]
 ATTENTION_ORDER: tuple[AttentionBackend, ...] = ("te", "flash", "varlen", "sdpa")
 MIN_COMPUTE_CAPABILITY = (8, 0)  # flash kernels start at Ampere
-# Below Hopper, cuDNN has no kernel for packed sequences. Transformer Engine then needs flash-attn; without it, it unpacks them
-# and builds all scores in memory, without a word.
+# Below Hopper, cuDNN has no kernel for packed sequences. Without flash-attn, Transformer Engine then unpacks them and
+# builds all scores in memory, without a word.
 TE_PACKED_COMPUTE_CAPABILITY = (9, 0)
 OLDER_ATTENTION_ORDER: tuple[AttentionBackend, ...] = ("flash", "varlen", "te", "sdpa")
 MAX_HEAD_DIM = 256

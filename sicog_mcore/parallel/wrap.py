@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig, Part
+from sicog_mcore.parallel.padding import repair_description
 from sicog_mcore.parallel.topology import Topology
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -171,6 +172,8 @@ def wrap_model(
         use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
+    for member in optimizer.chained_optimizers:
+        repair_description(member)
     model = TrainableModel(tuple(chunks), tuple(wrapped), optimizer, config, topology, experiment.optim.weight_decay)
     _set_schedule_hooks(config, model, parallel)
     return model
