@@ -32,7 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def experiment_in(folder: Path, layout: dict[str, Any], late: bool) -> Experiment:
-    parallel = {"overlap_grad_reduce": True, "timeout_s": 60} | layout.get("parallel", {}) | (LATE if late else {})
+    parallel = {"overlap_grad_reduce": True, "timeout_s": 200} | layout.get("parallel", {}) | (LATE if late else {})
     return tiny_experiment(folder, data={"token_budget": 512}, **(layout | {"parallel": parallel}))
 
 
