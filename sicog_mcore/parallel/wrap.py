@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig, Part
-from sicog_mcore.parallel.padding import repair_description
+from sicog_mcore.errors import CheckpointError
+from sicog_mcore.parallel.padding import count_strangers, own_weights, repair_description
 from sicog_mcore.parallel.topology import Topology
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -37,6 +38,9 @@ class ModelChunk(Protocol):
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
         """Megatron's description of the chunk for a distributed checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch."""
 
     def load_state_dict(self, state: dict[str, Any], strict: bool) -> Any:
         """As in torch."""
@@ -121,15 +125,26 @@ class TrainableModel:
         """Takes masters, moments and steps of a checkpoint; betas and epsilon stay those of this run. Collective.
 
         The weights become what the masters say: a checkpoint may have been written while weights were a step behind.
+
+        Raises:
+            CheckpointError: masters are not those of the weights, which ``load_weights`` has filled before.
         """
-        if not self._trains_here:
-            return
-        configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
-            group["betas"], group["eps"] = betas, eps
+        members = self.optimizer.chained_optimizers if self._trains_here else ()
+        weights = [own_weights(member) for member in members]
+        if self._trains_here:
+            configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state)
+            for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
+                group["betas"], group["eps"] = betas, eps
+        strangers = sum(count_strangers(member, own) for member, own in zip(members, weights, strict=True))
+        total = self.topology.sum_over_world(torch.tensor(strangers, device=self.topology.device))
+        if total:
+            raise CheckpointError(
+                f"the optimizer state of this checkpoint belongs to other weights ({int(total)} shares of tensors), as an "
+                "older version wrote it; its weights are right: start a new run from them with init.checkpoint"
+            )
         self.settle()
-        for member in self.optimizer.chained_optimizers:
+        for member in members:
             member._copy_main_params_to_model_params()  # of this rank's share
         for chunk in self.wrapped:
             chunk.start_param_sync(force_sync=True)
