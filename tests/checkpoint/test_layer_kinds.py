@@ -119,6 +119,19 @@ def test_a_frozen_reference_with_transformer_engines_layers(topology: Topology, 
     assert loss(copy, experiment) == loss(model.chunks[0], experiment)
 
 
+def test_transformer_engines_attention_forgives_by_itself_where_we_keep_it(topology: Topology) -> None:
+    """Any part of the model loads strictly without the attention's extra state, not the whole model alone."""
+    (chunk,) = build_chunks(plan(experiment_in(Path("unused"), "qwen2"), "te"), topology)
+    blocks = {"decoder": chunk.language_model.decoder, "tower": chunk.tower.transformer}  # type: ignore[union-attr]
+    for name, block in blocks.items():
+        state = block.state_dict()
+        attention = [key for key in state if key.endswith("_extra_state") and "core_attention" in key]
+        assert len(attention) == len(block.layers), name
+        for key in attention:
+            del state[key]
+        assert block.load_state_dict(state, strict=True).missing_keys == [], name
+
+
 def with_extra_states(model: VisionLanguageModel, original: Any) -> Any:
     """What versions before this one wrote beside the weights."""
 
