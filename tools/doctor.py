@@ -19,13 +19,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sicog_mcore.errors import EXIT_CRASH, EXIT_OK
+from sicog_mcore.errors import EXIT_CRASH, EXIT_OK, ConfigError
+
+if TYPE_CHECKING:
+    from sicog_mcore.model.capability import Capabilities  # imports torch
 
 TESTED_PYTHON = ("3.11", "3.12")
 TESTED: Mapping[str, tuple[str, ...]] = {"torch": ("2.11", "2.12", "2.13"), "megatron-core": ("0.16", "0.19")}
@@ -160,6 +164,7 @@ def packages_and_features() -> tuple[list[Package], list[Feature]]:
         Feature("transformer layers", can.layers.name, can.layers.why),
         Feature("attention, bf16", bf16.name, bf16.why),
         Feature("attention, fp32", fp32.name, fp32.why),
+        Feature("attention te, by name", *named_te(can)),
         Feature("rotary positions", "te" if te else "torch", can.layers.why),
         Feature("SwiGLU", "fused" if cuda else "torch", device),
         Feature("AdamW", "te" if te else "apex" if apex else "torch", "Megatron takes te, apex, torch, in this order"),
@@ -168,6 +173,15 @@ def packages_and_features() -> tuple[list[Package], list[Feature]]:
         Feature("our own kernels", "torch", "references; a Triton path enters with a measured gain"),
     ]
     return packages, features
+
+
+def named_te(can: Capabilities) -> tuple[str, str]:
+    """What ``train.attention=te`` does here: Transformer Engine has a path that nobody wants, and takes it in silence."""
+    try:
+        choice = can.attention("te", USUAL_HEAD_DIM, "bf16")
+    except ConfigError as refused:
+        return "refused", refused.problems[0].problem
+    return choice.name, "NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1 prints the kernel it takes"
 
 
 def examine() -> Report:

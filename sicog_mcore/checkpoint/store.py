@@ -22,6 +22,7 @@ from sicog_mcore.checkpoint.rng import load_rng, save_rng
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
 
@@ -145,11 +146,16 @@ class CheckpointStore:
         content = json.loads((folder / STATE).read_text())
         notes = self._compare(content, folder)
         model.allocate_optimizer_state()
-        loaded = dist_checkpointing.load(
-            _sharded_state(model, is_loading=True), str(folder), strict=StrictHandling.RAISE_ALL
+        loaded, unread, missing = dist_checkpointing.load(
+            _sharded_state(model, is_loading=True), str(folder), strict=StrictHandling.RETURN_ALL
         )
-        for name, chunk in _named_chunks(model):
-            chunk.load_state_dict(loaded[name], strict=True)
+        wrong = sorted(key for key in {*unread, *missing} if EXTRA_STATE not in key)  # which older versions wrote
+        if wrong:
+            raise CheckpointError(
+                f"{folder} does not hold this model and its optimizer: {len(wrong)} entries differ, such as {wrong[0]}; "
+                "use the version that wrote it, or choose another output folder"
+            )
+        model.load_weights([loaded[name] for name, _ in _named_chunks(model)])
         model.load_optimizer_state(loaded["optimizer"])
         if content["layout"] == _layout(self.topology):
             load_rng(_rng_file(folder, self.topology.rank))
@@ -203,7 +209,8 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
 
 
 def _named_chunks(model: TrainableModel) -> list[tuple[str, Any]]:
-    return [(f"model{i}" if len(model.chunks) > 1 else "model", chunk) for i, chunk in enumerate(model.chunks)]
+    chunks = model.chunks
+    return [(f"model{i}" if len(chunks) > 1 else "model", chunk) for i, chunk in enumerate(chunks)]
 
 
 def _sharded_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from sicog_mcore.checkpoint.mapping import Target
 from sicog_mcore.config import Part
 from sicog_mcore.model.initialise import global_names
+from sicog_mcore.model.layers import plain_name
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
 
@@ -21,11 +22,6 @@ MODULES: tuple[tuple[Part, str], ...] = (
     ("decoder", "language_model."),
 )
 PARTS: tuple[Part, ...] = tuple(part for part, _ in MODULES)
-# Transformer Engine's layers hold the norm in front of a linear layer inside that layer.
-FUSED_NORMS = (
-    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
-    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
-)
 
 
 def part_of(name: str) -> Part:
@@ -38,11 +34,7 @@ def local_parameters(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, t
     named = []
     for chunk in chunks:
         names = global_names(chunk)
-        for local, parameter in chunk.named_parameters():
-            name = names[local]
-            for fused, plain in FUSED_NORMS:
-                name = name.replace(fused, plain)
-            named.append((name, parameter))
+        named += [(plain_name(names[local]), parameter) for local, parameter in chunk.named_parameters()]
     return named
 
 

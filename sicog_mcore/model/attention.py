@@ -87,7 +87,8 @@ class PackedAttention(MegatronModule):
             # Not importable without CUDA; the other back ends must not need it.
             from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-            self.te_attention = TEDotProductAttention(
+            # So named because Transformer Engine forgives a checkpoint without its extra state under this name alone.
+            self.core_attention = TEDotProductAttention(
                 config=config,
                 layer_number=layer_number,
                 attn_mask_type=attn_mask_type,
@@ -178,7 +179,7 @@ class PackedAttention(MegatronModule):
             max_seqlen_q=borders.max_seqlen_q,
             max_seqlen_kv=borders.max_seqlen_kv,
         )
-        return self.te_attention(query, key, value, None, attn_mask_type=self.mask_type, packed_seq_params=packed)
+        return self.core_attention(query, key, value, None, attn_mask_type=self.mask_type, packed_seq_params=packed)
 
 
 def _padded_slots(cu_seqlens: Tensor, length: int, num_tokens: int) -> Tensor:

@@ -23,6 +23,10 @@ AttentionBackend = Literal["te", "flash", "varlen", "sdpa"]
 LayerKind = Literal["te", "local"]
 ATTENTION_ORDER: tuple[AttentionBackend, ...] = ("te", "flash", "varlen", "sdpa")
 MIN_COMPUTE_CAPABILITY = (8, 0)  # flash kernels start at Ampere
+# Below Hopper, cuDNN has no kernel for packed sequences. Without flash-attn, Transformer Engine then unpacks them and
+# builds all scores in memory, without a word.
+TE_PACKED_COMPUTE_CAPABILITY = (9, 0)
+OLDER_ATTENTION_ORDER: tuple[AttentionBackend, ...] = ("flash", "varlen", "te", "sdpa")
 MAX_HEAD_DIM = 256
 
 
@@ -77,7 +81,8 @@ class Capabilities:
         """The back end of packed attention.
 
         Args:
-            requested: "auto" for the first of te, flash, varlen, sdpa that runs here, or one of them.
+            requested: "auto" for the first of te, flash, varlen, sdpa that runs here (below compute capability 9.0: flash,
+                varlen, te, sdpa), or one of them.
             head_dim: width of an attention head.
             precision: dtype of queries, keys and values.
 
@@ -85,10 +90,15 @@ class Capabilities:
             ConfigError: the requested back end cannot run here.
         """
         if requested == "auto":
-            obstacles = {name: self._obstacle(name, head_dim, precision) for name in ATTENTION_ORDER}
+            is_older = self.cuda.present and self.compute_capability < TE_PACKED_COMPUTE_CAPABILITY
+            order = OLDER_ATTENTION_ORDER if is_older else ATTENTION_ORDER
+            obstacles = {name: self._obstacle(name, head_dim, precision) for name in order}
             first = next(name for name, obstacle in obstacles.items() if not obstacle)
-            skipped = ATTENTION_ORDER[: ATTENTION_ORDER.index(first)]
-            return AttentionChoice(first, _grouped({name: obstacles[name] for name in skipped}) or "preferred")
+            skipped = order[: order.index(first)]
+            preferred = (
+                f"preferred on compute capability {_dotted(self.compute_capability)}" if is_older else "preferred"
+            )
+            return AttentionChoice(first, _grouped({name: obstacles[name] for name in skipped}) or preferred)
         for name in ATTENTION_ORDER:
             if name == requested:
                 obstacle = self._obstacle(name, head_dim, precision)
@@ -106,11 +116,16 @@ class Capabilities:
         if backend == "sdpa":
             return ""
         package = {"te": self.transformer_engine, "flash": self.flash_attn, "varlen": self.varlen}[backend]
-        have, need = (".".join(map(str, version)) for version in (self.compute_capability, MIN_COMPUTE_CAPABILITY))
+        have, need = _dotted(self.compute_capability), _dotted(MIN_COMPUTE_CAPABILITY)
         checks = (
             (self.cuda.present, f"no CUDA device ({self.cuda.note})"),
             (package.present, package.note),
             (self.compute_capability >= MIN_COMPUTE_CAPABILITY, f"compute capability {have}, needs {need}"),
+            (
+                backend != "te" or self.flash_attn.present or self.compute_capability >= TE_PACKED_COMPUTE_CAPABILITY,
+                f"compute capability {have} has no fused kernel of its own for packed sequences, and flash-attn is missing "
+                f"({self.flash_attn.note}): all scores of a row would be built in memory",
+            ),
             (precision == "bf16", f"computes in bf16, not in {precision}"),
             (
                 head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM,
@@ -118,6 +133,10 @@ class Capabilities:
             ),
         )
         return next((reason for holds, reason in checks if not holds), "")
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _grouped(reasons: Mapping[AttentionBackend, str]) -> str:

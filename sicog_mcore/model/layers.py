@@ -26,6 +26,20 @@ from torch import Tensor
 from sicog_mcore.model.attention import PackedAttention
 from sicog_mcore.model.capability import AttentionBackend, LayerKind
 
+# Transformer Engine's layers hold the norm in front of a linear layer inside that layer.
+FUSED_NORMS = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
+EXTRA_STATE = "_extra_state"  # what Transformer Engine keeps for fp8 alone, and Megatron's local layers leave empty
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter in local layers, given its name in either kind of layers."""
+    for fused, plain in FUSED_NORMS:
+        name = name.replace(fused, plain)
+    return name
+
 
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm, as ``config.normalization`` says.
@@ -68,11 +82,8 @@ def _parts(layers: LayerKind) -> _Parts:
         from megatron.core.extensions import transformer_engine as te
 
         return _Parts(IdentityOp, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TENorm, {})
-    # Saved under the names of Transformer Engine's fused layers, so that either kind loads the other's checkpoint.
-    names = {
-        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    }
+    # A decoder is saved under the names of Transformer Engine's fused layers, a tower under the plain ones (vlm.py).
+    names = {plain: fused for fused, plain in FUSED_NORMS}
     return _Parts(Norm, ColumnParallelLinear, RowParallelLinear, Norm, names)
 
 

@@ -142,6 +142,42 @@ def _sine_cosine_table(side: int, width: int) -> Tensor:
     return torch.cat([x, y], dim=1)
 
 
+class WindowAttention(nn.Module):
+    """Projections around ``attend_to_windows``, with the parameters of torch's MultiheadAttention.
+
+    A module of its own whose ``forward`` is called: where parameters are gathered late, Megatron waits for them in front of
+    the forward of the module that owns them, and nowhere else.
+    """
+
+    def __init__(self, width: int, num_heads: int, dtype: torch.dtype):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width, dtype=dtype))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width, dtype=dtype))
+        self.out_proj = nn.Linear(width, width, dtype=dtype)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, windows: Windows) -> Tensor:
+        """Attended and projected values.
+
+        Args:
+            query: [q, h], the same for all slices.
+            key: [p, h] of the patches.
+            value: [p, h] of the patches.
+
+        Returns:
+            [k, q, h].
+        """
+        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
+        # The key bias adds the same to all scores of a query, which the softmax does not see.
+        bias_q, _, bias_v = self.in_proj_bias.chunk(3)
+        query = F.linear(query, weight_q, bias_q)  # [q, h]
+        key = F.linear(key, weight_k)  # [p, h]
+        value = F.linear(value, weight_v)  # [p, h]; its bias is added once: the attention weights sum to one
+        query, key, value = (x.unflatten(1, (self.num_heads, -1)) for x in (query, key, value))
+        attended = attend_to_windows(query, key, value, windows).flatten(2) + bias_v  # [k, q, h]
+        return self.out_proj(attended)
+
+
 class Resampler(nn.Module):
     """Features to visual tokens. Parameter names are those of released LLaVA-UHD weights.
 
@@ -162,7 +198,7 @@ class Resampler(nn.Module):
             torch.empty(config.queries, width, dtype=dtype), requires_grad=config.train_positions
         )
         self.kv_proj = nn.Linear(kv_width, width, bias=False, dtype=dtype)
-        self.attn = nn.MultiheadAttention(width, config.num_heads, dtype=dtype)  # holds the weights; never called
+        self.attn = WindowAttention(width, config.num_heads, dtype)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, config.norm_eps, dtype=dtype) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(width, width, dtype=dtype))
 
@@ -198,14 +234,8 @@ class Resampler(nn.Module):
             [k, q, h].
         """
         sizes = [(height, width) for height, width in grids.tolist()]
-        weight_q, weight_k, weight_v = self.attn.in_proj_weight.chunk(3)
-        # The key bias adds the same to all scores of a query, which the softmax does not see.
-        bias_q, _, bias_v = self.attn.in_proj_bias.chunk(3)
         x = self.ln_kv(self.kv_proj(features))  # [p, h]
-        query = F.linear(self.ln_q(self.query) + self.pos_embed, weight_q, bias_q)  # [q, h]
-        key = F.linear(x + interpolate_positions(self.pos_embed, sizes), weight_k)  # [p, h]
-        value = F.linear(x, weight_v)  # [p, h]; its bias is added once: the attention weights sum to one
-        query, key, value = (x.unflatten(1, (self.config.num_heads, -1)) for x in (query, key, value))
+        query = self.ln_q(self.query) + self.pos_embed  # [q, h]
         windows = batch_windows(self.config.query_grid, sizes, features.device)
-        attended = attend_to_windows(query, key, value, windows).flatten(2) + bias_v  # [k, q, h]
-        return self.ln_post(self.attn.out_proj(attended)) @ self.proj
+        attended = self.attn(query, x + interpolate_positions(self.pos_embed, sizes), x, windows)  # [k, q, h]
+        return self.ln_post(attended) @ self.proj

@@ -6,6 +6,7 @@ In: PackedBatch   Out: losses of supervised positions (last stage) or hidden sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -21,6 +22,7 @@ from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.capability import AttentionBackend, LayerKind
 from sicog_mcore.model.decoder import build_decoder
+from sicog_mcore.model.layers import EXTRA_STATE, plain_name
 from sicog_mcore.model.loss import supervised_rows, token_losses
 from sicog_mcore.model.resampler import Resampler
 from sicog_mcore.model.splice import share_slices, splice
@@ -83,6 +85,7 @@ class VisionLanguageModel(MegatronModule):
             self.resampler = Resampler(model.resampler, model.tower.hidden, model.decoder.hidden, config.params_dtype)
         if not config.use_cpu_initialization:
             self.cuda()  # what Megatron did not create there: tower, resampler, the local norms
+        self.register_load_state_dict_post_hook(_forgive_extra_states)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Asked for by Megatron when it sums the gradients of tied embeddings over pipeline stages."""
@@ -100,14 +103,23 @@ class VisionLanguageModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
-        """Megatron's description of this chunk for a distributed checkpoint; tower and resampler are replicated."""
+        """Megatron's description of this chunk for a distributed checkpoint; tower and resampler are replicated.
+
+        The names in the checkpoint, and so which entries it has, are the same for both kinds of layers: each loads the
+        other's. Extra states, which matter for fp8 only, are left out.
+        """
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
-        for name, module in (("tower", self.tower), ("resampler", self.resampler)):
+        state = {name: entry for name, entry in state.items() if EXTRA_STATE not in name}
+        for part, module in (("tower", self.tower), ("resampler", self.resampler)):
             if module is not None:
-                tensors = module.state_dict(keep_vars=True)
-                state |= make_sharded_tensors_for_checkpoint(
-                    tensors, f"{prefix}{name}.", tp_group=self.groups.tp, dp_cp_group=self.groups.dp_cp
+                local = {f"{part}.{n}": t for n, t in module.state_dict(keep_vars=True).items() if EXTRA_STATE not in n}
+                entries = make_sharded_tensors_for_checkpoint(
+                    {plain_name(name): tensor for name, tensor in local.items()},
+                    prefix,
+                    tp_group=self.groups.tp,
+                    dp_cp_group=self.groups.dp_cp,
                 )
+                state |= {f"{prefix}{name}": entries[f"{prefix}{plain_name(name)}"] for name in local}
         return state
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -150,3 +162,8 @@ class VisionLanguageModel(MegatronModule):
         return gather_from_sequence_parallel_region(
             visual, tensor_parallel_output_grad=self.config.sequence_parallel, group=tensor
         )
+
+
+def _forgive_extra_states(_: torch.nn.Module, keys: Any) -> None:
+    """A checkpoint has none, see ``sharded_state_dict``; Transformer Engine's layers would insist on theirs."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if EXTRA_STATE not in key]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol, get_args
 
 import torch
@@ -18,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig, Part
+from sicog_mcore.errors import CheckpointError
+from sicog_mcore.parallel.padding import count_strangers, own_weights, repair_description
 from sicog_mcore.parallel.topology import Topology
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -36,20 +39,44 @@ class ModelChunk(Protocol):
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
         """Megatron's description of the chunk for a distributed checkpoint."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch."""
+
     def load_state_dict(self, state: dict[str, Any], strict: bool) -> Any:
         """As in torch."""
 
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """The chunks of this rank, their gradient buffers, and the optimizer over them."""
+    """The chunks of this rank, their gradient buffers, and the optimizer over them.
 
-    chunks: tuple[ModelChunk, ...]
-    wrapped: tuple[Any, ...]  # DistributedDataParallel
-    optimizer: Any  # megatron.core.optimizer.MegatronOptimizer
+    With ``overlap_param_gather`` each data-parallel rank has, after a step, only its own share of the new weights; the rest
+    arrives during the next forward pass of ``wrapped``. Whoever reads or writes weights in any other way goes through
+    ``chunks``, which settles them before.
+
+    Attributes:
+        wrapped: for the schedules alone (DistributedDataParallel).
+        optimizer: megatron.core.optimizer.MegatronOptimizer.
+    """
+
+    _chunks: tuple[ModelChunk, ...]
+    wrapped: tuple[Any, ...]
+    optimizer: Any
     config: TransformerConfig
     topology: Topology
     weight_decay: float
+
+    @property
+    def chunks(self) -> tuple[ModelChunk, ...]:
+        """The chunks of this rank with the weights of the last step. Collective under ``overlap_param_gather``."""
+        self.settle()
+        return self._chunks
+
+    def settle(self) -> None:
+        """Brings every parameter of this rank to the last step; nothing arrives later. Collective under the same option."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def zero_grad(self) -> None:
         for chunk in self.wrapped:
@@ -65,7 +92,7 @@ class TrainableModel:
     @property
     def _trains_here(self) -> bool:
         """Whether this rank has a parameter that is trained; a pipeline stage of a frozen decoder has none."""
-        return any(p.requires_grad for chunk in self.chunks for part in PARTS for p in chunk.parameters_of(part))
+        return any(p.requires_grad for chunk in self._chunks for part in PARTS for p in chunk.parameters_of(part))
 
     def allocate_optimizer_state(self) -> None:
         """Creates Adam's moments, which otherwise appear at the first step; loading a checkpoint needs them before."""
@@ -87,14 +114,40 @@ class TrainableModel:
             return {}
         return {"optimizer": self.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}
 
+    def load_weights(self, states: Sequence[dict[str, Any]]) -> None:
+        """Fills the chunks, one state each, and the optimizer's fp32 masters from them. Collective."""
+        for chunk, state in zip(self.chunks, states, strict=True):
+            chunk.load_state_dict(state, strict=True)
+        if self._trains_here:
+            self.optimizer.reload_model_params()
+
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Takes moments and steps of a checkpoint; betas and epsilon stay those of this run's configuration."""
-        if not self._trains_here:
-            return
-        configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
-            group["betas"], group["eps"] = betas, eps
+        """Takes masters, moments and steps of a checkpoint; betas and epsilon stay those of this run. Collective.
+
+        The weights become what the masters say: a checkpoint may have been written while weights were a step behind.
+
+        Raises:
+            CheckpointError: masters are not those of the weights, which ``load_weights`` has filled before.
+        """
+        members = self.optimizer.chained_optimizers if self._trains_here else ()
+        weights = [own_weights(member) for member in members]
+        if self._trains_here:
+            configured = [(group["betas"], group["eps"]) for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state)
+            for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
+                group["betas"], group["eps"] = betas, eps
+        strangers = sum(count_strangers(member, own) for member, own in zip(members, weights, strict=True))
+        total = self.topology.sum_over_world(torch.tensor(strangers, device=self.topology.device))
+        if total:
+            raise CheckpointError(
+                f"the optimizer state of this checkpoint belongs to other weights ({int(total)} shares of tensors), as an "
+                "older version wrote it; its weights are right: start a new run from them with init.checkpoint"
+            )
+        self.settle()
+        for member in members:
+            member._copy_main_params_to_model_params()  # of this rank's share
+        for chunk in self.wrapped:
+            chunk.start_param_sync(force_sync=True)
 
     def optimizer_step(self) -> tuple[bool, float]:
         """Clips and applies the gradients. Returns whether the step was taken, and the gradient norm."""
@@ -134,6 +187,8 @@ def wrap_model(
         use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
+    for member in optimizer.chained_optimizers:
+        repair_description(member)
     model = TrainableModel(tuple(chunks), tuple(wrapped), optimizer, config, topology, experiment.optim.weight_decay)
     _set_schedule_hooks(config, model, parallel)
     return model
@@ -199,19 +254,38 @@ def _set_schedule_hooks(config: TransformerConfig, model: TrainableModel, parall
 
 
 def _sum_replicated_grads(model: TrainableModel) -> None:
-    """Adds the gradients of tower and resampler over tensor-parallel ranks: each encoded its own slices."""
+    """Adds the gradients of tower and resampler over tensor-parallel ranks: each encoded its own slices.
+
+    In place, in Megatron's buffers: a copy would cost as much memory again as these gradients.
+    """
     group = model.topology.groups.tp
     if group.size() == 1:
         return
-    for chunk in model.chunks:
-        grads = [
-            vars(parameter)["main_grad"]  # Megatron's buffer of reduced gradients
-            for part in REPLICATED_PARTS
-            for parameter in chunk.parameters_of(part)
-            if parameter.requires_grad
-        ]
-        if grads:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=group)
-            for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(total.view_as(grad))
+    for chunk in model._chunks:
+        for stretch in _replicated_stretches(chunk):
+            dist.all_reduce(stretch, group=group)
+
+
+def _replicated_stretches(chunk: ModelChunk) -> list[Tensor]:
+    """The gradients of tower and resampler as views, as long as possible, of the buffers they lie in.
+
+    Between neighbours in a buffer there is nothing but padding, which is zero on all ranks.
+    """
+    members: dict[tuple[int, torch.dtype], list[tuple[int, Tensor, bool]]] = {}
+    for part in PARTS:
+        for parameter in chunk.parameters_of(part):
+            if parameter.requires_grad:
+                grad = vars(parameter)["main_grad"]  # Megatron's: a view of a buffer
+                buffer = (grad.untyped_storage().data_ptr(), grad.dtype)
+                entry = (grad.storage_offset(), grad, part in REPLICATED_PARTS)
+                members.setdefault(buffer, []).append(entry)
+    stretches = []
+    for entries in members.values():
+        ordered = sorted(entries, key=lambda entry: entry[0])
+        for is_replicated, run in groupby(ordered, key=lambda entry: entry[2]):
+            if is_replicated:
+                grads = [grad for _, grad, _ in run]
+                first, last = grads[0], grads[-1]
+                length = last.storage_offset() + last.numel() - first.storage_offset()
+                stretches.append(first.as_strided((length,), (1,)))
+    return stretches

@@ -81,12 +81,12 @@ class FrozenReference:
 
     Args:
         chunks: built like the model's.
-        model: whose weights, as they are now, they get.
+        model: whose weights, as they are now, they get. Collective.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], model: TrainableModel):
-        for chunk, source in zip(chunks, model.wrapped, strict=True):
-            chunk.load_state_dict(source.module.state_dict())
+        for chunk, source in zip(chunks, model.chunks, strict=True):
+            chunk.load_state_dict(source.state_dict())
             chunk.requires_grad_(False)
         self._chunks = chunks
         self._model = model

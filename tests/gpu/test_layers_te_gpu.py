@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from sicog_mcore.model.capability import LayerKind, probe
+from sicog_mcore.checkpoint.store import CheckpointStore, RunState
+from sicog_mcore.model.capability import LayerChoice, LayerKind, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import StagePlan, VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
+from sicog_mcore.train.run import build_model, plan_build
+from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
-from tests.builders import tiny_experiment
+from tests.builders import ASSETS, tiny_experiment
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 1e-2  # relative to the largest entry: Transformer Engine multiplies fp32 matrices in TF32
@@ -52,32 +56,54 @@ def build(layers: LayerKind, topology: Topology) -> VisionLanguageModel:
     return model
 
 
-def parameters_by_key(model: VisionLanguageModel) -> dict[str, torch.nn.Parameter]:
-    """The language model's and the tower's parameters under their names in a checkpoint."""
-    entries = {
-        **model.language_model.sharded_state_dict("language_model."),
-        **(model.tower.transformer.sharded_state_dict("tower.transformer.") if model.tower else {}),
-    }
-    return {x.key: x.data for x in entries.values() if isinstance(x, ShardedTensor | ShardedTensorFactory)}
+def parameters_by_key(model: VisionLanguageModel, topology: Topology) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters under their names in a checkpoint, which stack the decoder's layers under one name."""
+    found: dict[str, list[torch.nn.Parameter]] = {}
+    for entry in model.sharded_state_dict(metadata={"dp_cp_group": topology.groups.dp_cp}).values():
+        assert isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        found.setdefault(entry.key, []).append(entry.data)
+    return found
 
 
 def test_both_kinds_of_layers_have_the_same_keys_losses_and_gradients(topology: Topology) -> None:
     if probe().layers.name != "te":
         pytest.skip(probe().layers.why)
     fused, local = build("te", topology), build("local", topology)
-    ours, theirs = parameters_by_key(fused), parameters_by_key(local)
-    assert ours.keys() == theirs.keys()
+    ours, theirs = parameters_by_key(fused, topology), parameters_by_key(local, topology)
+    committed = (ASSETS / "checkpoint_keys" / "qwen2.txt").read_text().splitlines()
+    assert sorted(ours) == sorted(theirs) == committed
+    pairs = [(key, *pair) for key in theirs for pair in zip(ours[key], theirs[key], strict=True)]
+    assert len(pairs) == len(list(local.parameters()))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for key, parameter in theirs.items():  # norms and biases too: fresh ones are all alike
+        for _, target, parameter in pairs:  # norms and biases too: fresh ones are all alike
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
-            ours[key].copy_(parameter)
+            target.copy_(parameter)
     batch = random_batches(EXPERIMENT, 1)[0].to(topology.device)
     losses = [model(batch) for model in (fused, local)]
     torch.testing.assert_close(*losses, rtol=TOLERANCE, atol=0)
     for loss in losses:
         loss.mean().backward()
-    for key, parameter in theirs.items():
-        expected, found = parameter.grad, ours[key].grad
+    for key, target, parameter in pairs:
+        expected, found = parameter.grad, target.grad
         assert expected is not None and found is not None, key
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("te", "te"), ("te", "local"), ("local", "te")])
+def test_a_run_goes_on_with_either_kind_of_layers(
+    writer: LayerKind, reader: LayerKind, topology: Topology, tmp_path: Path
+) -> None:
+    if probe().layers.name != "te":
+        pytest.skip(probe().layers.why)
+    experiment = replace(EXPERIMENT, output=str(tmp_path))
+    models = {}
+    for name, kind in (("saved", writer), ("resumed", reader)):
+        plan = replace(plan_build(experiment), layers=LayerChoice(kind, "the test's choice"))
+        models[name] = build_model(plan, topology)
+    train_step(models["saved"], random_batches(experiment, 1), 1e-3, NextToken())
+    store = CheckpointStore(experiment, topology)
+    store.save(models["saved"], RunState(1))
+    store.load(models["resumed"], 1)
+    steps = [train_step(m, random_batches(experiment, 1, seed=50), 1e-3, NextToken()) for m in models.values()]
+    assert steps[1].loss == pytest.approx(steps[0].loss, rel=TOLERANCE)

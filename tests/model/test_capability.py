@@ -40,6 +40,38 @@ def test_auto_says_why_better_back_ends_were_skipped() -> None:
     assert (choice.name, choice.why) == ("flash", "te: not installed")
 
 
+A100, L40S = replace(GPU, compute_capability=(8, 0)), replace(GPU, compute_capability=(8, 9))
+
+
+@pytest.mark.parametrize("older", [A100, L40S], ids=["8.0", "8.9"])
+def test_auto_prefers_kernels_for_packed_sequences_below_compute_capability_9(older: Capabilities) -> None:
+    report, order = older, []
+    for field in ("flash_attn", "varlen", "torch"):
+        order.append(report.attention("auto", 128, "bf16"))
+        report = replace(report, **{field: MISSING})
+    # Without flash-attn, Transformer Engine would build all scores: even the reference is better.
+    assert [choice.name for choice in order] == ["flash", "varlen", "sdpa"]
+    assert order[0].why == f"preferred on compute capability 8.{older.compute_capability[1]}"
+    assert order[1].why == "flash: not installed"
+    assert "te: compute capability 8." in order[2].why and "flash-attn is missing (not installed)" in order[2].why
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+def test_transformer_engine_comes_first_where_it_has_its_own_kernel(capability: tuple[int, int]) -> None:
+    report = replace(GPU, compute_capability=capability, flash_attn=MISSING)
+    assert report.attention("auto", 128, "bf16").name == "te"
+    assert report.attention("te", 128, "bf16").why == "requested"
+
+
+def test_transformer_engine_by_name_on_older_devices_needs_flash_attn() -> None:
+    assert A100.attention("te", 128, "bf16").name == "te"
+    broken = Item(False, "2.8", "installed, but its import fails: undefined symbol")
+    for report in (replace(A100, flash_attn=MISSING), replace(L40S, flash_attn=broken)):
+        with pytest.raises(ConfigError, match="all scores of a row would be built in memory") as caught:
+            report.attention("te", 128, "bf16")
+        assert report.flash_attn.note in caught.value.problems[0].problem
+
+
 @pytest.mark.parametrize(
     ("report", "head_dim", "precision", "reason"),
     [

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from sicog_mcore.model import capability
+from sicog_mcore.model.capability import Item
 from tools import doctor
 from tools.doctor import Feature, Package, Report, main, show, version_warnings
 
@@ -26,6 +29,26 @@ def test_json_names_every_package_and_the_path_of_every_feature(capsys: pytest.C
         assert chosen == ["local", "sdpa", "gloo"]
     assert {"Python", "cores", "memory", "disk", "/dev/shm"} <= set(report["machine"])
     assert report["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("flash", "chosen", "named"),
+    [(Item(True, "2.8", ""), "flash", "te"), (Item(False, "", "not installed"), "varlen", "refused")],
+)
+def test_an_older_gpu_with_transformer_engine_says_which_attention_it_gets(
+    flash: Item, chosen: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Item(True, "1", "")
+    report = replace(
+        capability.probe(), cuda=here, transformer_engine=here, flash_attn=flash, varlen=here, compute_capability=(8, 0)
+    )
+    monkeypatch.setattr(capability, "probe", lambda: report)
+    assert main(["--json"]) == 0
+    features = {item["name"]: item for item in json.loads(capsys.readouterr().out)["features"]}
+    assert features["attention, bf16"]["path"] == chosen
+    assert features["attention te, by name"]["path"] == named
+    if named == "refused":
+        assert "flash-attn is missing (not installed)" in features["attention te, by name"]["why"]
 
 
 def test_tables_end_with_warnings_and_a_verdict() -> None:
