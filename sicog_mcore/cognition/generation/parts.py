@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,11 @@ def open_parts(folder: Path, header: Header) -> frozenset[str]:
     return frozenset(_index(parts))
 
 
-def merge_parts(folder: Path, ids: Sequence[str], target: Path) -> int:
+def merge_parts(folder: Path, ids: Sequence[str], target: Path, failures: Counter[str] | None = None) -> int:
     """Writes the records of these items, in this order, by one rename. Returns their number.
+
+    Args:
+        failures: counts the records by their failure; the empty one stands for answered items.
 
     Raises:
         RecordError: an item has no record.
@@ -91,7 +95,15 @@ def merge_parts(folder: Path, ids: Sequence[str], target: Path) -> int:
     missing = [name for name in ids if name not in places]
     if missing:
         raise RecordError(f"{folder / FOLDER} lacks {len(missing)} items, e.g. {missing[0]!r}; run the command again")
-    return write_records(target, (_read(places[name]) for name in ids))
+    counts: Counter[str] = Counter() if failures is None else failures
+
+    def records() -> Iterator[Generation]:
+        for name in ids:
+            record = _read(places[name])
+            counts[record.failure] += 1
+            yield record
+
+    return write_records(target, records())
 
 
 def _read_header(path: Path) -> dict[str, Any]:
