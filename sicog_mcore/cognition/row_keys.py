@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sicog_mcore.data.rows import BuildSample, Row
-from sicog_mcore.data.sample import ImageRef, Sample
+from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
+from sicog_mcore.errors import SampleError
 
 # Words of a key that name a picture, and those that name what nothing here can read.
 PICTURES = frozenset(
@@ -111,14 +112,23 @@ def unread_keys(row: Row, used: Collection[str]) -> Unread:
     return Unread(**{name: tuple(keys) for name, keys in found.items()})
 
 
-def media_tags(text: str, num_images: int, placeholder: str) -> list[str]:
-    """Tags of a text that stand for a picture, film or sound which the row does not bring; each once.
+def unread_media(keys: Sequence[str], text: str, num_images: int) -> SampleError | None:
+    """What speaks against a row that brings, or speaks of, a picture, film or sound which is not read; None if nothing.
 
     Args:
-        placeholder: our own tag, which is no stranger where there are images.
+        keys: ``media`` of the row's unread keys.
+        text: of the row's questions; a tag in it stands for something that is shown.
+        num_images: that the row brings under "image".
     """
     tags = [match[0] for pattern in (FILM_TAG, PICTURE_TAG) for match in pattern.finditer(text)]
-    return list(dict.fromkeys(tag for tag in tags if tag != placeholder or not num_images))
+    tags = list(dict.fromkeys(tag for tag in tags if tag != IMAGE_PLACEHOLDER or not num_images))
+    if not keys and not tags:
+        return None
+    found = [f"the key{'s' if len(keys) > 1 else ''} {', '.join(map(repr, keys))}"] if keys else []
+    found += [f"{', '.join(tags)} in the text"] if tags else []
+    fix = "only 'image' is read: put the path of a picture there, or remove the row"
+    reason, own = ("media_unread", "besides its image") if num_images else ("no_image", "and no image")
+    return SampleError(reason, f"the row has {' and '.join(found):.300} {own}; {fix}")
 
 
 def is_blank(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -272,6 +273,67 @@ def test_rows_that_cannot_be_asked_about_are_named_and_cost_nothing(
     assert set(server.counts.of_item) == {2, 7}
 
 
+def test_an_endpoint_that_is_dead_is_no_success_and_the_same_command_asks_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 3)
+    with ChatServer(lambda call, item, of_item: ("503", "closed", "500")[item]) as server:
+        assert main(command(tmp_path, server, "--calls", "1")) == 75
+        printed = capsys.readouterr()
+        assert "0 rows each" in printed.out and "failed: " in printed.out
+        found = "annotate: 0 of 3 rows were answered (1 x http_503, 1 x connection_lost, 1 x http_500); the endpoint gave no"
+        assert found in printed.err and "the same command again" in printed.err
+    assert {row["outcome"] for row in rows(tmp_path / "out" / "items.jsonl")} == {"failed"}
+    with ChatServer() as server:
+        assert main(command(tmp_path, server)) == 0
+    assert server.counts.of_item == {0: 1, 1: 1, 2: 1}
+    assert len(rows(tmp_path / "out" / "cod.jsonl")) == 3
+
+
+def test_items_that_failed_while_others_were_answered_wait_for_retry_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 2)
+    with ChatServer(lambda call, item, of_item: ("answer", "500")[item]) as server:
+        assert main(command(tmp_path, server, "--calls", "1")) == 0
+        assert "failed: 1 x http_500 (asked again with --retry-failed)" in capsys.readouterr().out
+        assert main(command(tmp_path, server, "--calls", "1")) == 0
+    assert server.counts.of_item == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "plan", "reasons", "fix"),
+    [
+        ({"image": "gone.png"}, "answer", "2 x image_missing", "correct the rows"),
+        ({"images": ["a/x.png"], "image": ""}, "answer", "2 x no_image", "correct the rows"),
+        ({"video": "x.mp4"}, "answer", "2 x media_unread", "correct the rows"),
+        ({}, "short", "2 x step_missing", "--retry-failed"),
+        ({}, "400", "2 x http_400", "--retry-failed"),
+    ],
+)
+def test_rows_of_which_none_is_answered_are_no_success(
+    spoil: dict[str, Any], plan: str, reasons: str, fix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 2)
+    found = [row | spoil for row in json.loads((tmp_path / "rows.json").read_text())]
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    with ChatServer(lambda call, item, of_item: plan) as server:
+        assert main(command(tmp_path, server)) == 17
+    printed = capsys.readouterr().err
+    assert f"annotate: 0 of 2 rows were answered ({reasons}); " in printed and fix in printed
+
+
+def test_keys_of_captioned_rows_that_are_not_read_are_named_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 2)
+    found = [row | {"mood": "gay", "license": "MIT"} for row in json.loads((tmp_path / "rows.json").read_text())]
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    with ChatServer() as server:
+        assert main(command(tmp_path, server, "--dry-run")) == 0
+    assert capsys.readouterr().err == f"annotate: key 'mood' is not read: 2 rows, first {tmp_path}/rows.json:1\n"
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -339,6 +401,98 @@ def test_long_and_short_rows_are_independent(tmp_path: Path, capsys: pytest.Capt
     named = [(row["id"], row["origin"], row["reason"]) for row in rows(out / "refused.jsonl")]
     file = tmp_path / "cot_in.jsonl"
     assert named[0] == ("q1", f"{file}:2", "missing_tag") and named[2] == ("q4", f"{file}:5", "misordered_tag")
+
+
+REASONINGS = (
+    "Step 1: Look at it.\nStep 2: Count.",
+    "**Step 1:** Look.\n\n**Step 2:** Count.",
+    "### Step 3\nLook.\n- Step 4. Count.",
+    "\u6b65\u9aa41\uff1a\u770b\u56fe\u3002\n\u6b65\u9aa42\uff1a\u6570\u6570\u3002",
+    "1. Look.\n2. As Step 1 says, count.",
+    "step 12 - Look.\r\nStep 7) Count.",
+)
+
+
+def test_reasoning_with_numbered_steps_of_its_own_is_kept_word_for_word(tmp_path: Path) -> None:
+    found = tagged(len(REASONINGS))
+    for row, text in zip(found, [f"<REASONING> {text} </REASONING>" for text in REASONINGS], strict=True):
+        answer = row["conversations"][1]
+        head, _, tail = answer["value"].partition("<REASONING>")
+        answer["value"] = head + text + tail.partition("</REASONING>")[2]
+    assert convert(tmp_path, found) == 0
+    long, short = rows(tmp_path / "out" / "cot.jsonl"), rows(tmp_path / "out" / "direct.jsonl")
+    assert len(long) == len(short) == len(REASONINGS)
+    for number, (row, text) in enumerate(zip(long, REASONINGS, strict=True)):
+        steps = parse(row["conversations"][1]["value"], "cot").steps
+        assert steps is not None and (steps[0], steps[3]) == ("Add.", str(number + 1))
+        written = steps[2]
+        for quoted in re.findall(r"\((step [0-9]+)\)", written, re.IGNORECASE):
+            written = written.replace(f"({quoted})", quoted)
+        assert written == text.replace("\r\n", "\n")
+
+
+def test_an_answer_without_tags_is_kept_beside_one_with_them(tmp_path: Path) -> None:
+    (row,) = tagged(1)
+    row["conversations"] += [{"from": "human", "value": "Which colour?"}, {"from": "gpt", "value": "Step 1: blue"}]
+    assert convert(tmp_path, [row]) == 0
+    (long,), (short,) = rows(tmp_path / "out" / "cot.jsonl"), rows(tmp_path / "out" / "direct.jsonl")
+    asked_of = [[turn["value"] for turn in row["conversations"]] for row in (long, short)]
+    assert asked_of[0][0].endswith(find_prompt("cot").text) and asked_of[0][2:] == ["Which colour?", "Step 1: blue"]
+    assert asked_of[1][1:] == ["1", "Which colour?", "Step 1: blue"]
+
+
+def test_tags_in_small_letters_are_read_unless_there_are_others_in_capitals(tmp_path: Path) -> None:
+    found = tagged(2)
+    answer = found[0]["conversations"][1]
+    answer["value"] = answer["value"].replace("A sum.", "A sum in a <caption>.")
+    found[1]["conversations"][1]["value"] = found[1]["conversations"][1]["value"].lower()
+    assert convert(tmp_path, found) == 0
+    written = [row["conversations"][1]["value"] for row in rows(tmp_path / "out" / "cot.jsonl")]
+    assert [parse(text, "cot").steps for text in written] == [
+        ("Add.", "A sum in a <caption>.", "0 and one.", "1"),
+        ("add.", "a sum.", "1 and one.", "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("</CONCLUSION>", "", "missing_tag"),  # cut off
+        ("<CAPTION>", "<CAPTION", "missing_tag"),
+        (" 1 </CONCLUSION>", "</CONCLUSION>", "empty_tag"),
+        ("<REASONING>", "Well: <REASONING>", "text_outside_tags"),
+        ("<SUMMARY> Add. </SUMMARY>", "Add.", "missing_tag"),
+    ],
+)
+def test_rows_without_a_whole_answer_are_no_success(
+    old: str, new: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = tagged(1)
+    row["conversations"][1]["value"] = row["conversations"][1]["value"].replace(old, new)
+    assert convert(tmp_path, [row]) == 17
+    printed = capsys.readouterr()
+    assert f"0 rows each in cot.jsonl and direct.jsonl; refused: 1 x {reason}" in printed.out
+    assert "no row can be used" in printed.err
+    assert [entry["reason"] for entry in rows(tmp_path / "out" / "refused.jsonl")] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"images": ["b.png"]}, "media_unread"),
+        ({"image": None, "image_path": "a.png"}, "no_image"),
+        ({"system": "Answer in capitals."}, "key_unread"),
+        ({"loss": [0, 1]}, "key_unread"),
+        ({"choices": ["1", "2"]}, "key_unread"),
+    ],
+)
+def test_a_row_whose_training_row_would_say_less_is_refused(more: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    found = tagged(2)
+    found[1] |= more
+    assert convert(tmp_path, found) == 0
+    (refused,) = rows(tmp_path / "out" / "refused.jsonl")
+    assert (refused["reason"], refused["origin"]) == (reason, f"{tmp_path}/cot_in.jsonl:2")
+    assert repr(next(reversed(more))) in refused["detail"]
 
 
 def test_a_larger_subset_holds_the_smaller_one(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from sicog_mcore.cognition.row_keys import KeyTally, is_blank, media_tags, unread_keys
+from sicog_mcore.cognition.row_keys import KeyTally, is_blank, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
 from sicog_mcore.data.rows import ROLES, Row, build_sample
@@ -112,7 +112,7 @@ class _Builder:
             images = ()
         unread = unread_keys(row, USED_KEYS)
         self._tally.add((*unread.media, *unread.meaning, *unread.control, *unread.unknown), origin)
-        self._problem = _unread_media(row, unread.media, len(images))
+        self._problem = unread_media(unread.media, _question_text(row), len(images))
         self._unasked = unread.meaning
         if self._problem:
             row, images = {"id": row.get("id")}, ()
@@ -127,19 +127,11 @@ class _Builder:
         return Item(sample.id, question, image, sample.images, origin=origin, unasked=self._unasked)
 
 
-def _unread_media(row: Row, keys: Sequence[str], num_images: int) -> SampleError | None:
-    """What speaks against a row that brings, or speaks of, a picture, film or sound which is not read."""
+def _question_text(row: Row) -> str:
     turns = row.get("conversations")
     turn = _first_question(turns) if isinstance(turns, list) and turns else None
     text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-    tags = media_tags(text, num_images, IMAGE_PLACEHOLDER) if isinstance(text, str) else []
-    if not keys and not tags:
-        return None
-    found = [f"the key{'s' if len(keys) > 1 else ''} {', '.join(map(repr, keys))}"] if keys else []
-    found += [f"{', '.join(tags)} in the text"] if tags else []
-    fix = "only 'image' is read: put the path of a picture there, or remove the row"
-    reason, own = ("media_unread", "besides its image") if num_images else ("no_image", "and no image")
-    return SampleError(reason, f"the row has {' and '.join(found):.300} {own}; {fix}")
+    return text if isinstance(text, str) else ""
 
 
 def _first_question(turns: list[object]) -> object:
