@@ -33,13 +33,13 @@ from sicog_mcore.cognition.annotation.rows import CAPTIONED_KEYS, build_captione
 from sicog_mcore.cognition.prompts import load_annotator_prompt
 from sicog_mcore.cognition.row_keys import KeyTally
 from sicog_mcore.errors import (
-    EXIT_CONFIG,
     EXIT_GIVE_UP,
     EXIT_OK,
     EXIT_RETRY,
     ConfigError,
     ConfigProblem,
-    RecordError,
+    SicogError,
+    exit_code,
 )
 
 INTERRUPTED = "interrupted"
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         return describe(options) if options.command == "cod" else reason(options)
-    except (ConfigError, RecordError, OSError) as error:
+    except (SicogError, OSError) as error:
         print(f"annotate: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
 
 
 def reason(options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 warnings.filterwarnings("ignore")  # before Megatron, which warns of every package that is missing (see tools/doctor.py)
@@ -40,10 +41,11 @@ from sicog_mcore.checkpoint.parts import find_weights, load_parts, read_experime
 from sicog_mcore.checkpoint.targets import PARTS, describe, part_of
 from sicog_mcore.checkpoint.weights import import_init, inspect, plan_import
 from sicog_mcore.cli import load_experiment
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
-from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError
+from sicog_mcore.errors import CheckpointError, SicogError, exit_code
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SicogError as error:
         if options.is_main:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     finally:
         stop_topology()
 
@@ -248,12 +250,18 @@ def unpickle(options: Any, rest: list[str]) -> int:
         raise CheckpointError(f"{options.out} exists already; choose another name, or remove it")
     try:
         tensors = torch.load(options.path, map_location="cpu", weights_only=True)
-        write_tensors(options.out, tensors)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"holds {type(tensors).__name__}")
     except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         # Not torch's own words: they advise to load it in the unsafe way.
         raise CheckpointError(
             f"{options.path} cannot be read as tensors by name alone ({type(error).__name__}); ask for a safetensors file"
         ) from error
+    try:
+        with whole_file(options.out) as aside:
+            write_tensors(aside, tensors)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{options.out} cannot be written: {error}") from error
     print(f"written: {options.out} ({len(tensors)} tensors)")
     return 0
 

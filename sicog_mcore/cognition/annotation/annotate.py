@@ -32,7 +32,7 @@ from sicog_mcore.data.decode import decode_image, read_bytes
 from sicog_mcore.data.rows import Row
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import SampleIndex
-from sicog_mcore.errors import SampleError
+from sicog_mcore.errors import MachineError, SampleError
 
 ANSWER_FILES: Sequence[Literal["cod", "caption"]] = ("cod", "caption")
 ITEMS_FILE = "items.jsonl"
@@ -203,11 +203,20 @@ class Annotator:
         self._halt.set()
 
     async def run(self, items: Iterable[Item], endpoint: Endpoint, ledger: Ledger) -> None:
-        """Returns when every item is settled, or the run halted."""
-        queue = iter(items)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._limits.concurrency):
-                group.create_task(self._work(queue, endpoint, ledger))
+        """Returns when every item is settled, or the run halted.
+
+        Raises:
+            MachineError: the ledger cannot be written; calls under way are ended.
+        """
+        queue, failure = iter(items), None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._limits.concurrency):
+                    group.create_task(self._work(queue, endpoint, ledger))
+        except* MachineError as failures:
+            failure = _first(failures)  # every worker may have met the full disk
+        if failure:
+            raise failure
 
     def estimate(self, items: Sequence[Item], ledger: Ledger | None) -> Estimate:
         """Cost of items, from the ledger's own average where it has one."""
@@ -342,6 +351,11 @@ class Annotator:
     async def _sleep(self, seconds: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._halt.wait(), seconds)
+
+
+def _first(failure: BaseException) -> BaseException:
+    """The first error of a group, or of the groups in it."""
+    return _first(failure.exceptions[0]) if isinstance(failure, BaseExceptionGroup) else failure
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import xxhash
 
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.cognition.row_keys import is_blank, unread_keys, unread_media
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.rows import BuildSample, Row, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, Role, Sample, Turn
@@ -136,16 +137,11 @@ def relative_paths(sample: Sample, root: Path) -> list[str]:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes JSONL that appears whole or not at all. Returns the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
     count = 0
-    with aside.open("w", encoding="utf-8") as file:
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return count
 
 

@@ -26,6 +26,7 @@ from sicog_mcore.cognition.generation.vllm_engine import VllmEngine, vllm_name
 from sicog_mcore.cognition.prompts import Prompt, ask
 from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Sampling
 from sicog_mcore.cognition.row_keys import KeyTally
+from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.sample import Turn
 from sicog_mcore.data.tokenizer import find_tokenizer_file
@@ -293,7 +294,7 @@ def _report(
         "ranks": topology.world_size,
         "device_seconds": round(seconds * topology.world_size, 3),
     }
-    with (out / USAGE).open("a", encoding="utf-8") as file:
+    with disk_faults(out / USAGE), (out / USAGE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(usage) + "\n")
     progress.finish(
         [
