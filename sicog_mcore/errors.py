@@ -112,6 +112,6 @@ def is_machine_fault(error: BaseException) -> bool:
 def exit_code(error: BaseException) -> int:
     """The exit code of an error that ends a command with one message."""
     if isinstance(error, SicogError):
-        is_machine = isinstance(error, CheckpointError) and error.__cause__ and is_machine_fault(error.__cause__)
-        return EXIT_RETRY if is_machine else error.exit_code
+        causes = (error, error.__cause__) if isinstance(error, CheckpointError) else ()
+        return EXIT_RETRY if any(cause and is_machine_fault(cause) for cause in causes) else error.exit_code
     return EXIT_RETRY if is_machine_fault(error) else EXIT_CONFIG

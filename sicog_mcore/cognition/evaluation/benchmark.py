@@ -22,7 +22,7 @@ from typing import Literal
 
 import xxhash
 
-from sicog_mcore.cognition.whole_files import made_folder, whole_file
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import read_bytes, read_size
 from sicog_mcore.data.rows import Row, build_sample, locate_image, parse_row
@@ -132,11 +132,8 @@ def write_rows(benchmark: str, images: Path | None, out: Path) -> int:
     root = os.path.realpath(_easy_vqa_images(benchmark) if benchmark.startswith(EASY_VQA) else images or ".")
     names: dict[str, list[str]] = {}  # by id of the item
     problems, count = [], 0
-    with (
-        whole_file(out / "rows.jsonl") as aside,
-        made_folder(out / "images"),
-        aside.open("w", encoding="utf-8") as file,
-    ):
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    with whole_file(out / "rows.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
         for item in _checked(benchmark):
             try:
                 names[item.id] = [_place(picture, root, out / "images", names) for picture in item.pictures]
