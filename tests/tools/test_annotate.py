@@ -22,6 +22,7 @@ from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.data.sources import open_sources
 from tests.builders import tiny_experiment, write_image
 from tests.cognition.chat_server import ChatServer, Plan
+from tests.interrupts import heeded
 from tools.annotate import main
 
 ROOT = Path(__file__).parents[2]
@@ -165,12 +166,13 @@ def test_a_ledger_cut_anywhere_leads_to_the_same_rows(tmp_path: Path) -> None:
 
 def start_and_signal(arguments: list[str], server: ChatServer, at_call: int, number: signal.Signals) -> int:
     """Runs the tool as a process of its own and sends it a signal at a call; returns its exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.annotate", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with heeded():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.annotate", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     deadline = time.monotonic() + 60
     while server.counts.calls < at_call and time.monotonic() < deadline:
         time.sleep(0.005)
