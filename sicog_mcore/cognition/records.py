@@ -174,7 +174,7 @@ def from_json(line: str | bytes, kind: type[Record], origin: str) -> Record:
         RecordError: no JSON, another format, a field missing, unknown, or of another type.
     """
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except ValueError as error:
         raise RecordError(f"{origin}: not JSON ({error}); remove the line, or make the file again") from error
     found = row.get("format") if isinstance(row, dict) else None
@@ -249,6 +249,20 @@ def _lines(path: Path) -> Iterator[str | bytes]:
         return
     with path.open("rb") as file:
         yield from file
+
+
+def _refuse_constant(name: str) -> Any:
+    """Every comparison with NaN is false: an item scored so would pass any threshold."""
+    raise ValueError(f"found {name}, expected a finite number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names occur once; JSON's reader would take the last value without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return fields
 
 
 @cache

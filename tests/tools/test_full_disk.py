@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tests.builders import write_image
+from tests.cognition.annotation.test_llava_cot import tagged
 from tests.cognition.chat_server import ChatServer
 from tests.curation import Said, item, write_round
 from tests.disks import full_after
-from tests.tools.test_annotate import command, rows, tagged, write_items
+from tests.tools.test_annotate import command, rows, write_items
 from tools import annotate, curate, evaluate, join_records, make_pairs, report, score
 
 COUNT = 12
