@@ -51,6 +51,7 @@ IRRELEVANT = frozenset(
     "outputs response responses solution explanation rationale caption captions description reference references "
     "chosen rejected record form objects bbox bboxes boxes".split()
 )
+TURN_KEYS = frozenset(("from", "role", "value", "content"))
 OWN_ORIGIN = frozenset(("record", "form", "prompt"))  # what curation writes into each of its rows
 
 FILM_TAG = re.compile(
@@ -100,7 +101,7 @@ def unread_keys(row: Row, used: Collection[str]) -> Unread:
     for key, value in row.items():
         if key in used or is_blank(value) or (is_ours and key in OWN_ORIGIN):
             continue
-        name = key.strip().lower().replace("-", "_")
+        name = key.rpartition(".")[2].strip().lower().replace("-", "_")
         if _is_media(key, value, pictures):
             found["media"].append(key)
         elif name in MEANING:
@@ -110,6 +111,16 @@ def unread_keys(row: Row, used: Collection[str]) -> Unread:
         elif name not in IRRELEVANT and not _words(key) & (PICTURES | FILMS):
             found["unknown"].append(key)
     return Unread(**{name: tuple(keys) for name, keys in found.items()})
+
+
+def turn_fields(turns: Iterable[object]) -> Row:
+    """What turns hold besides speaker and text, as fields of the row, by names like "conversations.image"."""
+    found: Row = {}
+    for turn in turns:
+        for key, value in turn.items() if isinstance(turn, dict) else ():
+            if key not in TURN_KEYS:
+                found.setdefault(f"conversations.{key}", []).append(value)
+    return found
 
 
 def unread_media(keys: Sequence[str], text: str, num_images: int) -> SampleError | None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.cognition.row_keys import is_blank, unread_keys, unread_media
+from sicog_mcore.cognition.row_keys import is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.rows import BuildSample, Row, build_sample
@@ -71,7 +71,7 @@ def build_tagged(row: Row, images: Sequence[Any], fallback_id: str, origin: str)
         SampleError: as ``build_sample``; no_image, media_unread, key_unread.
     """
     images = _require_read(row, images, TAGGED_KEYS)
-    unread = unread_keys(row, TAGGED_KEYS)
+    unread = unread_keys({**row, **turn_fields(_turns(row))}, TAGGED_KEYS)
     if lost := (*unread.meaning, *unread.control):
         fix = "write what they say into the conversation, or leave them out"
         raise SampleError("key_unread", f"{', '.join(map(repr, lost)):.200} would be lost in the training row; {fix}")
@@ -153,12 +153,16 @@ def _require_read(row: Row, images: Sequence[Any], used: Collection[str]) -> Seq
     """
     if is_blank(row.get("image")):
         images = ()
-    turns = row.get("conversations")
-    questions = [turn for turn in turns if _is_question(turn)] if isinstance(turns, list) else []
-    text = "\n".join(str(turn.get("value", turn.get("content"))) for turn in questions)
-    if problem := unread_media(unread_keys(row, used).media, text, len(images)):
+    turns = _turns(row)
+    text = "\n".join(str(turn.get("value", turn.get("content"))) for turn in turns if _is_question(turn))
+    if problem := unread_media(unread_keys({**row, **turn_fields(turns)}, used).media, text, len(images)):
         raise problem
     return images
+
+
+def _turns(row: Row) -> list[Any]:
+    turns = row.get("conversations")
+    return turns if isinstance(turns, list) else []
 
 
 def _is_question(turn: object) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from sicog_mcore.cognition.row_keys import KeyTally, is_blank, unread_keys, unread_media
+from sicog_mcore.cognition.row_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
 from sicog_mcore.data.rows import ROLES, Row, build_sample
@@ -110,9 +110,11 @@ class _Builder:
         """As ``build_item``; of a row whose picture is not read, only the id is."""
         if is_blank(row.get("image")):
             images = ()
-        unread = unread_keys(row, USED_KEYS)
+        question = _question(row)
+        unread = unread_keys({**row, **turn_fields([question])}, USED_KEYS)
         self._tally.add((*unread.media, *unread.meaning, *unread.control, *unread.unknown), origin)
-        self._problem = unread_media(unread.media, _question_text(row), len(images))
+        text = question.get("value", question.get("content"))
+        self._problem = unread_media(unread.media, text if isinstance(text, str) else "", len(images))
         self._unasked = unread.meaning
         if self._problem:
             row, images = {"id": row.get("id")}, ()
@@ -127,11 +129,11 @@ class _Builder:
         return Item(sample.id, question, image, sample.images, origin=origin, unasked=self._unasked)
 
 
-def _question_text(row: Row) -> str:
+def _question(row: Row) -> Row:
+    """The turn that is asked; empty where there is none."""
     turns = row.get("conversations")
     turn = _first_question(turns) if isinstance(turns, list) and turns else None
-    text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-    return text if isinstance(text, str) else ""
+    return turn if isinstance(turn, dict) else {}
 
 
 def _first_question(turns: list[object]) -> object:

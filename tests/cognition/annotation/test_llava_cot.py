@@ -143,16 +143,22 @@ def test_rows_without_a_whole_answer_are_no_success(
         ({"image": None, "image_path": "a.png"}, "no_image"),
         ({"system": "Answer in capitals."}, "key_unread"),
         ({"loss": [0, 1]}, "key_unread"),
+        ({"turn": {"weight": 0.5}}, "key_unread"),
+        ({"turn": {"image": "b.png"}}, "media_unread"),
         ({"choices": ["1", "2"]}, "key_unread"),
     ],
 )
 def test_a_row_whose_training_row_would_say_less_is_refused(more: dict[str, Any], reason: str, tmp_path: Path) -> None:
     found = tagged(2)
-    found[1] |= more
+    if "turn" in more:
+        more = more["turn"]
+        found[1]["conversations"][0] |= more
+    else:
+        found[1] |= more
     assert convert(tmp_path, found) == 0
     (refused,) = rows(tmp_path / "out" / "refused.jsonl")
     assert (refused["reason"], refused["origin"]) == (reason, f"{tmp_path}/cot_in.jsonl:2")
-    assert repr(next(reversed(more))) in refused["detail"]
+    assert next(reversed(more)) in refused["detail"]
 
 
 def test_a_larger_subset_holds_the_smaller_one(tmp_path: Path) -> None:

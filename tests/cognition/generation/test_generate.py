@@ -126,6 +126,7 @@ HUMAN = [{"from": "human", "value": "What is it?"}]
         ({"video": "a.mp4", "audio": "a.wav"}, "the keys 'video', 'audio' and no image"),
         ({"conversations": [{"from": "human", "value": "<image>\nWhat?"}]}, "<image> in the text"),
         ({"conversations": [{"from": "human", "value": "<img>a.png</img> What?"}]}, "<img>, </img> in the text"),
+        ({"conversations": [{**HUMAN[0], "image": "a.png"}]}, "the key 'conversations.image'"),
         ({"conversations": [{"role": "user", "content": "<|vision_start|>What?"}]}, "<|vision_start|> in the text"),
     ],
 )
@@ -146,6 +147,8 @@ def test_a_row_whose_picture_is_not_read_is_refused_by_name(row: dict[str, Any],
         ({"image2": "b.png"}, "media_unread"),
         ({"video": "b.mp4"}, "media_unread"),
         ({"videos": [], "image_path": None, "audio": ""}, ""),
+        ({"conversations": [{**HUMAN[0], "images": ["a.png"], "timestamp": 1}]}, ""),
+        ({"conversations": [{**HUMAN[0], "images": ["a.png", "b.png"]}]}, "media_unread"),
         ({"conversations": [{"from": "human", "value": "<image>\n<video> What?"}]}, "media_unread"),
     ],
 )
