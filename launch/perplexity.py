@@ -73,9 +73,10 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
         losses = measure_losses(experiment, topology)
     finally:
         stop_topology()
-    if not losses.samples:  # the same on all ranks
-        reasons = sorted({rejection.reason for rejection in losses.refused})
-        raise RecordError(f"none of the {len(losses.refused)} rows can be used: {', '.join(reasons)}")
+    if not any(sample.tokens for sample in losses.samples):  # the same on all ranks
+        reasons = {rejection.reason for rejection in losses.refused} | ({"no_tokens"} if losses.samples else set())
+        count = len(losses.refused) + len(losses.samples)
+        raise RecordError(f"none of the {count} rows can be used: {', '.join(sorted(reasons))}")
     outcomes = [Outcome(s.id, "", "loss", s.loss_sum / s.tokens, s.tokens) for s in losses.samples if s.tokens]
     outcomes += [Outcome(s.id, "", "loss", 0.0, 0.0, failure="no_tokens") for s in losses.samples if not s.tokens]
     outcomes += [Outcome(r.id, "", "loss", 0.0, 0.0, failure=r.reason) for r in losses.refused]

@@ -62,7 +62,11 @@ def main(words: list[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     rows = loop_console.ledger_rows(runner.plan(steps))
-    write_json(folder / "ledger.json", rows)
+    try:
+        write_json(folder / "ledger.json", rows)
+    except SicogError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code or error.exit_code
     console.print(loop_console.ledger_table(rows, "GPU" if Path("/dev/nvidiactl").exists() else "process"))
     for place in rounds_of(config) if exit_code == EXIT_OK and not options.only else []:
         comparison = json.loads((place / COMPARISON).read_text(encoding="utf-8"))

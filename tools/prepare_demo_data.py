@@ -23,7 +23,7 @@ import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sicog_mcore.config import DataConfig
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK
+from sicog_mcore.errors import EXIT_OK, exit_code
 
 CAPTIONS = Path(__file__).with_name("demo_captions.json")
 DISTRIBUTIONS: Mapping[str, str] = {
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(prepare(options.out, options.vqa_images))
     except (MissingPackage, ValueError, OSError) as error:
         print(f"prepare_demo_data: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     return EXIT_OK
 
 

@@ -38,7 +38,7 @@ from prepare_demo_data import (  # beside this file
 from sicog_mcore.cognition.annotation.rows import write_rows
 from sicog_mcore.cognition.codec import render
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK
+from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
 
 SOURCE = "easy-vqa, sentences made by rule"
 SHAPES = ("circle", "rectangle", "triangle")
@@ -238,9 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         print(prepare(options.out))
-    except (MissingPackage, ValueError, OSError) as error:
+    except (MissingPackage, SicogError, ValueError, OSError) as error:
         print(f"prepare_loop_demo: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     return EXIT_OK
 
 

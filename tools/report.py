@@ -7,13 +7,12 @@ Out: report.html   Next: a browser
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, CheckpointError, SicogError
+from sicog_mcore.errors import EXIT_OK, CheckpointError, SicogError, exit_code
 from sicog_mcore.presets import PRESETS
 
 MEGABYTE = 1_000_000
@@ -72,11 +71,10 @@ def find_experiment(options: argparse.Namespace) -> Experiment:
 
 def write_whole(path: Path, text: str) -> int:
     """Writes a file that appears whole or not at all. Returns its size in bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    size = aside.write_bytes(text.encode("utf-8"))
-    os.replace(aside, path)
-    return size
+    from sicog_mcore.cognition.whole_files import whole_file
+
+    with whole_file(path) as aside:
+        return aside.write_bytes(text.encode("utf-8"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,12 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = build_report(options.round, settings, options.previous, sources)
         out = options.out or options.round / "report.html"
         size = write_whole(out, report.html)
-    except SicogError as error:
+    except (SicogError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     line = f"{out}: {report.shown} of {report.items} items, {size / MEGABYTE:.1f} MB"
     for drift in report.drifts:
         for name, verdict in drift.judged[-1:]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ConfigProblem, RecordError
+from sicog_mcore.errors import EXIT_OK, ConfigError, ConfigProblem, DataError, SicogError, exit_code
 
 if TYPE_CHECKING:
     from sicog_mcore.cognition.scoring.embed import Embedder
@@ -133,6 +133,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     failed = ", ".join(f"{number} x {reason}" for reason, number in tally.failures.most_common())
     yield f"{options.out}: {count} items by {similarity.name}" + (f"; not scored: {failed}" if failed else "") + work
     yield from tally.lines()
+    if not tally.items:
+        raise DataError(f"{options.out}: 0 of {count} items were scored; `failure` of the generations says why")
 
 
 def note_progress(counts: Iterable[int]) -> None:
@@ -167,9 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
         check(options)
         for line in run(options):
             print(line)
-    except (ConfigError, RecordError, OSError) as error:
+    except (SicogError, OSError) as error:
         print(f"score: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     return EXIT_OK
 
 

@@ -25,7 +25,7 @@ from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import ask, load_prompts
 from sicog_mcore.cognition.records import Candidate, Decision, Generation, Scores, read_records
 from sicog_mcore.cognition.reporting.rounds import record_file
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, RecordError, SampleError, SicogError
+from sicog_mcore.errors import EXIT_OK, RecordError, SampleError, SicogError, exit_code
 
 CONSUMED = "consumed-*.jsonl"  # of train/feed.py, which would import Megatron
 PAIR_SUFFIX, TEXT_SUFFIX = "#pair", "#text"
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         steps = {run: consumed_steps(run, origin.row_ids) for run in options.run}
     except (SicogError, OSError) as error:
         print(f"why: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return exit_code(error)
     show(origin, console, options.images)
     for run, found in steps.items():
         show_steps(run, found, console)

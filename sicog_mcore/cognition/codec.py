@@ -34,10 +34,12 @@ HEADER = re.compile(
     r"(?P<rest>.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
+OWN_NUMBER = re.compile(r"step[ \t]*[0-9]{1,2}", re.IGNORECASE)
 BEHIND_TITLE = re.compile(r"[ \t]*[*_]{0,3}[ \t]*(?:[:.–—]|-(?!\w))?[ \t]*")
 RULE_AT_END = re.compile(r"(?:^|\n)[ \t]*(?:-{3,}|\*{3,}|_{3,})$")
 MARKS = " \t*_"  # white space and what makes text bold or italic
 TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>")
+ANY_CASE_TAG = re.compile(TAG.pattern, re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ def render(steps: Sequence[str], kind: Kind) -> str:
     return text
 
 
+def quote_headers(text: str) -> str:
+    """The text of a step with "Step 1: ..." lines of its own written as "(Step 1): ...", which ``parse`` takes for text.
+
+    Nothing but these brackets is added, so that what the text says, and refers to, stays as it was.
+    """
+    text = _unix(text)
+    for match in reversed(list(HEADER.finditer(text))):
+        start, end = OWN_NUMBER.search(text, match.start(), match.end("number")).span()  # type: ignore[union-attr]
+        text = f"{text[:start]}({text[start:end]}){text[end:]}"
+    return text
+
+
 def parse(text: str, kind: Kind) -> Parsed:
     """Reads an answer in steps. What stands before the first header is no part of any step."""
     text = _unix(text)
@@ -99,22 +113,22 @@ def final_clause(text: str, prompt_style: Style, task: Task) -> str | None:
 
 
 def from_tags(text: str) -> tuple[str, ...]:
-    """The steps of an answer in LLaVA-CoT's form.
+    """The steps of an answer in LLaVA-CoT's form. Tags in small letters count where there is none in capitals.
 
     Raises:
         SampleError: missing_tag, duplicate_tag, misordered_tag, empty_tag, text_outside_tags.
     """
-    found = list(TAG.finditer(text))
-    counts = Counter(match[0] for match in found)
+    found = list(TAG.finditer(text)) or list(ANY_CASE_TAG.finditer(text))
+    names = [match[0].upper() for match in found]
+    counts = Counter(names)
     expected = [tag for name in TAGS for tag in (f"<{name}>", f"</{name}>")]
     for tag in expected:
         if not counts[tag]:
             raise SampleError("missing_tag", f"found no {tag} in {text!r:.80}")
         if counts[tag] > 1:
             raise SampleError("duplicate_tag", f"found {counts[tag]} x {tag}, expected one")
-    order = [match[0] for match in found]
-    if order != expected:
-        raise SampleError("misordered_tag", f"found {' '.join(order)}, expected {' '.join(expected)}")
+    if names != expected:
+        raise SampleError("misordered_tag", f"found {' '.join(names)}, expected {' '.join(expected)}")
     borders = [0, *(border for match in found for border in match.span()), len(text)]
     pieces = [text[start:end].strip() for start, end in zip(borders[::2], borders[1::2], strict=True)]
     outside, inside = pieces[::2], pieces[1::2]
@@ -123,6 +137,11 @@ def from_tags(text: str) -> tuple[str, ...]:
     if not all(inside):
         raise SampleError("empty_tag", f"<{TAGS[inside.index('')]}> has no text")
     return tuple(inside)
+
+
+def has_tags(text: str) -> bool:
+    """Whether an answer holds a tag of LLaVA-CoT's form, whole or not."""
+    return ANY_CASE_TAG.search(text) is not None
 
 
 def to_tags(steps: Sequence[str]) -> str:

@@ -7,12 +7,12 @@ A wording that changes gets a new version; records name both, so answers to diff
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sicog_mcore.cognition.records import Task
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER
@@ -20,6 +20,7 @@ from sicog_mcore.errors import RecordError, SampleError
 
 Style = Literal["steps", "plain"]
 DATA_FILE = "prompts.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -124,5 +125,30 @@ def _short_answer_requests() -> tuple[str, ...]:
 
 
 def _data() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(resources.files(__package__).joinpath(DATA_FILE).read_text(encoding="utf-8"))
+    return read_prompts(resources.files(__package__).joinpath(DATA_FILE).read_text(encoding="utf-8"))
+
+
+def read_prompts(text: str) -> dict[str, Any]:
+    """The contents of a file of prompts, each of its fields known and of the type it should have.
+
+    Raises:
+        RecordError: names the first field that is not.
+    """
+    data: dict[str, Any] = json.loads(text)
+    own = [field.name for field in fields(Prompt) if field.name != "id"]
+    _require_fields(data, ("format", "prompts", "short_answer_requests", "annotator"), DATA_FILE)
+    if data["format"] != FORMAT:
+        raise RecordError(f"{DATA_FILE}: found format {data['format']!r}, expected {FORMAT}")
+    for name, prompt in data["prompts"].items():
+        where = f"{DATA_FILE}: prompt {name!r}"
+        _require_fields(prompt, own, where)
+        for field, allowed in (("task", get_args(Task)), ("style", get_args(Style))):
+            if prompt[field] not in allowed:
+                raise RecordError(f"{where}: found {field} {prompt[field]!r}, expected one of {', '.join(allowed)}")
+    _require_fields(data["annotator"], [field.name for field in fields(AnnotatorPrompt)], f"{DATA_FILE}: annotator")
     return data
+
+
+def _require_fields(found: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    if odd := sorted(found.keys() ^ set(names)):
+        raise RecordError(f"{where}: fields {odd} are missing or unknown, expected {', '.join(names)}")

@@ -8,7 +8,6 @@ appear by one rename; rows stand in the order of the items, whatever order they 
 from __future__ import annotations
 
 import json
-import os
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
 
 FORMAT = 1  # raised when a field changes its meaning
@@ -174,7 +174,7 @@ def from_json(line: str | bytes, kind: type[Record], origin: str) -> Record:
         RecordError: no JSON, another format, a field missing, unknown, or of another type.
     """
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except ValueError as error:
         raise RecordError(f"{origin}: not JSON ({error}); remove the line, or make the file again") from error
     found = row.get("format") if isinstance(row, dict) else None
@@ -210,12 +210,13 @@ def read_by_id(path: Path, kind: type[Record]) -> dict[str, Record]:
 
 
 def write_records(path: Path, records: Iterable[Generation | Scores | Decision]) -> int:
-    """Writes a .jsonl or .parquet file that appears whole or not at all. Returns the number of records."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    count = _write_parquet(aside, records) if path.suffix == PARQUET else _write_jsonl(aside, records)
-    os.replace(aside, path)
-    return count
+    """Writes a .jsonl or .parquet file that appears whole or not at all. Returns the number of records.
+
+    Raises:
+        MachineError: the disk is full or broken.
+    """
+    with whole_file(path) as aside:
+        return _write_parquet(aside, records) if path.suffix == PARQUET else _write_jsonl(aside, records)
 
 
 def _write_jsonl(path: Path, records: Iterable[Generation | Scores | Decision]) -> int:
@@ -224,8 +225,6 @@ def _write_jsonl(path: Path, records: Iterable[Generation | Scores | Decision]) 
         for record in records:
             file.write(to_json(record) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
     return count
 
 
@@ -250,6 +249,20 @@ def _lines(path: Path) -> Iterator[str | bytes]:
         return
     with path.open("rb") as file:
         yield from file
+
+
+def _refuse_constant(name: str) -> Any:
+    """Every comparison with NaN is false: an item scored so would pass any threshold."""
+    raise ValueError(f"found {name}, expected a finite number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names occur once; JSON's reader would take the last value without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return fields
 
 
 @cache

@@ -15,6 +15,7 @@ from sicog_mcore.cognition.codec import (
     final_clause,
     from_tags,
     parse,
+    quote_headers,
     render,
     to_tags,
 )
@@ -59,6 +60,21 @@ def test_rendered_steps_come_back_or_are_refused(steps: list[str]) -> None:
     assert found.steps is not None and render(found.steps, kind) == text
     for step, given_text in zip(found.steps, steps, strict=True):
         assert step in given_text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(TEXTS, min_size=4, max_size=5))
+def test_quoted_steps_always_come_back(steps: list[str]) -> None:
+    kind: Kind = "cod" if len(steps) == 5 else "cot"
+    quoted = [quote_headers(step) for step in steps]
+    assert [quote_headers(step) for step in quoted] == quoted
+    try:
+        text = render(quoted, kind)
+    except SampleError as error:
+        assert error.reason == "step_empty"
+        return
+    found = parse(text, kind).steps
+    assert found is not None and all(step in given_text for step, given_text in zip(found, quoted, strict=True))
 
 
 @settings(max_examples=100, deadline=None)

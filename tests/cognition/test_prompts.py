@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from importlib import resources
 from typing import get_args
 
 import pytest
 import xxhash
 
 from sicog_mcore.cognition.codec import COD_STEPS, header
-from sicog_mcore.cognition.prompts import Style, ask, bare_question, find_prompt, load_annotator_prompt, load_prompts
+from sicog_mcore.cognition.prompts import (
+    DATA_FILE,
+    Style,
+    ask,
+    bare_question,
+    find_prompt,
+    load_annotator_prompt,
+    load_prompts,
+    read_prompts,
+)
 from sicog_mcore.cognition.records import Task
 from sicog_mcore.errors import RecordError, SampleError
 
@@ -37,6 +48,29 @@ def test_the_data_file_holds_what_the_types_promise() -> None:
         assert prompt.task in get_args(Task) and prompt.style in get_args(Style)
         assert prompt.text == prompt.text.strip() and "<image>" not in prompt.text
         assert prompt.text or prompt.with_question
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"format": 2}, "found format 2, expected 1"),
+        ({"more": {}}, r"fields \['more'\] are missing or unknown"),
+        ({"prompts": {"cod": {"version": 1}}}, r"prompt 'cod': fields \['style', 'task', 'text', 'with_question'\]"),
+        (
+            {
+                "prompts": {
+                    "cod": {"version": 1, "task": "captoin", "style": "steps", "text": "", "with_question": True}
+                }
+            },
+            "prompt 'cod': found task 'captoin', expected one of caption, answer",
+        ),
+        ({"annotator": {}}, r"annotator: fields \['prefill', 'reference', 'system', 'version'\]"),
+    ],
+)
+def test_a_field_of_the_data_file_that_is_not_known_is_refused(change: dict[str, object], named: str) -> None:
+    whole = json.loads(resources.files("sicog_mcore.cognition").joinpath(DATA_FILE).read_text(encoding="utf-8"))
+    with pytest.raises(RecordError, match=named):
+        read_prompts(json.dumps(whole | change))
 
 
 def test_an_unknown_prompt_is_refused_by_name() -> None:

@@ -76,3 +76,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_records(file, [replace(SCORES, agreement=float("nan"))])
     assert list(read_records(file, Scores)) == [SCORES]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('"agreement":0.75', '"agreement":NaN', "found NaN, expected a finite number"),
+        ('"agreement":0.75', '"agreement":-Infinity', "found -Infinity"),
+        ('"agreement":0.75', '"agreement":0.75,"agreement":0.9', "'agreement' occurs twice"),
+    ],
+)
+def test_a_number_that_is_none_or_a_name_that_occurs_twice_is_refused(old: str, new: str, named: str) -> None:
+    line = to_json(SCORES)
+    assert old in line and from_json(line, Scores, "s.jsonl:1") == SCORES
+    with pytest.raises(RecordError, match="s.jsonl:1: not JSON") as caught:
+        from_json(line.replace(old, new), Scores, "s.jsonl:1")
+    assert named in str(caught.value)

@@ -16,6 +16,7 @@ import psutil
 
 from sicog_mcore.config import Experiment
 from tests.dist import Rank, run_ranks
+from tests.interrupts import heeded
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 280  # for a run of seconds: machines are shared
@@ -35,7 +36,7 @@ def train_ranks(experiment: Experiment, world_size: int) -> list[dict[str, Any]]
 
 
 def start_launcher(arguments: Sequence[str], ranks: int, launcher: str = LAUNCHER) -> subprocess.Popen[str]:
-    """The real command of a user, in a process group of its own.
+    """The real command of a user, in a process group of its own; it heeds SIGINT.
 
     Args:
         arguments: of the launcher.
@@ -43,14 +44,15 @@ def start_launcher(arguments: Sequence[str], ranks: int, launcher: str = LAUNCHE
     """
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks else []
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return subprocess.Popen(
-        [sys.executable, *torchrun, launcher, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with heeded():
+        return subprocess.Popen(
+            [sys.executable, *torchrun, launcher, *arguments],
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def kill_after(process: subprocess.Popen[str], file: Path, lines: int) -> None:

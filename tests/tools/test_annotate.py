@@ -18,9 +18,9 @@ import pytest
 from sicog_mcore.cognition.annotation.annotate import LEDGER_FILE
 from sicog_mcore.cognition.codec import parse
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.data.sources import open_sources
-from tests.builders import tiny_experiment, write_image
+from tests.builders import write_image
 from tests.cognition.chat_server import ChatServer, Plan
+from tests.interrupts import heeded
 from tools.annotate import main
 
 ROOT = Path(__file__).parents[2]
@@ -164,12 +164,13 @@ def test_a_ledger_cut_anywhere_leads_to_the_same_rows(tmp_path: Path) -> None:
 
 def start_and_signal(arguments: list[str], server: ChatServer, at_call: int, number: signal.Signals) -> int:
     """Runs the tool as a process of its own and sends it a signal at a call; returns its exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.annotate", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with heeded():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tools.annotate", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     deadline = time.monotonic() + 60
     while server.counts.calls < at_call and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -272,6 +273,67 @@ def test_rows_that_cannot_be_asked_about_are_named_and_cost_nothing(
     assert set(server.counts.of_item) == {2, 7}
 
 
+def test_an_endpoint_that_is_dead_is_no_success_and_the_same_command_asks_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 3)
+    with ChatServer(lambda call, item, of_item: ("503", "closed", "500")[item]) as server:
+        assert main(command(tmp_path, server, "--calls", "1")) == 75
+        printed = capsys.readouterr()
+        assert "0 rows each" in printed.out and "failed: " in printed.out
+        found = "annotate: 0 of 3 rows were answered (1 x http_503, 1 x connection_lost, 1 x http_500); the endpoint gave no"
+        assert found in printed.err and "the same command again" in printed.err
+    assert {row["outcome"] for row in rows(tmp_path / "out" / "items.jsonl")} == {"failed"}
+    with ChatServer() as server:
+        assert main(command(tmp_path, server)) == 0
+    assert server.counts.of_item == {0: 1, 1: 1, 2: 1}
+    assert len(rows(tmp_path / "out" / "cod.jsonl")) == 3
+
+
+def test_items_that_failed_while_others_were_answered_wait_for_retry_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 2)
+    with ChatServer(lambda call, item, of_item: ("answer", "500")[item]) as server:
+        assert main(command(tmp_path, server, "--calls", "1")) == 0
+        assert "failed: 1 x http_500 (asked again with --retry-failed)" in capsys.readouterr().out
+        assert main(command(tmp_path, server, "--calls", "1")) == 0
+    assert server.counts.of_item == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "plan", "reasons", "fix"),
+    [
+        ({"image": "gone.png"}, "answer", "2 x image_missing", "correct the rows"),
+        ({"images": ["a/x.png"], "image": ""}, "answer", "2 x no_image", "correct the rows"),
+        ({"video": "x.mp4"}, "answer", "2 x media_unread", "correct the rows"),
+        ({}, "short", "2 x step_missing", "--retry-failed"),
+        ({}, "400", "2 x http_400", "--retry-failed"),
+    ],
+)
+def test_rows_of_which_none_is_answered_are_no_success(
+    spoil: dict[str, Any], plan: str, reasons: str, fix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 2)
+    found = [row | spoil for row in json.loads((tmp_path / "rows.json").read_text())]
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    with ChatServer(lambda call, item, of_item: plan) as server:
+        assert main(command(tmp_path, server)) == 17
+    printed = capsys.readouterr().err
+    assert f"annotate: 0 of 2 rows were answered ({reasons}); " in printed and fix in printed
+
+
+def test_keys_of_captioned_rows_that_are_not_read_are_named_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_items(tmp_path, 2)
+    found = [row | {"mood": "gay", "license": "MIT"} for row in json.loads((tmp_path / "rows.json").read_text())]
+    (tmp_path / "rows.json").write_text(json.dumps(found))
+    with ChatServer() as server:
+        assert main(command(tmp_path, server, "--dry-run")) == 0
+    assert capsys.readouterr().err == f"annotate: key 'mood' is not read: 2 rows, first {tmp_path}/rows.json:1\n"
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -293,78 +355,3 @@ def test_bad_input_is_one_message_and_exit_code_2(
     printed = capsys.readouterr()
     assert named in printed.err and KEY not in printed.err and printed.out == ""
     assert server.counts.calls == 0
-
-
-def tagged(count: int) -> list[dict[str, Any]]:
-    """Rows as LLaVA-CoT-100k has them: no placeholder, four tags."""
-    return [
-        {
-            "id": f"q{i}",
-            "image": f"sqa/{i}.png",
-            "conversations": [
-                {"from": "human", "value": f"What is {i} + 1?\nAnswer the question using a single word or phrase."},
-                {
-                    "from": "gpt",
-                    "value": f"<SUMMARY> Add. </SUMMARY>\n\n<CAPTION> A sum. </CAPTION>\n\n"
-                    f"<REASONING> {i} and one. </REASONING>\n\n<CONCLUSION> {i + 1} </CONCLUSION>",
-                },
-            ],
-        }
-        for i in range(count)
-    ]
-
-
-def convert(folder: Path, found: list[dict[str, Any]], *more: str) -> int:
-    path = folder / "cot_in.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return main(["cot", "--rows", str(path), "--images", str(folder), "--out", str(folder / "out"), *more])
-
-
-def test_long_and_short_rows_are_independent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = tagged(6)
-    found[1]["conversations"][1]["value"] = found[1]["conversations"][1]["value"].replace("<CAPTION>", "")
-    found[2]["conversations"][1]["value"] *= 2
-    found[4]["conversations"][1]["value"] = "\n".join(found[4]["conversations"][1]["value"].split("\n\n")[::-1])
-    assert convert(tmp_path, found) == 0
-    out = tmp_path / "out"
-    reasons = "1 x missing_tag, 1 x duplicate_tag, 1 x misordered_tag"
-    assert capsys.readouterr().out == f"{out}: 3 rows each in cot.jsonl and direct.jsonl; refused: {reasons}\n"
-    long, short = rows(out / "cot.jsonl"), rows(out / "direct.jsonl")
-    assert [row["id"] for row in long] == ["q0#cot", "q3#cot", "q5#cot"]
-    assert [row["id"] for row in short] == ["q0#direct", "q3#direct", "q5#direct"]
-    assert long[1]["conversations"][0]["value"] == f"<image>\nWhat is 3 + 1?\n{find_prompt('cot').text}"
-    assert parse(long[1]["conversations"][1]["value"], "cot").steps == ("Add.", "A sum.", "3 and one.", "4")
-    expected = "<image>\nWhat is 3 + 1?\nAnswer the question using a single word or phrase."
-    assert [turn["value"] for turn in short[1]["conversations"]] == [expected, "4"]
-    named = [(row["id"], row["origin"], row["reason"]) for row in rows(out / "refused.jsonl")]
-    file = tmp_path / "cot_in.jsonl"
-    assert named[0] == ("q1", f"{file}:2", "missing_tag") and named[2] == ("q4", f"{file}:5", "misordered_tag")
-
-
-def test_a_larger_subset_holds_the_smaller_one(tmp_path: Path) -> None:
-    found = tagged(40)
-    taken = []
-    for more in (["--take", "5"], ["--take", "12"], ["--take", "12", "--seed", "1"]):
-        assert convert(tmp_path, found, *more) == 0
-        taken.append([row["id"] for row in rows(tmp_path / "out" / "cot.jsonl")])
-    assert [len(ids) for ids in taken] == [5, 12, 12]
-    assert set(taken[0]) < set(taken[1]) != set(taken[2])
-    assert all(ids == sorted(ids, key=lambda name: int(name[1:-4])) for ids in taken)
-    assert convert(tmp_path, found, "--take", "41") == 2
-
-
-def test_both_files_can_be_trained_on_together(tmp_path: Path) -> None:
-    assert convert(tmp_path, tagged(3)) == 0
-    experiment = tiny_experiment(tmp_path)
-    sources = [
-        type(experiment.data.sources[0])(path=str(tmp_path / "out" / f"{name}.jsonl")) for name in ("cot", "direct")
-    ]
-    samples = open_sources(sources, experiment.data)
-    assert [samples.read(i).id for i in range(6)] == [
-        "q0#cot",
-        "q1#cot",
-        "q2#cot",
-        "q0#direct",
-        "q1#direct",
-        "q2#direct",
-    ]

@@ -22,7 +22,7 @@ import xxhash
 from PIL import Image
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, Fault, Message, Reply
+from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, Fault, Message, Reply, is_passing
 from sicog_mcore.cognition.annotation.ledger import Call, Ledger
 from sicog_mcore.cognition.annotation.rows import asked_row, choose, relative_paths, write_rows
 from sicog_mcore.cognition.codec import parse, render
@@ -32,7 +32,7 @@ from sicog_mcore.data.decode import decode_image, read_bytes
 from sicog_mcore.data.rows import Row
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import SampleIndex
-from sicog_mcore.errors import SampleError
+from sicog_mcore.errors import MachineError, SampleError
 
 ANSWER_FILES: Sequence[Literal["cod", "caption"]] = ("cod", "caption")
 ITEMS_FILE = "items.jsonl"
@@ -148,9 +148,21 @@ def survey(samples: SampleIndex, images: Path, take: int | None, seed: int) -> t
 
 
 def open_items(items: Iterable[Item], ledger: Ledger, retry_failed: bool) -> list[Item]:
-    """Those that still need an answer."""
-    finals = ((item, ledger.final(item.key)) for item in items)
-    return [item for item, call in finals if call is None or (retry_failed and call.outcome != "answer")]
+    """Those that still need an answer.
+
+    Args:
+        retry_failed: ask also about items that failed. While an endpoint has not answered at all, nothing speaks against
+            the items, and those that it failed on are asked about again in any case.
+    """
+    finals = [(item, ledger.final(item.key)) for item in items]
+    was_dead = not any(ledger.totals.calls.get(outcome) for outcome in ("answer", "refused"))
+
+    def is_open(call: Call | None) -> bool:
+        if call is None:
+            return True
+        return call.outcome != "answer" and (retry_failed or (was_dead and is_passing(call.reason)))
+
+    return [item for item, call in finals if is_open(call)]
 
 
 class Annotator:
@@ -191,11 +203,20 @@ class Annotator:
         self._halt.set()
 
     async def run(self, items: Iterable[Item], endpoint: Endpoint, ledger: Ledger) -> None:
-        """Returns when every item is settled, or the run halted."""
-        queue = iter(items)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._limits.concurrency):
-                group.create_task(self._work(queue, endpoint, ledger))
+        """Returns when every item is settled, or the run halted.
+
+        Raises:
+            MachineError: the ledger cannot be written; calls under way are ended.
+        """
+        queue, failure = iter(items), None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._limits.concurrency):
+                    group.create_task(self._work(queue, endpoint, ledger))
+        except* MachineError as failures:
+            failure = _first(failures)  # every worker may have met the full disk
+        if failure:
+            raise failure
 
     def estimate(self, items: Sequence[Item], ledger: Ledger | None) -> Estimate:
         """Cost of items, from the ledger's own average where it has one."""
@@ -332,6 +353,11 @@ class Annotator:
             await asyncio.wait_for(self._halt.wait(), seconds)
 
 
+def _first(failure: BaseException) -> BaseException:
+    """The first error of a group, or of the groups in it."""
+    return _first(failure.exceptions[0]) if isinstance(failure, BaseExceptionGroup) else failure
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """One try at a usable answer."""
@@ -389,7 +415,8 @@ def _training_row(
 
 def _states(items: Iterable[Item], refused: Iterable[Refusal], ledger: Ledger) -> Iterator[dict[str, str]]:
     """What became of every row; those that cannot be asked about stand last."""
-    unusable = {(refusal.id, refusal.origin): refusal for refusal in refused}
+    nameless = [refusal for refusal in refused if not refusal.id]  # a list in one line has all its rows in line 1
+    unusable = {(refusal.id, refusal.origin): refusal for refusal in refused if refusal.id}
     for item in items:
         refusal = unusable.pop((item.id, item.origin), None)
         call = ledger.final(item.key) or Call("fault", "open")
@@ -400,7 +427,7 @@ def _states(items: Iterable[Item], refused: Iterable[Refusal], ledger: Ledger) -
         if refusal:
             state = {"outcome": "unusable", "reason": refusal.reason, "detail": refusal.detail}
         yield {"id": item.id, "origin": item.origin} | state | {"cost": str(ledger.cost(item.key))}
-    for refusal in unusable.values():
+    for refusal in (*unusable.values(), *nameless):
         yield asdict(refusal) | {"outcome": "unusable", "cost": "0"}
 
 

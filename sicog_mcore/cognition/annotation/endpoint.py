@@ -22,6 +22,7 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 RETRIED = (408, 409, 425, 429)  # and all from 500 on
 HOPELESS = (401, 402, 403, 404, 405)  # the next item would meet the same
 MAYBE_PAID = (408, 502, 504)  # somebody gave up while the model wrote
+PASSING = ("no_connection", "timeout", "connection_lost", "answer_malformed")
 NO_MONEY = "insufficient_quota"
 LONGEST_WAIT_S = 3600.0
 DETAIL_LETTERS = 300
@@ -190,6 +191,14 @@ def _reply(answer: Any) -> Reply:
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     prompt, completion = (count if type(count) is int and count >= 0 else None for count in counts)
     return Reply(text if isinstance(text, str) else "", str(choice.get("finish_reason")), prompt, completion)
+
+
+def is_passing(reason: str) -> bool:
+    """Whether a fault's reason is of a kind that ends by itself: nobody there, too slow, too busy, broken."""
+    status = reason.removeprefix("http_")
+    if status != reason:
+        return int(status) in RETRIED or int(status) >= 500
+    return reason in PASSING
 
 
 def retry_after_s(value: str) -> float:

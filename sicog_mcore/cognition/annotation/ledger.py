@@ -11,12 +11,14 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from sicog_mcore.cognition.whole_files import disk_faults, made_folder
 from sicog_mcore.errors import RecordError
 
 FORMAT = 1
@@ -74,6 +76,7 @@ class Ledger:
 
     Raises:
         RecordError: a damaged line, other settings, or another process that writes.
+        MachineError: here and in ``begin`` and ``end``: the disk is full or broken.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -83,14 +86,17 @@ class Ledger:
         self._costs: dict[str, Decimal] = {}
         self._begun: dict[int, tuple[str, Decimal]] = {}  # calls without an end: their item, and their price at most
         self._next = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        try:
-            self._lock()
-            self._load({"format": FORMAT} | dict(settings))
-        except BaseException:
-            self._file.close()
-            raise
+        with disk_faults(path), made_folder(path.parent):
+            self._file = path.open("a+b")
+            try:
+                self._lock()
+                self._load({"format": FORMAT} | dict(settings))
+            except BaseException:
+                with suppress(OSError):  # it has been said
+                    self._file.close()
+                if not path.stat().st_size:
+                    path.unlink()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +104,8 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with disk_faults(self._path):
+            self._file.close()
 
     @property
     def committed(self) -> Decimal:
@@ -118,7 +125,8 @@ class Ledger:
         """Writes down how a call ended; when this returns it is on disk."""
         cost = None if call.cost is None else str(call.cost)
         self._write({"call": number} | asdict(call) | {"cost": cost})
-        os.fsync(self._file.fileno())
+        with disk_faults(self._path):
+            os.fsync(self._file.fileno())
         self._finish(number, call)
 
     def final(self, item: str) -> Call | None:
@@ -190,5 +198,6 @@ class Ledger:
             self._finals[item] = call
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        with disk_faults(self._path):
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()

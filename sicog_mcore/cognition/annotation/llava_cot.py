@@ -6,19 +6,23 @@ In: rows whose answers carry four tags   Out: two files that share nothing, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from sicog_mcore.cognition.annotation.rows import asked_row, build_tagged, choose, open_rows, write_rows
-from sicog_mcore.cognition.codec import from_tags, render
+from sicog_mcore.cognition.annotation.rows import TAGGED_KEYS, asked_row, build_tagged, choose, open_rows, write_rows
+from sicog_mcore.cognition.codec import from_tags, has_tags, quote_headers, render
+from sicog_mcore.cognition.row_keys import KeyTally
 from sicog_mcore.data.rows import Row
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import SampleIndex
 from sicog_mcore.errors import SampleError
 
 Form = Literal["cot", "direct"]
+FORMS: tuple[Form, ...] = get_args(Form)
+BOTH = "both"
+_Usable = tuple[int, tuple[Form, ...]]  # number of the row, and what can be made of it
 REFUSED_FILE = "refused.jsonl"
 
 
@@ -28,15 +32,20 @@ class Converted:
 
     Attributes:
         written: rows in each of the two files.
-        refused: rows by reason.
+        refused: rows by reason; ``only_direct`` counts those that are refused in cot.jsonl alone.
+        notes: keys of the rows that are not read, for the user.
     """
 
-    written: int
+    written: Mapping[Form, int]
     refused: Counter[str]
+    only_direct: Counter[str]
+    notes: Sequence[str]
 
 
 def convert(rows: Path, images: Path, out: Path, take: int | None, seed: int) -> Converted:
     """Writes cot.jsonl, direct.jsonl and refused.jsonl.
+
+    A row that has no form in steps, but an answer, is in direct.jsonl alone, and in refused.jsonl with its reason.
 
     Args:
         images: folder that image paths are relative to.
@@ -45,41 +54,57 @@ def convert(rows: Path, images: Path, out: Path, take: int | None, seed: int) ->
     Raises:
         ConfigError: files that cannot be read, too few rows.
     """
-    samples = open_rows(rows, images, build_tagged)
+    tally = KeyTally()
+    samples = open_rows(rows, images, tally.watch(build_tagged, TAGGED_KEYS))
     usable, refused = _survey(samples, images)
+    notes = list(tally.lines())
     chosen = choose(usable, take, seed)
-    for form in ("cot", "direct"):
-        write_rows(out / f"{form}.jsonl", _rows(samples, chosen, images, form))
+    written: dict[Form, int] = {}
+    for form in FORMS:
+        numbers = [number for number, forms in chosen if form in forms]
+        written[form] = write_rows(out / f"{form}.jsonl", _rows(samples, numbers, images, form))
     write_rows(out / REFUSED_FILE, refused)
-    return Converted(len(chosen), Counter(row["reason"] for row in refused))
+    counts = {name: Counter(row["reason"] for row in refused if row["refused_in"] == name) for name in (BOTH, "cot")}
+    return Converted(written, counts[BOTH], counts["cot"], notes)
 
 
 def convert_row(sample: Sample, images: Path, form: Form) -> Row:
-    """One training row.
+    """One training row. Beside an answer with tags, an answer without any is kept as it is, asked for without steps.
 
     Raises:
         SampleError: tags as ``from_tags`` refuses them, steps as ``render``, rows as ``asked_row``.
     """
-    answers = [from_tags(turn.text) for turn in sample.turns if turn.role == "assistant"]
-    texts = [render(steps, "cot") if form == "cot" else steps[-1] for steps in answers]
-    return asked_row(sample, images, form, texts)
+    texts, prompts = list[str](), list[Form]()
+    answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
+    has_steps = any(map(has_tags, answers))
+    for answer in answers:
+        if has_steps and not has_tags(answer):
+            texts.append(answer)
+            prompts.append("direct")
+            continue
+        steps = from_tags(answer)
+        texts.append(render([quote_headers(step) for step in steps], "cot") if form == "cot" else steps[-1])
+        prompts.append(form)
+    return asked_row(sample, images, form, texts, prompts)
 
 
-def _survey(samples: SampleIndex, images: Path) -> tuple[list[tuple[str, int]], list[dict[str, str]]]:
-    """Ids and numbers of the rows of which both forms can be made, and what is wrong with the others."""
+def _survey(samples: SampleIndex, images: Path) -> tuple[list[tuple[str, _Usable]], list[dict[str, str]]]:
+    """Ids and numbers of the rows of which a row can be made, with its forms, and what is wrong with the others."""
     usable, refused = [], []
     for number in range(len(samples)):
-        name = ""
+        name, forms = "", list[Form]()
         try:
             sample = samples.read(number)
             name = sample.id
-            convert_row(sample, images, "cot")
             convert_row(sample, images, "direct")
+            forms.append("direct")
+            convert_row(sample, images, "cot")
+            forms.append("cot")
         except SampleError as error:
             found = {"id": name, "origin": samples.origin(number), "reason": error.reason, "detail": error.detail}
-            refused.append(found)
-            continue
-        usable.append((sample.id, number))
+            refused.append(found | {"refused_in": "cot" if forms else BOTH})
+        if forms:
+            usable.append((name, (number, tuple(forms))))
     return usable, refused
 
 

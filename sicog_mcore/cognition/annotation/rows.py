@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import xxhash
 
 from sicog_mcore.cognition.prompts import ask, find_prompt
+from sicog_mcore.cognition.row_keys import is_blank, turn_fields, unread_keys, unread_media
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.rows import BuildSample, Row, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, Role, Sample, Turn
@@ -26,6 +28,8 @@ from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 ROW_FILES = (".json", ".jsonl")
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 USERS = ("human", "user")
+TAGGED_KEYS = ("id", "image", "conversations")
+CAPTIONED_KEYS = (*TAGGED_KEYS, "caption")
 
 Choice = TypeVar("Choice")
 
@@ -46,8 +50,9 @@ def build_captioned(row: Row, images: Sequence[Any], fallback_id: str, origin: s
     """Two turns: a question and a description, which is the field ``caption`` if there is one, else the first answer.
 
     Raises:
-        SampleError: as ``build_sample``; no_image.
+        SampleError: as ``build_sample``; no_image, media_unread.
     """
+    images = _require_read(row, images, CAPTIONED_KEYS)
     if not images:
         raise SampleError("no_image", "the row has no image to describe")
     turns = row.get("conversations")
@@ -60,7 +65,16 @@ def build_captioned(row: Row, images: Sequence[Any], fallback_id: str, origin: s
 
 
 def build_tagged(row: Row, images: Sequence[Any], fallback_id: str, origin: str) -> Sample:
-    """A row of LLaVA-CoT-100k, whose questions may come without placeholder."""
+    """A row of LLaVA-CoT-100k, whose questions may come without placeholder.
+
+    Raises:
+        SampleError: as ``build_sample``; no_image, media_unread, key_unread.
+    """
+    images = _require_read(row, images, TAGGED_KEYS)
+    unread = unread_keys({**row, **turn_fields(_turns(row))}, TAGGED_KEYS)
+    if lost := (*unread.meaning, *unread.control):
+        fix = "write what they say into the conversation, or leave them out"
+        raise SampleError("key_unread", f"{', '.join(map(repr, lost)):.200} would be lost in the training row; {fix}")
     return build_sample(_with_placeholders(row, len(images)), images, fallback_id, origin)
 
 
@@ -84,22 +98,26 @@ def choose(items: Sequence[tuple[str, Choice]], take: int | None, seed: int) -> 
     return [items[number][1] for number in sorted(number for _, number in chosen)]
 
 
-def asked_row(sample: Sample, root: Path, prompt_id: str, answers: Sequence[str]) -> Row:
+def asked_row(
+    sample: Sample, root: Path, prompt_id: str, answers: Sequence[str], prompts: Sequence[str] | None = None
+) -> Row:
     """A training row: the sample's questions as the prompt asks them, each with the answer given here.
 
     Args:
         root: folder that image paths are written relative to.
+        prompt_id: names the row.
+        prompts: id of the prompt of each answer; ``prompt_id`` for all without it.
 
     Raises:
         SampleError: the row could not be trained on.
     """
-    prompt = find_prompt(prompt_id)
     given = iter(answers)
+    asked = iter(prompts or [prompt_id] * len(answers))
     turns = []
     num_images = len(sample.images)  # all of them in the first question
     for turn in sample.turns:
         if turn.role == "user":
-            turn = Turn("user", ask(prompt, turn.text, num_images))
+            turn = Turn("user", ask(find_prompt(next(asked)), turn.text, num_images))
             num_images = 0
         elif turn.role == "assistant":
             turn = Turn("assistant", next(given))
@@ -119,17 +137,36 @@ def relative_paths(sample: Sample, root: Path) -> list[str]:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes JSONL that appears whole or not at all. Returns the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
     count = 0
-    with aside.open("w", encoding="utf-8") as file:
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return count
+
+
+def _require_read(row: Row, images: Sequence[Any], used: Collection[str]) -> Sequence[Any]:
+    """The row's images; none for a path that is empty.
+
+    Raises:
+        SampleError: no_image, media_unread.
+    """
+    if is_blank(row.get("image")):
+        images = ()
+    turns = _turns(row)
+    text = "\n".join(str(turn.get("value", turn.get("content"))) for turn in turns if _is_question(turn))
+    if problem := unread_media(unread_keys({**row, **turn_fields(turns)}, used).media, text, len(images)):
+        raise problem
+    return images
+
+
+def _turns(row: Row) -> list[Any]:
+    turns = row.get("conversations")
+    return turns if isinstance(turns, list) else []
+
+
+def _is_question(turn: object) -> bool:
+    return isinstance(turn, dict) and turn.get("from", turn.get("role")) in USERS
 
 
 def _with_placeholders(row: Row, num_images: int) -> Row:
@@ -138,7 +175,7 @@ def _with_placeholders(row: Row, num_images: int) -> Row:
     if not num_images or not isinstance(turns, list) or IMAGE_PLACEHOLDER in str(turns):
         return row
     for number, turn in enumerate(turns):
-        if isinstance(turn, dict) and turn.get("from", turn.get("role")) in USERS:
+        if _is_question(turn):
             name = "value" if "value" in turn else "content"
             if isinstance(turn.get(name), str):
                 first = turn | {name: f"{IMAGE_PLACEHOLDER}\n" * num_images + turn[name]}

@@ -26,6 +26,7 @@ from sicog_mcore.cognition.curation.near_duplicates import BITS, EXACT
 from sicog_mcore.cognition.curation.selection import Curation, Selection, read_source, select
 from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.records import Decision, Generation, Scores, to_json
+from sicog_mcore.cognition.whole_files import whole_folder
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
@@ -44,6 +45,7 @@ def curate(curation: Curation, out: Path) -> Funnel:
         ConfigError: options, or evaluation images, that cannot work.
         RecordError: files that are damaged, or do not belong together.
         StarvedFunnel: too little is left, or suspiciously much.
+        MachineError: the disk is full or broken; what was there before is untouched.
     """
     if problems := _problems(curation):
         raise ConfigError(problems)
@@ -58,10 +60,13 @@ def curate(curation: Curation, out: Path) -> Funnel:
     funnel.text["mix"] = len(text_ids) - len(selection.text_rows)
     _require_enough(curation, selection, funnel)
     aside = out / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / CURATED).mkdir(parents=True)
-    _write(curation, selection, texts, funnel, aside)
-    (aside / FUNNEL).write_text(funnel.to_json(), encoding="utf-8")
+    with whole_folder(aside):
+        (aside / CURATED).mkdir()
+        _write(curation, selection, texts, funnel, aside)
+        (aside / FUNNEL).write_text(funnel.to_json(), encoding="utf-8")
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            _sync(file)
+        _sync(aside / CURATED)
     _commit(aside, out)
     return funnel
 
@@ -209,9 +214,6 @@ def _keep(
 
 def _commit(aside: Path, out: Path) -> None:
     """Moves finished files to their places. Cut off anywhere, it leaves no funnel.json, and the next run starts anew."""
-    for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-        _sync(file)
-    _sync(aside / CURATED)
     (out / FUNNEL).unlink(missing_ok=True)
     _sync(out)
     if (out / CURATED).exists():

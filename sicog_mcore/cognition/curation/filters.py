@@ -1,8 +1,8 @@
 """Which items are worth learning from, judged one by one.
 
 In: Generation, Scores   Out: None, or the Drop that says why not   Next: curate.py (what needs all items: duplicates)
-Reasons, in this order, the first that applies: the failure code of the item, no_candidates, no_clause, cut, below_threshold,
-too_short, too_long, repetition. All but the first two look at the winner alone: only the winner is learnt.
+Reasons, in this order, the first that applies: the failure code of the item, no_image, no_candidates, no_clause, cut,
+below_threshold, too_short, too_long, repetition. All but the first three look at the winner alone: only it is learnt.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def judge(
     failure = generation.failure or next((row.failure for row in scores if row.failure), "")
     if failure:
         return Drop("item", failure, generation.detail)
+    if generation.task == "caption" and not generation.image:
+        return Drop("item", "no_image", "a description of no picture is made up")
     winner = scores[0].winner
     if winner < 0:
         return Drop("item", "no_candidates", "nothing was generated")

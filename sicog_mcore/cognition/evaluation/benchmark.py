@@ -22,6 +22,7 @@ from typing import Literal
 
 import xxhash
 
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import read_bytes, read_size
 from sicog_mcore.data.rows import Row, build_sample, locate_image, parse_row
@@ -129,10 +130,10 @@ def write_rows(benchmark: str, images: Path | None, out: Path) -> int:
     for _ in _checked(benchmark):  # before anything is written
         pass
     root = os.path.realpath(_easy_vqa_images(benchmark) if benchmark.startswith(EASY_VQA) else images or ".")
-    (out / "images").mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]] = {}  # by id of the item
-    problems, aside, count = [], out / "rows.jsonl.partial", 0
-    with aside.open("w", encoding="utf-8") as file:
+    problems, count = [], 0
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    with whole_file(out / "rows.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
         for item in _checked(benchmark):
             try:
                 names[item.id] = [_place(picture, root, out / "images", names) for picture in item.pictures]
@@ -140,8 +141,7 @@ def write_rows(benchmark: str, images: Path | None, out: Path) -> int:
             except SampleError as error:
                 problems.append(f"{item.origin}: {error}")
             count += 1
-    _refuse(problems, count)
-    os.replace(aside, out / "rows.jsonl")
+        _refuse(problems, count)
     return count
 
 
@@ -168,9 +168,8 @@ def _place(picture: Picture, root: str, folder: Path, names: Mapping[str, Sequen
     suffix = next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), ".img")
     path = folder / (xxhash.xxh3_128_hexdigest(data) + suffix)
     if not path.exists() or path.stat().st_size != len(data):
-        aside = path.with_suffix(".partial")
-        aside.write_bytes(data)
-        os.replace(aside, path)
+        with whole_file(path) as aside:
+            aside.write_bytes(data)
     return path.name
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +30,7 @@ from sicog_mcore.cognition.evaluation.benchmark import Item
 from sicog_mcore.cognition.evaluation.intervals import bootstrap_interval, mcnemar_p, weighted_mean
 from sicog_mcore.cognition.prompts import Prompt, find_prompt
 from sicog_mcore.cognition.records import Candidate, Generation
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
 
 FORMAT = 1
@@ -171,12 +171,10 @@ def summarise(outcomes: Sequence[Outcome], about: Mapping[str, Any], seed: int =
 
 def write_results(folder: Path, outcomes: Sequence[Outcome], summary: Mapping[str, Any]) -> None:
     """Writes results.jsonl and results.json; each appears whole or not at all, the summary last."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(asdict(outcome), allow_nan=False) + "\n" for outcome in outcomes)
     for name, text in ((OUTCOMES, lines), (SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")):
-        aside = folder / f"{name}.partial"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, folder / name)
+        with whole_file(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

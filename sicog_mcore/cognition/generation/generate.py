@@ -25,10 +25,12 @@ from sicog_mcore.cognition.generation.sampling import candidate_seed
 from sicog_mcore.cognition.generation.vllm_engine import VllmEngine, vllm_name
 from sicog_mcore.cognition.prompts import Prompt, ask
 from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Sampling
+from sicog_mcore.cognition.row_keys import KeyTally
+from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.sample import Turn
 from sicog_mcore.data.tokenizer import find_tokenizer_file
-from sicog_mcore.errors import SampleError
+from sicog_mcore.errors import DataError, SampleError
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.console import duration_text
@@ -55,10 +57,17 @@ class Task:
         """What the engine is asked about an item.
 
         Raises:
-            SampleError: the row cannot be used, or a prompt needs a question that it has not.
+            SampleError: the row cannot be used, a prompt needs a question that it has not, or asks for a description of
+                a picture that it has not.
         """
         if item.failure:
             raise SampleError(item.failure, item.detail)
+        if not item.refs and any(prompt.task == "caption" for prompt, _ in self.prompts):
+            raise SampleError("no_image", "a description is asked for, and the row has no picture under 'image'")
+        if item.unasked and any(prompt.with_question for prompt, _ in self.prompts):
+            keys = ", ".join(map(repr, item.unasked))
+            fix = "write the whole question into the first turn of 'conversations', and leave these keys out"
+            raise SampleError("question_incomplete", f"{keys:.200} would not be asked; {fix}")
         return Request(
             id=item.id,
             images=item.refs,
@@ -119,7 +128,9 @@ def run(options: GenerationOptions, world_size: int = 1, rank: int = 0, init_met
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
     task = Task(options.uses, options.sampling, options.seed, engine_name(options), checkpoint.fingerprint)
-    items, done = _prepare(options, checkpoint, task) if rank == 0 else ([], frozenset())
+    told: list[str] = []  # by the rank that reads the rows
+    items, done = _prepare(options, checkpoint, task, told) if rank == 0 else ([], frozenset())
+    failures: Counter[str] = Counter()
     with joined(checkpoint, world_size, init_method, rank) as (build, topology):
         items, done = topology.broadcast_object((items, done))  # type: ignore[misc]  # as they were sent
         pending = [item for item in items if item.id not in done]
@@ -129,15 +140,27 @@ def run(options: GenerationOptions, world_size: int = 1, rank: int = 0, init_met
         )
         try:
             progress.notice(f"{len(items):,} items, {len(items) - len(pending):,} of them done before")
+            for line in told:
+                progress.notice(line)
             if pending:
                 _generate(options, task, own, build, topology, progress)
             topology.gather_objects(None)  # every record is on disk
             if topology.is_main:
-                merge_parts(options.out, [item.id for item in items], options.out / RECORDS)
+                merge_parts(options.out, [item.id for item in items], options.out / RECORDS, failures)
             progress.finish([f"records    {options.out / RECORDS}"])
         finally:
             progress.close()
+    if rank == 0:
+        _require_answers(failures, options.out / RECORDS)
     return options.out / RECORDS
+
+
+def _require_answers(failures: Counter[str], records: Path) -> None:
+    """Raises DataError if no item of the file was answered; such records are of no use to any step behind this one."""
+    if not failures[""]:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in failures.most_common() if reason) or "no rows"
+        fix = "their `detail` says why; correct the rows or their images, and choose another --out"
+        raise DataError(f"{records}: 0 of {failures.total():,} items were answered ({reasons}); {fix}")
 
 
 def engine_name(options: GenerationOptions) -> str:
@@ -149,10 +172,28 @@ def engine_name(options: GenerationOptions) -> str:
     return vllm_name() if options.engine == "vllm" else NATIVE
 
 
-def _prepare(options: GenerationOptions, checkpoint: Checkpoint, task: Task) -> tuple[list[Item], frozenset[str]]:
-    """What one rank finds out for all: the items, and which of them are done."""
-    items = read_items(options.rows, options.images, options.limit)
+def _prepare(
+    options: GenerationOptions, checkpoint: Checkpoint, task: Task, told: list[str]
+) -> tuple[list[Item], frozenset[str]]:
+    """What one rank finds out for all: the items, and which of them are done. Lines for the user are added to ``told``."""
+    tally = KeyTally()
+    items = read_items(options.rows, options.images, options.limit, tally)
+    told += [*tally.lines(), *_refusals(task, items)]
     return items, open_parts(options.out, make_header(options, checkpoint, task))
+
+
+def _refusals(task: Task, items: Sequence[Item]) -> Iterator[str]:
+    """One line for every reason why rows cannot be asked about, with the first of them."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for item in items:
+        try:
+            task.request(item)
+        except SampleError as error:
+            counts[error.reason] += 1
+            first.setdefault(error.reason, f"{item.origin}: {error.detail}")
+    for reason, count in counts.most_common():
+        yield f"refused    {count:,} of {len(items):,} items: {reason}, first {first[reason]:.400}"
 
 
 def make_header(options: GenerationOptions, checkpoint: Checkpoint, task: Task) -> Mapping[str, Any]:
@@ -253,7 +294,7 @@ def _report(
         "ranks": topology.world_size,
         "device_seconds": round(seconds * topology.world_size, 3),
     }
-    with (out / USAGE).open("a", encoding="utf-8") as file:
+    with disk_faults(out / USAGE), (out / USAGE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(usage) + "\n")
     progress.finish(
         [
@@ -276,7 +317,8 @@ def estimate(options: GenerationOptions, world_size: int) -> list[str]:
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
     task = Task(options.uses, options.sampling, options.seed, engine_name(options), checkpoint.fingerprint)
-    items = read_items(options.rows, options.images, options.limit)
+    tally = KeyTally()
+    items = read_items(options.rows, options.images, options.limit, tally)
     requests, refused = _requests(task, items)
     encoder = Encoder(checkpoint.experiment.model, checkpoint.experiment.data)
     sizes, failures = [], Counter(result.failure for result in refused)
@@ -293,6 +335,8 @@ def estimate(options: GenerationOptions, world_size: int) -> list[str]:
     asked = ", ".join(f"{prompt.id} v{prompt.version} x {count}" for prompt, count in task.prompts)
     lines = [
         f"items      {len(items):,}, {len(requests):,} of them usable rows",
+        *tally.lines(),
+        *_refusals(task, items),
         f"prompts    {asked}",
         f"candidates {candidates:,}",
         f"tokens     about {tokens:,} to read, {slices:,} slices to encode; at most {most:,} to draw",

@@ -2,7 +2,7 @@
 
 In: LLaVA rows {id, image, conversations}, the last two optional   Out: Item   Next: generate.py
 Of a conversation only the first question counts. A row that cannot be used is an item too, with the reason, so that every
-file of the loop has one row per item.
+file of the loop has one row per item. Nothing of a row is passed over in silence: see row_keys.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import xxhash
 
+from sicog_mcore.cognition.row_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
 from sicog_mcore.data.rows import ROLES, Row, build_sample
@@ -22,6 +23,7 @@ from sicog_mcore.data.sources import open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
 ANSWER: Mapping[str, str] = {"from": "gpt", "value": "-"}  # stands in for the label that nobody needs
+USED_KEYS = ("id", "image", "conversations")
 CHUNK_BYTES = 1 << 22
 
 
@@ -35,6 +37,8 @@ class Item:
         image: path relative to the folder of images; empty for an item of text only.
         refs: where the image is.
         failure, detail: why the row cannot be used; empty otherwise.
+        origin: ``file:line`` of the row.
+        unasked: keys of the row that belong to its question, but are not asked.
     """
 
     id: str
@@ -43,15 +47,18 @@ class Item:
     refs: tuple[ImageRef, ...] = ()
     failure: str = ""
     detail: str = ""
+    origin: str = ""
+    unasked: tuple[str, ...] = ()
 
 
-def read_items(rows: Sequence[Path], images: Path, limit: int = 0) -> list[Item]:
+def read_items(rows: Sequence[Path], images: Path, limit: int = 0, tally: KeyTally | None = None) -> list[Item]:
     """The items of all files, in order.
 
     Args:
         rows: .json and .jsonl files.
         images: folder that image paths are relative to.
         limit: so many items at most; 0 for all.
+        tally: counts the keys of the rows that are not read.
 
     Raises:
         ConfigError: files that do not exist or are no lists of rows.
@@ -63,14 +70,17 @@ def read_items(rows: Sequence[Path], images: Path, limit: int = 0) -> list[Item]
     ]
     if problems:
         raise ConfigError(problems)
-    index = open_sources([SourceConfig(path=str(path), images=str(images)) for path in rows], DataConfig(), build_item)
+    builder = _Builder(tally or KeyTally())
+    sources = [SourceConfig(path=str(path), images=str(images)) for path in rows]
+    index = open_sources(sources, DataConfig(), builder.build)
     root = os.path.realpath(images)
     items = []
     for row in range(min(limit, len(index)) if limit else len(index)):
+        origin = _name(index.origin(row), rows)
         try:
-            items.append(_item(index.read(row), root))
+            items.append(builder.item(index.read(row), root, origin))
         except SampleError as error:
-            items.append(Item(_name(index.origin(row), rows), failure=error.reason, detail=error.detail))
+            items.append(Item(origin, failure=error.reason, detail=error.detail, origin=origin))
     return items
 
 
@@ -84,9 +94,50 @@ def build_item(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: s
         raise SampleError("several_images", f"found {len(images)} images, expected at most one; split the row")
     turns = row.get("conversations") or [{"from": "human", "value": ""}]
     if isinstance(turns, list):
-        first = next((turn for turn in turns if _is_question(turn)), turns[0])
-        turns = [_with_placeholder(first, len(images)), dict(ANSWER)]
+        turns = [_with_placeholder(_first_question(turns), len(images)), dict(ANSWER)]
     return build_sample({**row, "conversations": turns}, images, fallback_id, origin)
+
+
+class _Builder:
+    """Builds a Sample of each row, and keeps what no Sample tells of the row that was built last."""
+
+    def __init__(self, tally: KeyTally) -> None:
+        self._tally = tally
+        self._problem: SampleError | None = None
+        self._unasked: tuple[str, ...] = ()
+
+    def build(self, row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+        """As ``build_item``; of a row whose picture is not read, only the id is."""
+        if is_blank(row.get("image")):
+            images = ()
+        question = _question(row)
+        unread = unread_keys({**row, **turn_fields([question])}, USED_KEYS)
+        self._tally.add((*unread.media, *unread.meaning, *unread.control, *unread.unknown), origin)
+        text = question.get("value", question.get("content"))
+        self._problem = unread_media(unread.media, text if isinstance(text, str) else "", len(images))
+        self._unasked = unread.meaning
+        if self._problem:
+            row, images = {"id": row.get("id")}, ()
+        return build_item(row, images, fallback_id, origin)
+
+    def item(self, sample: Sample, root: str, origin: str) -> Item:
+        """The item of the row that was built last."""
+        if self._problem:
+            return Item(sample.id, failure=self._problem.reason, detail=self._problem.detail, origin=origin)
+        question = sample.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
+        image = os.path.relpath(sample.images[0].path, root) if sample.images else ""
+        return Item(sample.id, question, image, sample.images, origin=origin, unasked=self._unasked)
+
+
+def _question(row: Row) -> Row:
+    """The turn that is asked; empty where there is none."""
+    turns = row.get("conversations")
+    turn = _first_question(turns) if isinstance(turns, list) and turns else None
+    return turn if isinstance(turn, dict) else {}
+
+
+def _first_question(turns: list[object]) -> object:
+    return next((turn for turn in turns if _is_question(turn)), turns[0])
 
 
 def digest(path: Path) -> str:
@@ -119,9 +170,3 @@ def _name(origin: str, rows: Sequence[Path]) -> str:
     """Where a row stands, without the folder if the file's name says enough: records must not depend on it."""
     is_enough = len({path.name for path in rows}) == len(rows)
     return os.path.basename(origin) if is_enough else origin
-
-
-def _item(sample: Sample, root: str) -> Item:
-    question = sample.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
-    image = os.path.relpath(sample.images[0].path, root) if sample.images else ""
-    return Item(sample.id, question, image, sample.images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from sicog_mcore.cognition.records import Generation, from_json, to_json, write_records
+from sicog_mcore.cognition.whole_files import disk_faults, whole_file
 from sicog_mcore.errors import RecordError
 
 FOLDER = "parts"
@@ -36,8 +38,10 @@ class PartWriter:
     """Appends records to a file of its own; use it as a context."""
 
     def __init__(self, folder: Path, name: str):
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        self._file = (folder / FOLDER / f"{name}{SUFFIX}").open("ab")
+        self._path = folder / FOLDER / f"{name}{SUFFIX}"
+        with disk_faults(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab")
 
     def __enter__(self) -> PartWriter:
         return self
@@ -45,13 +49,19 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with disk_faults(self._path):
+            self._file.close()
 
     def commit(self, record: Generation) -> None:
-        """Returns when the record is on disk."""
-        self._file.write(to_json(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Returns when the record is on disk.
+
+        Raises:
+            MachineError: the disk is full or broken; half a line that is left is cut off by ``open_parts``.
+        """
+        with disk_faults(self._path):
+            self._file.write(to_json(record).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def open_parts(folder: Path, header: Header) -> frozenset[str]:
@@ -72,17 +82,18 @@ def open_parts(folder: Path, header: Header) -> frozenset[str]:
     elif parts.is_dir() and any(parts.glob(f"*{SUFFIX}")):
         raise RecordError(f"{parts} holds records without {HEADER}; choose another --out, or remove {parts}")
     else:
-        parts.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(aside, path)
+        with whole_file(path) as aside:
+            aside.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
     for part in parts.glob(f"*{SUFFIX}"):
         _cut_half_line(part)
     return frozenset(_index(parts))
 
 
-def merge_parts(folder: Path, ids: Sequence[str], target: Path) -> int:
+def merge_parts(folder: Path, ids: Sequence[str], target: Path, failures: Counter[str] | None = None) -> int:
     """Writes the records of these items, in this order, by one rename. Returns their number.
+
+    Args:
+        failures: counts the records by their failure; the empty one stands for answered items.
 
     Raises:
         RecordError: an item has no record.
@@ -91,7 +102,15 @@ def merge_parts(folder: Path, ids: Sequence[str], target: Path) -> int:
     missing = [name for name in ids if name not in places]
     if missing:
         raise RecordError(f"{folder / FOLDER} lacks {len(missing)} items, e.g. {missing[0]!r}; run the command again")
-    return write_records(target, (_read(places[name]) for name in ids))
+    counts: Counter[str] = Counter() if failures is None else failures
+
+    def records() -> Iterator[Generation]:
+        for name in ids:
+            record = _read(places[name])
+            counts[record.failure] += 1
+            yield record
+
+    return write_records(target, records())
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -18,6 +18,23 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 
 Metric = Literal["auto", "exact", "numeric", "choice", "attributes"]
 SAME_WORD = 0.6
+# Options of tools/curate.py that a loop may pass on, and those that it gives itself.
+CURATE_OPTIONS = (
+    *("--text", "--min-tokens", "--max-tokens", "--max-repetition", "--image-radius", "--evaluation-radius"),
+    *(
+        "--text-similarity",
+        "--text-min-words",
+        "--min-kept",
+        "--min-share",
+        "--max-share",
+        "--forms",
+        "--formats",
+        "--mix",
+    ),
+    *("--pair-margin", "--pair-length-ratio", "--workers"),
+)
+SET_BY_LOOP = ("--round", "--images", "--tau", "-t", "--source", "--evaluation", "-e", "--seed")
+PLAIN_SCORERS, PLACED_SCORERS = ("tfidf", "vote"), ("sentence", "decoder", "attributes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,19 +185,64 @@ def read_loop(path: Path) -> LoopConfig:
     Raises:
         ConfigError: all that is wrong with the file, its fields and their values.
     """
+    problems: list[ConfigProblem] = []
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text)
+        problems += _repeated(yaml.compose(text, yaml.SafeLoader), "")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = f"cannot be read: {' '.join(str(error).split())}"
         raise ConfigError([ConfigProblem("config", str(path), problem, "give a YAML file")]) from error
-    problems: list[ConfigProblem] = []
     config = _build(LoopConfig, value, "", problems)
     if not problems:
-        problems += _check_values(config)
+        problems += [*_check_values(config), *_check_words(config)]
     if problems:
         raise ConfigError(problems)
     assert isinstance(config, LoopConfig)
     return config
+
+
+def _repeated(node: yaml.Node | None, path: str) -> Iterator[ConfigProblem]:
+    """Names that a group has twice; YAML would take the last one without a word."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, child in enumerate(node.value):
+            yield from _repeated(child, f"{path}[{number}]")
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, child in node.value:
+            name = f"{path}.{key.value}" if path else str(key.value)
+            if name in seen:
+                place = f"is given twice, again in line {key.start_mark.line + 1}"
+                yield ConfigProblem(
+                    name, child.value if isinstance(child, yaml.ScalarNode) else None, place, "keep one of the two"
+                )
+            seen.add(name)
+            yield from _repeated(child, name)
+
+
+def _check_words(config: LoopConfig) -> Iterator[ConfigProblem]:
+    """Words that a step behind hours of training would refuse, or that would take the place of what the loop sets."""
+    for word in (word.partition("=")[0] for word in config.curation.options):
+        is_option = word.startswith("-") and not _is_number(word)
+        if is_option and word in SET_BY_LOOP:
+            fix = "leave it out; thresholds stand under curation.tau"
+            yield ConfigProblem("curation.options", word, "is set by the loop", fix)
+        elif is_option and word not in CURATE_OPTIONS:
+            yield ConfigProblem("curation.options", word, "is no option of curation", _suggest(word, CURATE_OPTIONS))
+    for name, scorer in vars(config.scoring).items():
+        kind, colon, place = scorer.partition(":")
+        if kind not in (PLACED_SCORERS if colon else PLAIN_SCORERS):
+            fix = f"use {', '.join(PLAIN_SCORERS)}, or one of {', '.join(PLACED_SCORERS)} with : and a place"
+            yield ConfigProblem(f"scoring.{name}", scorer, "is no scorer", fix)
+        elif colon and not Path(place).exists():
+            yield ConfigProblem(f"scoring.{name}", scorer, f"{place or 'its place'} does not exist", "correct the path")
+    if config.evaluation.metric == "attributes":
+        fix = "use another; tools/evaluate.py score judges by attributes afterwards"
+        yield ConfigProblem("evaluation.metric", "attributes", "needs a vocabulary, which a loop cannot name", fix)
+
+
+def _is_number(word: str) -> bool:
+    return word.lstrip("-").replace(".", "", 1).isdecimal()
 
 
 def _check_values(config: LoopConfig) -> Iterator[ConfigProblem]:

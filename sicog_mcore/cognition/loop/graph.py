@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sicog_mcore.cli import load_experiment
+from sicog_mcore.cognition.curation.filters import parse_per_prompt
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.loop.config import LoopConfig, StageConfig
 from sicog_mcore.cognition.loop.steps import Step
@@ -231,6 +232,10 @@ class _Builder:
     def _candidates(self, number: int, kind: Kind, folder: Path, model: _Made) -> _Made:
         generation = self.config.generation
         prompts = generation.captions if kind == "captions" else generation.answers
+        for name in prompts.keys() & load_prompts().keys():
+            if f"{(task := load_prompts()[name].task)}s" != kind:
+                fix = f"name prompts of {kind}"
+                self._note(folder.name, ConfigProblem(f"generation.{kind}", name, f"is a prompt for {task}s", fix))
         sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, generation.max_new_tokens)
         options = GenerationOptions(
             checkpoint=model.path,
@@ -274,6 +279,11 @@ class _Builder:
             needs=_names((*records.values(), *scores)),
         )
         curation = self.config.curation
+        try:
+            parse_per_prompt("curation.tau", curation.tau)
+        except ConfigError as error:
+            for problem in error.problems:
+                self._note(f"{folder.name}.curate", problem)
         named = [Path(word) for word in curation.options if Path(word).exists()]  # e.g. rows of text that are mixed in
         words = ["--round", str(folder), "--images", str(self.images), "--seed", str(self.config.seed + number - 1)]
         words += ["--evaluation", str(benchmark.path / "images"), "--tau", *curation.tau, *curation.options]

@@ -34,6 +34,7 @@ from sicog_mcore.cognition.loop.steps import (
     foreign_files,
     plan,
 )
+from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.errors import EXIT_CRASH, EXIT_OK, ConfigError, ConfigProblem
 
 LOGS = "logs"
@@ -105,8 +106,9 @@ class StepRunner:
     def run(self, step: Step, title: str) -> int:
         """Runs one step, whatever its state; returns its exit code, which is not 0 if it did not write what it should."""
         log = self.folder / LOGS / f"{step.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock(step) as lock, log.open("ab") as output:
+        with disk_faults(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock(step) as lock, disk_faults(log), log.open("ab") as output:
             stamp = self.stamps.begin(step, self.contents)
             words = self.command(step)
             output.write(f"--- {datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(words)}\n".encode())
@@ -173,8 +175,10 @@ class StepRunner:
             ConfigError: somebody else holds it.
         """
         path = self.folder / FOLDER / f"{step.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with disk_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

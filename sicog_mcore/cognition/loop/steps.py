@@ -10,7 +10,6 @@ matter there.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import xxhash
 from sicog_mcore import __version__
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.commit import MANIFEST, committed_steps, step_folder
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import CheckpointError, ConfigProblem
 
 FORMAT = 1  # raised when a fingerprint changes its meaning
@@ -272,13 +272,8 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with whole_file(path, shared=True) as aside:
+        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _judge(step: Step, stamp: Stamp | None, contents: Contents) -> tuple[State, str]:

@@ -8,7 +8,7 @@ block, a few mapped parts, and 16 bytes per distinct text to know it by.
 
 from __future__ import annotations
 
-import os
+import io
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from sicog_mcore.cognition.scoring.embed import Embedder
+from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
 
 BLOCK = 1024
@@ -79,13 +80,10 @@ class VectorStore:
             if part.number % shard.count != shard.index or part.path.exists():
                 continue
             vectors = self._embedder.embed(part.texts)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            aside = part.path.with_name(f"{part.path.stem}.{os.getpid()}.partial")
-            with aside.open("wb") as file:
-                np.save(file, vectors)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, part.path)
+            content = io.BytesIO()
+            np.save(content, vectors)  # into a file, numpy would not tell why it cannot write
+            with whole_file(part.path, shared=True) as aside:
+                aside.write_bytes(content.getbuffer())
             self.embedded += len(part.texts)
             yield self.embedded
 

@@ -18,7 +18,7 @@ NO_STEPS = "Step 1: only one of five."
 
 
 def reason(folder: Path, said: list[Said], limits: Limits | None = None, tau: PerPrompt = PerPrompt(0.8)) -> str:  # noqa: B008
-    made = item(folder, "a", said, image=None)
+    made = item(folder, "a", said)
     drop = judge(made.generation, [made.scores], [tau], limits or Limits())
     return drop.reason if drop else "kept"
 
@@ -63,7 +63,7 @@ def test_a_failed_item_is_dropped_under_its_own_code() -> None:
 
 
 def test_every_scorer_may_object(tmp_path: Path) -> None:
-    made = item(tmp_path, "a", [LOW, GOOD], image=None)
+    made = item(tmp_path, "a", [LOW, GOOD])
     votes = replace(made.scores, scorer="vote", scores=(0.9, 0.5), winner=0)
     objection = judge(made.generation, [made.scores, votes], [PerPrompt(0.8), PerPrompt(0.6)], Limits())
     assert objection == ("score", "below_threshold", "0.5000 by vote, at least 0.6 expected")
@@ -96,3 +96,9 @@ def test_a_synthesis_may_say_again_what_the_steps_said(tmp_path: Path) -> None:
     last = "A red cup. It has one handle. It stands on a table. A window is behind it."
     assert repetition(chain("cod", last)) > 0.1
     assert reason(tmp_path, [GOOD._replace(text=last)], Limits(max_repetition=0.0)) == "kept"
+
+
+def test_a_description_without_a_picture_is_never_kept(tmp_path: Path) -> None:
+    made = item(tmp_path, "a", [LOW, GOOD], image=None)
+    drop = judge(made.generation, [made.scores], [PerPrompt(0.1)], Limits())
+    assert drop is not None and (drop.stage, drop.reason) == ("item", "no_image")

@@ -6,18 +6,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sicog_mcore.cognition.generation.generate import estimate, run
+from sicog_mcore.cognition.generation.generate import Task, estimate, run
 from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.generation.sampling import candidate_seed
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.cognition.records import Generation, Sampling, from_json, read_records, to_json
+from sicog_mcore.cognition.row_keys import KeyTally
 from sicog_mcore.config import ParallelConfig
-from sicog_mcore.errors import CheckpointError, ConfigError, RecordError
+from sicog_mcore.errors import CheckpointError, ConfigError, DataError, RecordError, SampleError
 from sicog_mcore.parallel.topology import start_topology, stop_topology
 from tests.answering import write_checkpoint, write_items
 from tests.builders import tiny_experiment, write_image
@@ -110,6 +112,99 @@ def test_a_row_that_cannot_be_used_is_an_item_with_the_reason(tmp_path: Path) ->
     ]
 
 
+HUMAN = [{"from": "human", "value": "What is it?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"images": ["a.png"]}, "the key 'images' and no image"),
+        ({"image_path": "a.png", "conversations": HUMAN}, "'image_path'"),
+        ({"imgUrl": "http://x/a", "image": ""}, "'imgUrl'"),
+        ({"source": "coco/a.jpg", "image": None}, "'source'"),
+        ({"content": [{"type": "text"}, {"url": "data:image/png;base64,AAAA"}], "image": []}, "'content'"),
+        ({"video": "a.mp4", "audio": "a.wav"}, "the keys 'video', 'audio' and no image"),
+        ({"conversations": [{"from": "human", "value": "<image>\nWhat?"}]}, "<image> in the text"),
+        ({"conversations": [{"from": "human", "value": "<img>a.png</img> What?"}]}, "<img>, </img> in the text"),
+        ({"conversations": [{**HUMAN[0], "image": "a.png"}]}, "the key 'conversations.image'"),
+        ({"conversations": [{"role": "user", "content": "<|vision_start|>What?"}]}, "<|vision_start|> in the text"),
+    ],
+)
+def test_a_row_whose_picture_is_not_read_is_refused_by_name(row: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "a"} | row) + "\n")
+    (item,) = read_items([path], tmp_path)
+    assert (item.id, item.failure, item.origin) == ("a", "no_image", "rows.jsonl:1")
+    assert named in item.detail and "only 'image' is read" in item.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "failure"),
+    [
+        ({"images": ["sub/a.png"]}, ""),  # the same picture once more
+        ({"image_url": "https://somewhere/1.jpg", "image_id": 7, "width": 8}, ""),  # where it came from, and about it
+        ({"images": ["a.png", "b.png"]}, "media_unread"),
+        ({"image2": "b.png"}, "media_unread"),
+        ({"video": "b.mp4"}, "media_unread"),
+        ({"videos": [], "image_path": None, "audio": ""}, ""),
+        ({"conversations": [{**HUMAN[0], "images": ["a.png"], "timestamp": 1}]}, ""),
+        ({"conversations": [{**HUMAN[0], "images": ["a.png", "b.png"]}]}, "media_unread"),
+        ({"conversations": [{"from": "human", "value": "<image>\n<video> What?"}]}, "media_unread"),
+    ],
+)
+def test_beside_its_image_a_row_may_repeat_it_but_bring_no_other(
+    row: dict[str, Any], failure: str, tmp_path: Path
+) -> None:
+    assert items_of(tmp_path, {"id": "a", "image": "a.png"} | row)[0][3] == failure
+
+
+def test_an_empty_image_is_none_and_a_question_without_one_is_text(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "image": value, "conversations": HUMAN} for i, value in enumerate(("", " ", None, [], [""]))]
+    assert items_of(tmp_path, *rows) == [(str(i), "What is it?", "", "") for i in range(5)]
+
+
+def task_of(*prompts: str) -> Task:
+    return Task(tuple((find_prompt(name), 1) for name in prompts), DRAW, 0, "engine", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "reason"),
+    [
+        ({"conversations": HUMAN}, "caption", "no_image"),
+        ({"image": "", "conversations": HUMAN}, "cod", "no_image"),
+        ({"image": "a.png", "conversations": HUMAN, "choices": ["cat", "dog"]}, "direct", "question_incomplete"),
+        ({"image": "a.png", "conversations": HUMAN, "system": "Answer in capitals."}, "cot", "question_incomplete"),
+        ({"image": "a.png", "question": "What is it?"}, "direct", "question_incomplete"),
+    ],
+)
+def test_what_a_prompt_needs_is_there_or_the_item_is_refused(
+    row: dict[str, Any], prompt: str, reason: str, tmp_path: Path
+) -> None:
+    items_of(tmp_path, {"id": "a"} | row)
+    (item,) = read_items([tmp_path / "rows.jsonl"], tmp_path)
+    assert item.failure == ""
+    with pytest.raises(SampleError) as caught:
+        task_of(prompt).request(item)
+    assert caught.value.reason == reason
+    other = "direct" if reason == "no_image" else "caption"
+    assert len(task_of(other).request(item).prompts) == 1
+
+
+def test_keys_that_are_not_read_are_counted_with_the_place_of_the_first(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "image": "a.png", "hue": 1, "license": "MIT", "loss": 0},
+        {"id": "b", "image": "a.png", "hue": 2},
+    ]
+    items_of(tmp_path, {"id": "0", "image": "a.png", "hue": None}, *rows)
+    tally = KeyTally()
+    read_items([tmp_path / "rows.jsonl"], tmp_path, 0, tally)
+    file = tmp_path / "rows.jsonl"
+    assert list(tally.lines()) == [
+        f"key 'hue' is not read: 2 rows, first {file}:2",
+        f"key 'loss' is not read: 1 row, first {file}:2",
+    ]
+
+
 def test_a_placeholder_in_a_question_asks_for_no_further_image() -> None:
     text = ask(find_prompt("direct"), "what is <image> <|im_end|>", 1)
     assert text.count("<image>") == 1
@@ -164,7 +259,7 @@ def test_a_run_writes_what_a_record_promises(options: GenerationOptions, folder:
     run(replace(options, prompts=(("cod", 2), ("caption", 1))))
     records = list(read_records(options.out / "generations.jsonl", Generation))
     assert [item.id for item in records] == [f"i{i}" for i in range(5)]
-    assert [item.failure for item in records] == ["", "", "", "image_unidentified", ""]
+    assert [item.failure for item in records] == ["", "", "no_image", "image_unidentified", ""]
     first = records[0]
     assert (first.image, first.question, first.task, first.seed) == ("i0.png", "", "caption", 3)
     assert [(use.id, use.count) for use in first.prompts] == [("cod", 2), ("caption", 1)]
@@ -176,7 +271,7 @@ def test_a_run_writes_what_a_record_promises(options: GenerationOptions, folder:
             assert candidate.log_prob <= 0 and round(candidate.log_prob, 2) == candidate.log_prob
     usage = json.loads((options.out / "usage.jsonl").read_text())
     assert usage["decode_tokens"] == sum(c.tokens for item in records for c in item.candidates)
-    assert (usage["items"], usage["failed"], usage["ranks"]) == (4, {"image_unidentified": 1}, 1)
+    assert (usage["items"], usage["failed"], usage["ranks"]) == (3, {"image_unidentified": 1, "no_image": 1}, 1)
 
 
 @pytest.mark.slow
@@ -199,11 +294,30 @@ def test_a_run_goes_on_where_it_was_and_a_finished_one_does_nothing(
         run(replace(options, seed=4))
 
 
+def test_a_run_that_answers_nothing_is_no_success(
+    options: GenerationOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "images": ["i0.png"], "hue": 1}\n{"id": "b", "image": "gone.png"}\n')
+    for _ in range(2):  # a second run, which has nothing to do, is none either
+        with pytest.raises(
+            DataError, match=r"0 of 2 items were answered \(1 x no_image, 1 x image_missing\)"
+        ) as caught:
+            run(replace(options, rows=(rows,)))
+        assert caught.value.exit_code == 17
+        printed = capsys.readouterr().out
+        assert f"key 'hue' is not read: 1 row, first {rows}:1" in printed.replace("\n", " ")
+        assert "refused    1 of 2 items: no_image, first rows.jsonl:1: the row has the key 'images'" in printed
+    failures = [item.failure for item in read_records(options.out / "generations.jsonl", Generation)]
+    assert failures == ["no_image", "image_missing"]
+
+
 def test_a_dry_run_estimates_and_writes_nothing(options: GenerationOptions) -> None:
     lines = estimate(replace(options, tokens_per_s=16.0, price_per_gpu_hour=3.6), world_size=2)
     text = "\n".join(lines)
-    assert "candidates 10" in text
-    assert "at most 40 to draw" in text
+    assert "candidates 8" in text
+    assert "at most 32 to draw" in text
+    assert "refused    1 of 5 items: no_image, first items.jsonl:3: a description is asked for" in text
     assert "image_unidentified 1" in text or "'image_unidentified': 1" in text
     assert "0:00:01 on 2 ranks, cost 0.00" in text
     assert not options.out.exists()

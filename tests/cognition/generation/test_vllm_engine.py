@@ -119,6 +119,6 @@ def test_a_whole_run_passes_the_gate_and_names_its_engine(tmp_path: Path) -> Non
         engine="vllm",
     )
     records = list(read_records(run(options), Generation))
-    assert [record.failure for record in records] == ["", "", "", "image_unidentified", ""]
+    assert [record.failure for record in records] == ["", "", "no_image", "image_unidentified", ""]
     assert {record.engine.split()[0] for record in records} == {"vllm"}
     assert json.loads((options.out / "parts" / "header.json").read_text())["engine"] == records[0].engine

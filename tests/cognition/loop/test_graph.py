@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from sicog_mcore.cognition.loop.config import LoopConfig, read_loop
+from sicog_mcore.cognition.loop.config import CURATE_OPTIONS, SET_BY_LOOP, LoopConfig, read_loop
 from sicog_mcore.cognition.loop.console import comparison_line
 from sicog_mcore.cognition.loop.graph import build_steps
 from sicog_mcore.cognition.loop.steps import Step, in_order
 from sicog_mcore.errors import ConfigError
 from tests.builders import TOKENIZER, write_dataset
+from tools import curate
 
 KINDS = {"captions": ("stage0.perception", "cod"), "answers": ("stage0.reasoning", "cot")}
 
@@ -112,6 +113,53 @@ def test_the_new_model_and_the_baseline_differ_in_the_data_of_stage_15_alone(val
         == "runs/loop/round_1/curated/train.jsonl"
     )
     assert option(steps["round_1.stage15"], "init.resampler") == "runs/loop/stage1"  # and nothing of what generated
+
+
+def test_curation_takes_no_other_option_than_its_own_and_none_that_the_loop_sets(values: dict[str, Any]) -> None:
+    parsed = curate.parse(["--round", "r", "--images", "i"])
+    own = {f"--{name.replace('_', '-')}" for name in vars(parsed)}
+    assert own == {*CURATE_OPTIONS, *(word for word in SET_BY_LOOP if word.startswith("--"))}
+    given = ["--min-kpt", "10", "--evaluation", "photos", "-e", "--image-radius", "-1", "--seed=3", "--workers=2"]
+    values["curation"] = {"options": given}
+    assert problems_of(values) == [
+        "curation.options: is no option of curation",
+        *["curation.options: is set by the loop"] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("group", "value", "problem"),
+    [
+        ("scoring", {"captions": "tfdif"}, "scoring.captions: is no scorer"),
+        ("scoring", {"answers": "attributes"}, "scoring.answers: is no scorer"),
+        ("scoring", {"captions": "sentence:nowhere"}, "scoring.captions: nowhere does not exist"),
+        ("curation", {"tau": ["0.8", "cdo=0.9"]}, "round_1.curate: curation.tau: found prompt 'cdo', expected"),
+        ("curation", {"tau": ["nan"]}, "round_1.curate: curation.tau: nan is no finite number"),
+        ("generation", {"captions": {"cot": 2}}, "round_1: generation.captions: is a prompt for answers"),
+    ],
+)
+def test_what_a_late_step_would_refuse_is_found_before_the_first(
+    group: str, value: Any, problem: str, values: dict[str, Any]
+) -> None:
+    (found,) = problems_of(values | {group: value})
+    assert found.startswith(problem)
+
+
+def test_a_metric_that_the_loop_cannot_judge_by_is_refused(values: dict[str, Any]) -> None:
+    values["evaluation"]["metric"] = "attributes"
+    assert problems_of(values) == ["evaluation.metric: needs a vocabulary, which a loop cannot name"]
+
+
+def test_a_name_that_is_given_twice_is_refused_with_its_line(values: dict[str, Any]) -> None:
+    path = write_loop(Path(), values)
+    path.write_text(path.read_text() + "rounds: 2\nrounds: 3\ngeneration:\n  captions: {cod: 1, cod: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_loop(path)
+    lines = path.read_text().count("\n")
+    assert [(problem.path, problem.value, problem.problem) for problem in caught.value.problems] == [
+        ("rounds", "3", f"is given twice, again in line {lines - 2}"),
+        ("generation.captions.cod", "2", f"is given twice, again in line {lines}"),
+    ]
 
 
 def test_stage_0_warms_up_the_baseline_or_the_given_model(values: dict[str, Any]) -> None:

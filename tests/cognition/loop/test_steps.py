@@ -22,6 +22,7 @@ from sicog_mcore.cognition.loop.console import LiveLine, ledger_rows, plan_summa
 from sicog_mcore.cognition.loop.runner import StepRunner
 from sicog_mcore.cognition.loop.steps import Contents, Stamps, Step, digest, fingerprint, foreign_files, in_order, plan
 from sicog_mcore.errors import EXIT_CRASH, ConfigError
+from tests.interrupts import heeded
 
 # Joins the first lines of its inputs; "fail" in them ends it with exit code 7, "none" writes nothing, "wait" never ends.
 FAKE = """
@@ -241,9 +242,10 @@ def start_runner() -> subprocess.Popen[str]:
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[3], "kernels")))}
     Path("first.txt").write_text("wait\n")
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    with heeded():
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code], env=env, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
     while not Path("ran.txt").exists() or not Path("ran.txt").read_text():
         assert parent.poll() is None
         time.sleep(0.05)
