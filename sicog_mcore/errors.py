@@ -5,6 +5,9 @@ Error text says what was found, what was expected, and the remedy.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -12,6 +15,8 @@ EXIT_CONFIG = 2  # wrong configuration or input: do not retry
 EXIT_GIVE_UP = 17  # too many bad samples, or a diverged run: do not retry
 EXIT_RETRY = 75  # the machine failed, not the run: a full disk, a dead peer, a hang; the same command may work later
 EXIT_CRASH = 1
+
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)  # a matter of rights: trying again changes nothing
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,27 @@ class RecordError(SicogError):
     """A file of the self-improvement loop is missing, damaged, or of another version."""
 
     exit_code = EXIT_CONFIG
+
+
+class WriteError(MachineError, CheckpointError):
+    """A checkpoint could not be written because a disk or a process failed; what was there before is untouched."""
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Turns what a disk raises inside into one message about the file that was to be written.
+
+    Raises:
+        MachineError: the disk is full or fails.
+        ConfigError: the place may not be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in DENIED:
+            fix = "choose an output folder that you may write to"
+            raise ConfigError([ConfigProblem("output", str(path), f"cannot be written ({reason})", fix)]) from error
+        raise MachineError(
+            f"{path} cannot be written: {reason}; make room or check the disk, and run the same command again"
+        ) from error
