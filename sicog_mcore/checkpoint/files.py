@@ -16,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from safetensors import SafetensorError, safe_open
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.commit import Manifest
@@ -34,6 +35,7 @@ KINDS: Mapping[str, object] = {
     "common_backend_version": 1,
 }
 EXTRA = "_extra_state"
+RANDOM_STATES = "rng/"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -78,6 +80,9 @@ def examine(manifest: Manifest) -> None:
         require_tensors_only(manifest.folder / COMMON)
     for place in described.storage_data.values():
         require_tensors_only(manifest.folder / place.relative_path, place.offset, place.length)
+    for name in manifest.files:
+        if name.startswith(RANDOM_STATES):
+            _require_safetensors(manifest.folder / name)
 
 
 def has_shards(manifest: Manifest) -> bool:
@@ -93,6 +98,14 @@ def _require_kind(manifest: Manifest) -> None:
         raise CheckpointError(
             f"{manifest.folder / KIND} says {str(odd)[:200]}, expected {dict(KINDS)}; another program wrote this checkpoint"
         )
+
+
+def _require_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} holds no random states ({error}); use another checkpoint") from error
 
 
 def _require_listed(manifest: Manifest, described: Any) -> None:

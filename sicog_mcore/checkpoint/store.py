@@ -76,6 +76,11 @@ class CheckpointStore:
     def folder(self, step: int) -> Path:
         return commit.step_folder(self.root, step)
 
+    def newest(self) -> Path | None:
+        """The newest committed checkpoint, if there is one."""
+        steps = commit.committed_steps(self.root)
+        return self.folder(steps[-1]) if steps else None
+
     def save(self, model: TrainableModel, state: RunState) -> Path:
         """Writes and commits a checkpoint; older ones go only after that. Collective.
 

@@ -191,7 +191,9 @@ def test_a_full_disk_is_one_error_and_the_previous_checkpoint_stays(
         with monkeypatch.context() as patch, largest_file(fault if isinstance(fault, int) else resource.RLIM_INFINITY):
             if isinstance(fault, tuple):
                 patch.setattr(*fault, no_space)
-            with pytest.raises(CheckpointError, match="step_00000002 cannot be written: .+GiB free.; make room") as error:
+            with pytest.raises(
+                CheckpointError, match="step_00000002 cannot be written: .+GiB free.; make room"
+            ) as error:
                 checkpoints.save(model, RunState(2))
         assert error.value.exit_code == EXIT_RETRY, name
         # What was written so far is removed, so that it does not keep the disk full.
