@@ -19,16 +19,17 @@ from sicog_mcore.errors import CheckpointError, TrainingError
 from sicog_mcore.parallel.wrap import PARTS, TrainableModel
 
 # A part has exploded when the root mean square (RMS) of its parameters is more than GROWTH times what it was at the last
-# checkpoint, and above ORDINARY_RMS. Weights lie between 0.01 and 10 in any model that works; at a learning rate of 1e-3 a
-# part that starts at zero would take 10,000 steps in one direction to get there.
+# checkpoint, and above ORDINARY_RMS. The RMS of whole parts lies far below 1 in models that work; at a rate of 1e-3 a
+# part that starts at zero would take 3,000 steps in one direction to get there.
 GROWTH = 100.0
-ORDINARY_RMS = 10.0
-# A loss leaps when it is above twice the median of the last ones, by more than a nat, and by more than their usual scatter.
+ORDINARY_RMS = 3.0
+# A loss leaps when it is above twice the median of the last ones, by more than a nat, and well above their highest tenth.
 SPIKE_WINDOW = 64
 SPIKE_FACTOR = 2.0
 SPIKE_NATS = 1.0
-SPIKE_SCATTER = 6.0  # median absolute deviations
-SCATTER_FROM = 8  # losses from which on a scatter can be told
+SPIKE_OVER_HIGH = 1.5
+HIGHEST_TENTH = 0.9
+HIGH_FROM = 4  # losses from which on it can be told what high ones are
 REMEDY = "Lower optim.lr, or look at the samples of this step in consumed-*.jsonl"
 
 
@@ -118,9 +119,10 @@ class SpikeWatch:
         """Takes the loss of a step; a line for the user if it leapt, once for as long as it stays high."""
         if not math.isfinite(loss):  # a step without labels; a loss that ruins a run is an error elsewhere
             return None
-        usual = median(self._losses) if self._losses else loss
-        scatter = median(abs(value - usual) for value in self._losses) if len(self._losses) >= SCATTER_FROM else 0.0
-        limit = usual + max(SPIKE_NATS, (SPIKE_FACTOR - 1) * abs(usual), SPIKE_SCATTER * scatter)
+        known = sorted(self._losses)
+        usual = median(known) if known else loss
+        high = known[int(HIGHEST_TENTH * (len(known) - 1))] if len(known) >= HIGH_FROM else 0.0
+        limit = max(usual + SPIKE_NATS, SPIKE_FACTOR * usual, SPIKE_OVER_HIGH * high)
         self._losses.append(loss)
         was_high, self._is_high = self._is_high, loss > limit
         if was_high or not self._is_high:
