@@ -104,7 +104,7 @@ class Manifest:
         path, expected = self.folder / name, self.files.get(name)
         if expected is None:
             raise CheckpointError(f"{path} is not listed in {MANIFEST}, so it is not opened; {self.remedy}")
-        steps = [self.folder / part for part in (*PurePosixPath(name).parents, name) if str(part) != "."]
+        steps = [self.folder / part for part in (*map(str, PurePosixPath(name).parents), name) if part != "."]
         if any(step.is_symlink() for step in steps):
             raise CheckpointError(f"{path} is a link, expected a file of the checkpoint itself; {self.remedy}")
         if not path.is_file():

@@ -101,7 +101,7 @@ class _ListedUnpickler(pickle._Unpickler):  # the one in Python, where an opcode
             raise pickle.UnpicklingError("it changes a class")
         super().load_build()  # type: ignore[misc]
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[attr-defined]
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
 
 
 class _NamesOnly(_ListedUnpickler):
@@ -240,5 +240,5 @@ def guarded(described: Metadata) -> Iterator[None]:
 
 
 def _replace(load: Callable[..., Any], read: Callable[..., Any]) -> None:
-    torch.load = load  # type: ignore[assignment]
-    FileSystemReader.read_metadata = read  # type: ignore[assignment, method-assign]
+    torch.load = load
+    FileSystemReader.read_metadata = read  # type: ignore[method-assign]

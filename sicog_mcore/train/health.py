@@ -63,7 +63,7 @@ def measure(model: TrainableModel) -> Soundness:
             sums[2 * index + 1] += sum(parameter.numel() for parameter in parameters)
     sums[-1] = _squares(model.optimizer_tensors())
     *found, optimizer = model.topology.sum_over_world(sums).tolist()
-    rms = {
+    rms: dict[str, float] = {
         part: math.sqrt(square / count) if count else 0.0
         for part, square, count in zip(PARTS, found[::2], found[1::2], strict=True)
     }

@@ -248,11 +248,11 @@ def test_a_manifest_that_is_no_file_of_its_own_is_refused(tmp_path: Path, monkey
             commit.verify(folder)
 
 
-def test_every_flipped_bit_of_a_real_size_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_that_makes_two_names_one_is_found(tmp_path: Path) -> None:
     """Names that differ in one bit: a flip makes two entries one, and the other file would go unchecked."""
     folder = commit.step_folder(tmp_path, 1)
     commit.aside(folder).mkdir(parents=True)
-    for number in range(8):
+    for number in range(2):
         (commit.aside(folder) / f"__{number}_0.distcp").write_bytes(b"same")
     commit.commit(folder)
     content = (folder / commit.MANIFEST).read_bytes()
