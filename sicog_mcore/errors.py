@@ -6,6 +6,8 @@ Error text says what was found, what was expected, and the remedy.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -18,6 +20,8 @@ MACHINE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 )
 IN_TEXT = ("(os error {})", "[Errno {}]")  # how an errno stands in what libraries, or other ranks, tell
+
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)  # a matter of rights: trying again changes nothing
 
 
 @dataclass(frozen=True)
@@ -115,3 +119,27 @@ def exit_code(error: BaseException) -> int:
         causes = (error, error.__cause__) if isinstance(error, CheckpointError) else ()
         return EXIT_RETRY if any(cause and is_machine_fault(cause) for cause in causes) else error.exit_code
     return EXIT_RETRY if is_machine_fault(error) else EXIT_CONFIG
+
+
+class WriteError(MachineError, CheckpointError):
+    """A checkpoint could not be written because a disk or a process failed; what was there before is untouched."""
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Turns what a disk raises inside into one message about the file that was to be written.
+
+    Raises:
+        MachineError: the disk is full or fails.
+        ConfigError: the place may not be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in DENIED:
+            fix = "choose an output folder that you may write to"
+            raise ConfigError([ConfigProblem("output", str(path), f"cannot be written ({reason})", fix)]) from error
+        raise MachineError(
+            f"{path} cannot be written: {reason}; make room or check the disk, and run the same command again"
+        ) from error

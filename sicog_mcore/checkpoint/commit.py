@@ -1,8 +1,9 @@
 """A checkpoint folder either exists whole or not at all, and says so itself.
 
 Written aside as ``step_N.tmp``; every file is hashed into ``manifest.json`` and synced to disk; then one rename makes it
-visible. No file format underneath notices a flipped bit, so the manifest is checked before anything is read.
-Next: store.py
+visible. No file format underneath notices a flipped bit, so the manifest, which has a checksum of its own, is checked before
+anything is read. A file that it does not list is never opened.
+Next: files.py (what the files hold), store.py
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import xxhash
 from safetensors.torch import save_file
@@ -24,6 +28,8 @@ MANIFEST = "manifest.json"
 COMMITTED = re.compile(r"^step_(\d{8})$")
 UNFINISHED = re.compile(r"^step_\d{8}(\.tmp)?$")
 CHUNK_BYTES = 1 << 22
+LARGEST_JSON = 1 << 26  # manifests and states are far below it; a file that is not could fill the memory
+HASH = re.compile(r"[0-9a-f]{32}")
 # Differ from run to run although all weights are equal: a random name of the save, and generators that nobody seeded.
 NOT_IN_WEIGHTS = (".metadata", "rng/")
 
@@ -58,8 +64,7 @@ def commit(folder: Path) -> int:
     temporary = aside(folder)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
-    text = json.dumps({"files": manifest}, indent=1, sort_keys=True)
-    (temporary / MANIFEST).write_text(text, encoding="utf-8")
+    (temporary / MANIFEST).write_text(_render(manifest), encoding="utf-8")
     for path in [*files, temporary / MANIFEST]:
         _sync(path)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -69,25 +74,99 @@ def commit(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def verify(folder: Path) -> None:
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed folder consists of.
+
+    Attributes:
+        files: size and hash of each, by its path in the folder.
+        has_checksum: False where an earlier version wrote it; then a damaged manifest may go unnoticed.
+    """
+
+    folder: Path
+    files: Mapping[str, Mapping[str, int | str]]
+    has_checksum: bool
+
+    @property
+    def remedy(self) -> str:
+        return _remedy(self.folder)
+
+    def size(self, name: str) -> int:
+        """Bytes of a listed file."""
+        return int(self.files[name]["bytes"])
+
+    def check(self, name: str) -> Path:
+        """The place of one file, whose contents are what was committed.
+
+        Raises:
+            CheckpointError: it is not listed, missing, a link, or has another size or other contents.
+        """
+        path, expected = self.folder / name, self.files.get(name)
+        if expected is None:
+            raise CheckpointError(f"{path} is not listed in {MANIFEST}, so it is not opened; {self.remedy}")
+        steps = [self.folder / part for part in (*map(str, PurePosixPath(name).parents), name) if part != "."]
+        if any(step.is_symlink() for step in steps):
+            raise CheckpointError(f"{path} is a link, expected a file of the checkpoint itself; {self.remedy}")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {self.remedy}")
+        try:
+            size = path.stat().st_size
+            found = _fingerprint(path) if size == expected["bytes"] else {"bytes": size}
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); {self.remedy}") from error
+        if found != expected:
+            raise CheckpointError(f"{path} is damaged: found {found}, expected {dict(expected)}; {self.remedy}")
+        return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed folder, once its own checksum is right; no other file is opened.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or is none.
+    """
+    path = folder / MANIFEST
+    try:
+        text = read_text(path)
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}); {_remedy(folder)}") from error
+    if not isinstance(content, dict) or not isinstance(files := content.get("files"), dict) or not files:
+        found = f"{type(content).__name__} {text[:40]!r}"
+        raise CheckpointError(f"{path} is no manifest: found {found}, expected files; {_remedy(folder)}")
+    if odd := [name for name, entry in files.items() if not (_is_inside(name) and _is_entry(entry))]:
+        raise CheckpointError(
+            f"{path} is no manifest: it lists {odd[0][:80]!r} with {str(files[odd[0]])[:80]}, expected a file in the "
+            f"folder with bytes and xxh3; {_remedy(folder)}"
+        )
+    # What was written is compared, not only what it means: a flipped bit may also hide in a name that occurs twice.
+    if text not in (_render(files), _render_without_checksum(files)):
+        raise CheckpointError(f"{path} is damaged: its checksum is not that of its contents; {_remedy(folder)}")
+    return Manifest(folder, files, text == _render(files))
+
+
+def read_text(path: Path) -> str:
+    """A small text file that is no link and no device.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is something else, too large, or not UTF-8.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_JSON:
+        raise ValueError(f"expected a file of at most {LARGEST_JSON >> 20} MiB and no link")
+    return path.read_text(encoding="utf-8")
+
+
+def verify(folder: Path) -> Manifest:
     """Checks every file against the manifest.
 
     Raises:
         CheckpointError: names the first file that is missing, has another size, or other contents.
     """
-    remedy = f"remove {folder} to go on from the checkpoint before it"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error}); {remedy}") from error
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {remedy}")
-        size = path.stat().st_size
-        found = _fingerprint(path) if size == expected.get("bytes") else {"bytes": size}
-        if found != expected:
-            raise CheckpointError(f"{path} is damaged: found {found}, expected {expected}; {remedy}")
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        manifest.check(name)
+    return manifest
 
 
 def fingerprint(folder: Path) -> str:
@@ -96,11 +175,8 @@ def fingerprint(folder: Path) -> str:
     Raises:
         CheckpointError: the manifest cannot be read.
     """
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        content = [[name, files[name]] for name in sorted(files) if not name.startswith(NOT_IN_WEIGHTS)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read ({error!r}); name another checkpoint") from error
+    files = read_manifest(folder).files
+    content = [[name, files[name]] for name in sorted(files) if not name.startswith(NOT_IN_WEIGHTS)]
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
@@ -119,6 +195,36 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file that whoever may enter the folder may read; the library leaves it to the owner alone."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} to go on from the checkpoint before it"
+
+
+def _render(files: Mapping[str, Any]) -> str:
+    """The manifest as it is written, with the hash of what it lists."""
+    digest = xxhash.xxh3_128_hexdigest(_render_without_checksum(files).encode())
+    return json.dumps({"files": files, "xxh3": digest}, indent=1, sort_keys=True)
+
+
+def _render_without_checksum(files: Mapping[str, Any]) -> str:
+    return json.dumps({"files": files}, indent=1, sort_keys=True)  # as earlier versions wrote it
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name can only mean a file in the folder."""
+    path = PurePosixPath(name)
+    is_plain = bool(path.parts) and str(path) == name and "\0" not in name and "\\" not in name
+    return is_plain and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_entry(entry: Any) -> bool:
+    is_pair = isinstance(entry, dict) and entry.keys() == {"bytes", "xxh3"}
+    return is_pair and type(entry["bytes"]) is int and entry["bytes"] >= 0 and _is_hash(entry["xxh3"])
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and HASH.fullmatch(value) is not None
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:

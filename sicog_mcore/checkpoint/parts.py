@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
+from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, load_shards, read_state, stored_tensors
 from sicog_mcore.checkpoint.hf import require_free
-from sicog_mcore.checkpoint.store import FORMAT, STATE, WRITE_ERRORS, RunState
+from sicog_mcore.checkpoint.store import WRITE_ERRORS, RunState, write_failure
 from sicog_mcore.checkpoint.targets import PARTS, part_of
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import Experiment, Part
@@ -42,7 +42,7 @@ def find_weights(path: Path, topology: Topology) -> Path | None:
     Looked up and verified on rank 0; the answer is the same on all ranks.
 
     Raises:
-        CheckpointError: it is damaged, or the run has no committed checkpoint.
+        CheckpointError: it is damaged or holds what it must not, or the run has no committed checkpoint.
     """
     found = _find(path) if topology.is_main else None
     answer: Any = topology.broadcast_object(found)
@@ -60,7 +60,7 @@ def _find(path: Path) -> Path | CheckpointError | None:
     if not (path / STATE).is_file():
         return None
     try:
-        commit.verify(path)
+        examine(commit.verify(path))
     except CheckpointError as error:
         return error
     return path
@@ -72,22 +72,13 @@ def read_experiment(folder: Path) -> Experiment:
     Raises:
         CheckpointError: it cannot be read, or another version wrote it.
     """
-    try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read ({error}); name another checkpoint") from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {content.get('format')}, this version reads {FORMAT}; use the version that wrote it"
-        )
-    return experiment_from_dict(content["experiment"])
+    commit.read_manifest(folder).check(STATE)
+    return experiment_from_dict(read_state(folder)["experiment"])
 
 
 def read_tensors(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and dtype of every weight of a checkpoint, layers stacked along the first axis; reads no tensor."""
-    entries = dist_checkpointing.load_tensors_metadata(str(folder)).items()
-    found = [(name, tuple(t.global_shape), str(t.dtype)) for name, t in entries if not name.startswith(OPTIMIZER)]
-    return sorted((name, shape, dtype.removeprefix("torch.")) for name, shape, dtype in found)
+    return sorted(entry for entry in stored_tensors(folder) if not entry[0].startswith(OPTIMIZER))
 
 
 def load_parts(
@@ -108,10 +99,7 @@ def load_parts(
     saved = read_experiment(folder)
     _require_same_model(saved, experiment, parts, folder)
     state = {name: _entries(chunk, parts, topology) for name, chunk in _named(chunks)}
-    try:
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except CheckpointingException as error:
-        raise CheckpointError(f"{folder} does not hold this model: {error}") from error
+    loaded = load_shards(state, folder, topology, StrictHandling.RAISE_UNEXPECTED)
     for name, chunk in _named(chunks):
         # A later pipeline stage has nothing of tower and resampler, and Megatron drops what is empty.
         outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
@@ -147,7 +135,7 @@ def save_weights(
     try:
         dist_checkpointing.save(state, str(temporary))
     except WRITE_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}; make room and try again") from error
+        raise write_failure(folder, error) from error
     on_main(topology, finish, WRITE_ERRORS)
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sicog_mcore.checkpoint.commit import write_tensors
+from sicog_mcore.errors import CheckpointError
 
 TRACKER = "tracker."
 
@@ -38,8 +40,27 @@ def save_rng(path: Path) -> None:
 
 
 def load_rng(path: Path) -> None:
-    """Restores what save_rng wrote, in a process at the same place of the same layout."""
-    state: dict[str, Tensor] = load_file(path)
+    """Restores what save_rng wrote, in a process at the same place of the same layout.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        _restore(load_file(path))
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise CheckpointError(f"{path} holds no random states ({error}); use another checkpoint") from error
+
+
+def _restore(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -9,28 +9,29 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from safetensors import SafetensorError
 
 from sicog_mcore.checkpoint import commit
+from sicog_mcore.checkpoint.failures import WRITE_ERRORS, Failure, SaveFailed, failure_of, free_bytes, write_failure
+from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, has_shards, load_shards, read_state
 from sicog_mcore.checkpoint.rng import load_rng, save_rng
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
-from sicog_mcore.errors import CheckpointError
+from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
+from sicog_mcore.sizes import decoder_params, resampler_params, tower_params
 
-FORMAT = 1
-STATE = "state.json"
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
-# A full disk, as pathlib, torch.save, safetensors and Megatron's writer processes report it.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, WritersFailed)
+OPTIMIZER_BYTES = 12  # of a trained parameter: an fp32 master and two moments
+RESERVE = 1.02  # headers and paddings
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,18 @@ class CheckpointStore:
     def folder(self, step: int) -> Path:
         return commit.step_folder(self.root, step)
 
+    def newest(self) -> Path | None:
+        """The newest committed checkpoint, if there is one."""
+        steps = commit.committed_steps(self.root)
+        return self.folder(steps[-1]) if steps else None
+
     def save(self, model: TrainableModel, state: RunState) -> Path:
         """Writes and commits a checkpoint; older ones go only after that. Collective.
 
         Raises:
-            CheckpointError: it cannot be written; what was there before is untouched.
+            WriteError: the disk is full or fails; what was there before is untouched.
+            CheckpointError: the folder may not be written to.
+            MachineError: another rank or the network failed.
         """
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
@@ -91,12 +99,10 @@ class CheckpointStore:
             self._together(lambda: self._add_own_files(temporary, state))
             self._together(lambda: self._commit(folder))
         except WRITE_ERRORS as error:
-            place = next(parent for parent in self.root.resolve().parents if parent.is_dir())
-            free = shutil.disk_usage(place).free / 2**30
-            raise CheckpointError(
-                f"checkpoint {folder} cannot be written: {_reason(error)} ({free:.1f} GiB free); "
-                "make room and run the command again"
-            ) from error
+            if self.topology.is_main:
+                with suppress(OSError):  # what was written so far would keep the disk full
+                    shutil.rmtree(temporary)
+            raise write_failure(folder, error, self._agreed(error)) from error
         return folder
 
     def _together(self, work: Callable[[], None]) -> None:
@@ -105,10 +111,51 @@ class CheckpointStore:
         try:
             work()
         except WRITE_ERRORS as error:
-            failure = _reason(error)
-        failures = [text for text in self.topology.gather_objects(failure) if text is not None]
+            failure = failure_of(error)
+        failures = [found for found in self.topology.gather_objects(failure) if found is not None]
         if failures:
-            raise OSError(failures[0])
+            raise SaveFailed(failures[0])
+
+    def _agreed(self, error: BaseException) -> Failure:
+        """What failed; where all ranks know that something did, but only one knows what, they agree on its kind."""
+        failure = failure_of(error)
+        if not isinstance(error, WritersFailed):
+            return failure
+        try:
+            kinds = [
+                kind for kind, is_told in self.topology.gather_objects((failure.kind, bool(error.failures))) if is_told
+            ]
+        except RuntimeError as lost:
+            return failure_of(lost)
+        return Failure(kinds[0] if kinds else failure.kind, failure.text)
+
+    def require_space(self) -> None:
+        """Checks, before a run, that one more checkpoint fits; only where the free space can be known. Collective.
+
+        Raises:
+            MachineError: there is too little.
+        """
+        problem = self._lacking_space() if self.topology.is_main else None
+        if text := self.topology.broadcast_object(problem):
+            failure = MachineError(str(text))
+            failure.same_on_all_ranks = True
+            raise failure
+
+    def _lacking_space(self) -> str | None:
+        try:
+            left = sum(
+                file.stat().st_size for folder in commit.unfinished_folders(self.root) for file in folder.rglob("*")
+            )
+            free = free_bytes(self.root) + left  # the first save removes what others left unfinished
+        except OSError:
+            return None
+        needed = checkpoint_bytes(self.experiment)
+        if free >= needed:
+            return None
+        return (
+            f"{self.root} has {_size(free)} free, and a checkpoint of this run takes about {_size(needed)}; make room, or "
+            "choose another output folder, and run the command again"
+        )
 
     def _prepare(self, temporary: Path) -> None:
         if self.topology.is_main:
@@ -143,11 +190,12 @@ class CheckpointStore:
             CheckpointError: the checkpoint is damaged or belongs to another model.
         """
         folder = self.folder(step)
-        content = json.loads((folder / STATE).read_text())
+        content = read_state(folder)
         notes = self._compare(content, folder)
+        state = _run_state(content, folder, step)
         model.allocate_optimizer_state()
-        loaded, unread, missing = dist_checkpointing.load(
-            _sharded_state(model, is_loading=True), str(folder), strict=StrictHandling.RETURN_ALL
+        loaded, unread, missing = load_shards(
+            _sharded_state(model, is_loading=True), folder, self.topology, strict=StrictHandling.RETURN_ALL
         )
         wrong = sorted(key for key in {*unread, *missing} if EXTRA_STATE not in key)  # which older versions wrote
         if wrong:
@@ -155,21 +203,20 @@ class CheckpointStore:
                 f"{folder} does not hold this model and its optimizer: {len(wrong)} entries differ, such as {wrong[0]}; "
                 "use the version that wrote it, or choose another output folder"
             )
-        model.load_weights([loaded[name] for name, _ in _named_chunks(model)])
-        model.load_optimizer_state(loaded["optimizer"])
-        if content["layout"] == _layout(self.topology):
+        try:
+            model.load_weights([loaded[name] for name, _ in _named_chunks(model)])
+            model.load_optimizer_state(loaded["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{folder} does not hold the state of this run's optimizer ({error!r})") from error
+        if content.get("layout") == _layout(self.topology):
             load_rng(_rng_file(folder, self.topology.rank))
         else:
             notes.append(
-                f"layout changed from {content['layout']} to {_layout(self.topology)}: random states start anew"
+                f"layout changed from {content.get('layout')} to {_layout(self.topology)}: random states start anew"
             )
-        return RunState(**content["state"]), notes
+        return state, notes
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
-        if content["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {content['format']}, this version reads {FORMAT}; use the version that wrote it"
-            )
         saved = experiment_from_dict(content["experiment"])
         if saved.model != self.experiment.model:
             changes = [c for c in describe_changes(saved, self.experiment) if c.startswith("model.")]
@@ -202,10 +249,51 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
             f"checkpoint.resume is 'never' but {root} has a checkpoint of step {steps[-1]}; choose another output folder"
         )
     try:
-        commit.verify(commit.step_folder(root, steps[-1]))
+        manifest = commit.verify(commit.step_folder(root, steps[-1]))
+        if has_shards(manifest):
+            examine(manifest)
     except CheckpointError as error:
         return error
+    if not manifest.has_checksum:
+        notes.append(
+            f"{manifest.folder.name}: an earlier version wrote its {commit.MANIFEST}, which has no checksum itself"
+        )
     return Found(steps[-1], tuple(notes))
+
+
+def checkpoint_bytes(experiment: Experiment) -> int:
+    """About what one checkpoint takes on the disk: weights of all parts, and what the optimizer keeps of trained ones."""
+    model, weight = experiment.model, 2 if experiment.train.precision == "bf16" else 4
+    counts = {
+        "tower": tower_params(model.tower),
+        "resampler": resampler_params(model.resampler, model.tower.hidden, model.decoder.hidden),
+        "decoder": decoder_params(model.decoder),
+    }
+    trained = sum(count for part, count in counts.items() if part not in experiment.optim.freeze)
+    return int(RESERVE * (weight * sum(counts.values()) + OPTIMIZER_BYTES * trained))
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _run_state(content: Mapping[str, Any], folder: Path, step: int) -> RunState:
+    """Where the run stood, from its file.
+
+    Raises:
+        CheckpointError: it says something else than integers, or another step than its folder.
+    """
+    try:
+        state = RunState(**content["state"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE} holds no state of a run ({error}); use another checkpoint") from error
+    numbers = [state.step, state.samples, *state.loader.values()] if isinstance(state.loader, dict) else [None]
+    if state.step != step or not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(
+            f"{folder / STATE} says {str(content['state'])[:200]}, expected whole numbers and step {step}; "
+            "use another checkpoint"
+        )
+    return state
 
 
 def _named_chunks(model: TrainableModel) -> list[tuple[str, Any]]:
@@ -218,14 +306,6 @@ def _sharded_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": model.topology.groups.dp_cp}
     chunks = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(model)}
     return {**chunks, **model.sharded_optimizer_state(chunks, is_loading, metadata)}
-
-
-def _reason(error: BaseException) -> str:
-    """One line, where Megatron's writers report a traceback per rank."""
-    if isinstance(error, WritersFailed):
-        found = "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
-        return found or "another rank failed"  # only one rank is told the details
-    return str(error)
 
 
 def _layout(topology: Topology) -> dict[str, int]:

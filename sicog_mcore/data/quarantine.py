@@ -10,7 +10,7 @@ from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sicog_mcore.errors import DataError
+from sicog_mcore.errors import DataError, writing
 
 REASONS_SHOWN = 3
 
@@ -63,9 +63,10 @@ class Quarantine:
         Raises:
             DataError: there are too many of them now.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as report:  # closed, so flushed, after every line
-            report.write(json.dumps(asdict(rejection), ensure_ascii=False) + "\n")
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as report:  # closed, so flushed, after every line
+                report.write(json.dumps(asdict(rejection), ensure_ascii=False) + "\n")
         self.reasons[rejection.reason] += 1
         self._add(rejection)
         if self._bad_in_window > self._allowed_bad:

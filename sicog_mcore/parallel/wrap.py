@@ -5,6 +5,7 @@ In: model chunks   Out: TrainableModel   Next: train/step.py, checkpoint/store.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -149,10 +150,31 @@ class TrainableModel:
         for chunk in self.wrapped:
             chunk.start_param_sync(force_sync=True)
 
-    def optimizer_step(self) -> tuple[bool, float]:
-        """Clips and applies the gradients. Returns whether the step was taken, and the gradient norm."""
+    def optimizer_step(self, may_apply: bool = True) -> tuple[bool, float]:
+        """Clips and applies the gradients, if they are finite; otherwise weights and moments stay. The same on all ranks.
+
+        Args:
+            may_apply: False only measures the gradients.
+
+        Returns:
+            whether the step was taken, and the gradient norm.
+        """
+        # Megatron looks for what is not finite only where it scales the loss (fp16), and would write it into the weights.
+        refused = self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if refused or not may_apply or not math.isfinite(norm):
+            return False, norm
         done, norm, _ = self.optimizer.step()
         return bool(done), float(norm)
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Masters and moments that this rank keeps."""
+        kept: list[Tensor] = []
+        for member in self.optimizer.chained_optimizers:
+            inner = member.optimizer
+            for parameter, state in inner.state.items() if inner is not None else ():
+                kept += [parameter, *(value for value in state.values() if isinstance(value, Tensor))]
+        return kept
 
 
 def freeze_parts(chunks: Sequence[ModelChunk], parts: Sequence[Part]) -> None:

@@ -15,6 +15,7 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.data.loader import Loader, LoaderState
 from sicog_mcore.data.quarantine import Quarantine
+from sicog_mcore.errors import writing
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.flops import Counts
@@ -67,7 +68,7 @@ class CountingLoader:
 
     def take(self, step: int) -> Counts:
         """What was handed out since the last call; records its sample ids under ``step``."""
-        with self._record.open("a", encoding="utf-8") as record:
+        with writing(self._record), self._record.open("a", encoding="utf-8") as record:
             record.write(json.dumps({"step": step, "ids": self._ids}, ensure_ascii=False) + "\n")
         counts, self._counts, self._ids = self._counts, Counts(), []
         return counts

@@ -12,10 +12,13 @@ import os
 import time
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, TextIO
+
+from sicog_mcore.errors import writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -120,52 +123,77 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        drop_steps_from(path, first_step)
-        self._lines: TextIO = path.open("a", encoding="utf-8")
+        self._path = path = folder / METRICS_FILE
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            drop_steps_from(path, first_step)
+            self._lines: TextIO = path.open("a", encoding="utf-8")
         self._board: SummaryWriter | None = None
+        self._board_folder = folder / TENSORBOARD_FOLDER
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=first_step)
+            with writing(self._board_folder):
+                self._board = SummaryWriter(str(self._board_folder), purge_step=first_step)
 
     def write(self, stats: StepStats) -> None:
-        """Writes one step; the line is on its way to the disk when this returns."""
+        """Writes one step; the line is on its way to the disk when this returns.
+
+        Raises:
+            MachineError: the disk is full or fails.
+        """
         values = stats.values()
         wall_time = time.time()
-        self._lines.write(json.dumps(values | {"time": round(wall_time, 3)}, allow_nan=False) + "\n")
-        self._lines.flush()
-        if self._board is None:
-            return
+        with writing(self._path):
+            self._lines.write(json.dumps(values | {"time": round(wall_time, 3)}, allow_nan=False) + "\n")
+            self._lines.flush()
+        if self._board is not None:
+            with writing(self._board_folder):
+                self._draw(self._board, stats, values, wall_time)
+
+    def _draw(
+        self, board: SummaryWriter, stats: StepStats, values: Mapping[str, int | float | None], wall_time: float
+    ) -> None:
         preferences = tuple(asdict(stats.preferences)) if stats.preferences else ()
         for group, names in (*TENSORBOARD_GROUPS.items(), (PREFERENCE_GROUP, preferences)):
             for name in names:
                 value = values[name]
                 if value is not None:
-                    self._board.add_scalar(f"{group}/{name}", value, stats.step, walltime=wall_time)
+                    board.add_scalar(f"{group}/{name}", value, stats.step, walltime=wall_time)
 
     def close(self) -> None:
-        self._lines.close()
+        """Ends both; what a full disk did not take is lost, and was reported when it was written."""
+        with suppress(OSError):
+            self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
 def drop_steps_from(path: Path, first_step: int) -> None:
-    """Keeps the lines of a JSONL file before ``first_step``; a torn last line, left by a kill, goes too."""
+    """Keeps the lines of a JSONL file before ``first_step``; a torn last line, left by a kill, goes too.
+
+    Raises:
+        MachineError: the disk is full or fails; the file is as it was.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] < first_step:
-            kept.append(line)
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                is_before = json.loads(line)["step"] < first_step
+            except (ValueError, TypeError, KeyError):
+                continue
+            if is_before:
+                kept.append(line)
+        try:
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 class Summary:

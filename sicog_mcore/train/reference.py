@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
-from sicog_mcore.errors import DataError
+from sicog_mcore.errors import DataError, writing
 from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.parallel.wrap import TrainableModel
@@ -145,7 +145,8 @@ def _compute(
 ) -> None:
     """One pass over the first epoch of the run's own stream of batches, which holds every usable pair."""
     topology, unfinished = model.topology, path.with_suffix(UNFINISHED)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     known = dict(_read(unfinished, stamp)) if topology.loads_data else {}
     topology.gather_objects(None)  # all have read before anything is written
     if topology.is_main:
@@ -174,7 +175,8 @@ def _compute(
     finally:
         feed.close()
     if topology.is_main:
-        os.replace(unfinished, path)
+        with writing(path):
+            os.replace(unfinished, path)
     topology.gather_objects(None)  # nobody reads before that
 
 
@@ -189,7 +191,7 @@ def _lines(entries: Entries) -> Iterable[dict[str, object]]:
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, object]], mode: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
+    with writing(path), path.open(mode, encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.console import Console
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.flops import Counts, peak_tflops, step_flops
+from sicog_mcore.train.health import SpikeWatch
 from sicog_mcore.train.metrics import MetricsLog, StepStats, Summary
 from sicog_mcore.train.step import StepResult
 
@@ -35,6 +36,7 @@ class Reporter:
     def __init__(self, experiment: Experiment, topology: Topology, console: Console, first_step: int):
         self.experiment, self.topology, self.console = experiment, topology, console
         self.summary = Summary()
+        self._spikes = SpikeWatch()
         self._log: MetricsLog | None = None
         if topology.is_main:
             self._log = MetricsLog(Path(experiment.output), first_step, experiment.train.tensorboard)
@@ -79,6 +81,8 @@ class Reporter:
         if self._log:
             self._log.write(stats)
         self.console.step(stats, self.experiment.train.steps)
+        if warning := self._spikes.see(step, result.loss):
+            self.console.notice(warning)
         return counts.samples
 
     def restart_clock(self) -> None:

@@ -5,6 +5,7 @@ In: the PackedBatches of this model copy, an Objective   Out: StepResult, equal 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ class StepResult:
         loss: mean over what the objective counts in the global batch; NaN if there was nothing.
         count: supervised tokens, or pairs, of the global batch.
         grad_norm: before clipping, over all parameters.
-        applied: False if the optimizer refused the step because of a non-finite gradient.
+        applied: False if loss or gradient norm are not finite; then weights and optimizer state are those before the step.
         preferences: how the pairs of the global batch were judged, if there were pairs.
     """
 
@@ -129,7 +130,7 @@ def sum_logs(topology: Topology, logs: Sequence[Log], num_sums: int) -> list[flo
 
 
 def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float, objective: Objective) -> StepResult:
-    """Trains on one global batch.
+    """Trains on one global batch, unless its loss or its gradient is not finite.
 
     Args:
         batches: this model copy's share of the global batch, one packed sequence per micro-batch.
@@ -141,7 +142,7 @@ def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float,
     logs = run_schedule(model.wrapped, model.config, model.topology, batches, loss)
     sums = sum_logs(model.topology, logs, objective.num_sums)
     model.set_learning_rate(lr)
-    applied, grad_norm = model.optimizer_step()
     loss_sum, count = sums[:2]
     mean = loss_sum / count if count else float("nan")
+    applied, grad_norm = model.optimizer_step(may_apply=not count or math.isfinite(mean))
     return StepResult(mean, int(count), grad_norm, applied, objective.describe(sums) if count else None)

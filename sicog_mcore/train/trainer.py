@@ -14,6 +14,7 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.errors import TrainingError
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.feed import Feed
+from sicog_mcore.train.health import REMEDY, measure, require_sound, require_sound_start
 from sicog_mcore.train.reporter import Reporter
 from sicog_mcore.train.schedule import learning_rate
 from sicog_mcore.train.step import Objective, StepResult, train_step
@@ -35,10 +36,17 @@ class Trainer:
         """Runs all remaining steps. Returns the newest checkpoint.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; no checkpoint is written after that.
+            TrainingError: the loss or the gradient is not finite, or the weights have exploded; no checkpoint is written
+                after that.
             DataError: the data cannot be used.
+            MachineError: a checkpoint would not fit on the disk.
         """
         optim, steps = self.experiment.optim, self.experiment.train.steps
+        if self.state.step < steps:
+            self.store.require_space()
+        # What the weights are compared with before they are committed; moves on with every checkpoint.
+        sound = measure(self.model)
+        require_sound_start(sound, self._last_good())
         self.reporter.restart_clock()
         while self.state.step < steps:
             batches = self.feed.next_step()
@@ -46,18 +54,25 @@ class Trainer:
             result = train_step(self.model, batches, lr, self.objective)
             step = self.state.step + 1
             samples = self.reporter.report(step, lr, result, self.feed)
-            _require_finite(result, step)
+            self._require_finite(result, step)
             self.state = RunState(step, self.feed.state(), self.state.samples + samples)
             if step % self.experiment.checkpoint.every_steps == 0 or step == steps:
+                sound = require_sound(self.model, sound, f"step {step}", self._last_good())
                 self.store.save(self.model, self.state)
                 self.reporter.restart_clock()
         return self.store.folder(self.state.step)
 
+    def _last_good(self) -> str:
+        """The checkpoint from which the same command would go on, for messages."""
+        newest = self.store.newest()
+        if newest is None:
+            return "there is no checkpoint yet, so the same command starts anew"
+        return f"the last good checkpoint is {newest}, and the same command goes on from there"
 
-def _require_finite(result: StepResult, step: int) -> None:
-    """Every rank has the same result, so all of them stop at the same step."""
-    if result.count and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise TrainingError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the weights are no longer usable. "
-            "The last checkpoint is untouched: lower optim.lr or look at the samples of this step in consumed-*.jsonl"
-        )
+    def _require_finite(self, result: StepResult, step: int) -> None:
+        """Every rank has the same result, so all of them stop at the same step."""
+        if result.count and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise TrainingError(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the step was not applied; "
+                f"{self._last_good()}. {REMEDY}"
+            )

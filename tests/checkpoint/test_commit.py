@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 import shutil
@@ -203,3 +205,96 @@ def test_equal_weights_have_an_equal_fingerprint(tmp_path: Path) -> None:
     assert fingerprint_with("d", "__0_0.distcp", b"4") != first
     with pytest.raises(CheckpointError, match="cannot be read"):
         commit.fingerprint(tmp_path)
+
+
+def listing(name: str = "common.pt", size: str = "6", digest: str = f'"{"0" * 32}"', more: str = "") -> str:
+    return f'{{"files": {{"{name}": {{"bytes": {size}, "xxh3": {digest}{more}}}}}}}'
+
+
+NAMES = ("../x", "/etc/passwd", ".", "", "a/../b", "a//b", "./a", "a\\\\b", "a\\u0000b", "manifest.json/..")
+ODD_MANIFESTS = (
+    *("", "[]", "null", "3", '"files"', "{}", '{"files": {}}', '{"files": []}', '{"files": null}', '{"files": "x"}'),
+    *('{"files": {"common.pt": "x"}}', '{"files": {"common.pt": {}}}', '{"files": {"common.pt": null}}'),
+    *(listing(size=size) for size in ('"6"', "true", "-1", "6.0", "null", "[6]", "9" * 5000)),
+    *(listing(digest=digest) for digest in ("6", '"abc"', "null", '["x"]')),
+    *(listing(name) for name in NAMES),
+    *(listing(), listing(more=', "more": 1'), listing(more=', "xxh3": 1'), listing()[:-2] + ', "a": {}}}'),
+    *("[" * 100_000, '{"files": ' * 50_000, "\ufeff{}", "NaN", '{"files": NaN}'),
+)
+
+
+@pytest.mark.parametrize("text", ODD_MANIFESTS, ids=lambda text: text[:40])
+def test_an_odd_manifest_is_one_error(text: str, tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    (folder / commit.MANIFEST).write_text(text)
+    for read in (commit.verify, commit.fingerprint):
+        with pytest.raises(CheckpointError, match=re.escape(str(folder / commit.MANIFEST))) as error:
+            read(folder)
+        assert len(str(error.value)) < 1000
+    assert isinstance(find_checkpoint(tmp_path, CheckpointConfig()), CheckpointError)
+
+
+def test_a_manifest_that_is_no_file_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third, fourth = committed(tmp_path, 1, 2, 3, 4)
+    text = (first / commit.MANIFEST).read_bytes()
+    (first / commit.MANIFEST).rename(tmp_path / "elsewhere.json")
+    (first / commit.MANIFEST).symlink_to(tmp_path / "elsewhere.json")
+    (second / commit.MANIFEST).write_bytes(b"\xff\xfe" + text)
+    (third / commit.MANIFEST).unlink()
+    os.mkfifo(third / commit.MANIFEST)  # whoever opens it waits for ever
+    monkeypatch.setattr(commit, "LARGEST_JSON", len(text) - 1)
+    for folder in (first, second, third, fourth):
+        with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
+            commit.verify(folder)
+
+
+def test_a_flipped_bit_that_makes_two_names_one_is_found(tmp_path: Path) -> None:
+    """Names that differ in one bit: a flip makes two entries one, and the other file would go unchecked."""
+    folder = commit.step_folder(tmp_path, 1)
+    commit.aside(folder).mkdir(parents=True)
+    for number in range(2):
+        (commit.aside(folder) / f"__{number}_0.distcp").write_bytes(b"same")
+    commit.commit(folder)
+    content = (folder / commit.MANIFEST).read_bytes()
+    for bit in range(8 * len(content)):
+        flip(folder / commit.MANIFEST, content, bit)
+        with pytest.raises(CheckpointError):
+            commit.read_manifest(folder)
+
+
+def test_a_manifest_of_an_earlier_version_is_read_and_told(tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    files = dict(commit.read_manifest(folder).files)
+    (folder / commit.MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+    assert not commit.verify(folder).has_checksum
+    found = find_checkpoint(tmp_path, CheckpointConfig())
+    assert isinstance(found, Found) and found.step == 1 and "earlier version" in found.notes[0]
+    assert commit.fingerprint(folder) == commit.fingerprint(committed(tmp_path / "new", 1)[0])
+    (folder / commit.MANIFEST).write_text(json.dumps({"files": files}))
+    with pytest.raises(CheckpointError, match="checksum"):
+        commit.verify(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_not_followed(name: str, tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        commit.verify(folder)
+
+
+def test_a_linked_folder_is_not_followed(tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    (folder / "rng").rename(tmp_path / "elsewhere")
+    (folder / "rng").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        commit.verify(folder)
+
+
+def test_a_file_that_is_not_listed_is_not_opened(tmp_path: Path) -> None:
+    (folder,) = committed(tmp_path, 1)
+    (folder / "more.pt").write_bytes(b"x")
+    commit.verify(folder)
+    with pytest.raises(CheckpointError, match="more.pt is not listed"):
+        commit.read_manifest(folder).check("more.pt")

@@ -17,7 +17,7 @@ from torch import Tensor
 from sicog_mcore.checkpoint import commit, store
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import EXIT_CONFIG, CheckpointError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, CheckpointError
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.run import build_model, plan_build
@@ -191,10 +191,13 @@ def test_a_full_disk_is_one_error_and_the_previous_checkpoint_stays(
         with monkeypatch.context() as patch, largest_file(fault if isinstance(fault, int) else resource.RLIM_INFINITY):
             if isinstance(fault, tuple):
                 patch.setattr(*fault, no_space)
-            with pytest.raises(CheckpointError, match="step_00000002 cannot be written: .+GiB free.; make room"):
+            with pytest.raises(
+                CheckpointError, match="step_00000002 cannot be written: .+GiB free.; make room"
+            ) as error:
                 checkpoints.save(model, RunState(2))
-        found = checkpoints.find()
-        assert found.step == 1 and [note for note in found.notes if "step_00000002.tmp" in note], name
+        assert error.value.exit_code == EXIT_RETRY, name
+        # What was written so far is removed, so that it does not keep the disk full.
+        assert checkpoints.find() == store.Found(1, ()), name
     other = build_model(plan_build(experiment), topology)
     checkpoints.load(other, 1)
     assert_equal(other, expected)
