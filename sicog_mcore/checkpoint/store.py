@@ -209,12 +209,23 @@ class CheckpointStore:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{folder} does not hold the state of this run's optimizer ({error!r})") from error
         if content.get("layout") == _layout(self.topology):
-            load_rng(_rng_file(folder, self.topology.rank))
+            self._load_rng(folder)
         else:
             notes.append(
                 f"layout changed from {content.get('layout')} to {_layout(self.topology)}: random states start anew"
             )
         return state, notes
+
+    def _load_rng(self, folder: Path) -> None:
+        """Random states of this place; where one rank cannot read them, all ranks say so."""
+        failure = None
+        try:
+            manifest = commit.read_manifest(folder)
+            load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
+        except CheckpointError as error:
+            failure = str(error)
+        if failures := [text for text in self.topology.gather_objects(failure) if text is not None]:
+            raise CheckpointError(failures[0])
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
         saved = experiment_from_dict(content["experiment"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from sicog_mcore.checkpoint import commit, store
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, CheckpointError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, CheckpointError, MachineError
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.run import build_model, plan_build
@@ -162,6 +162,50 @@ def test_a_checkpoint_of_another_format_is_refused(saved: Any, topology: Topolog
     (folder / store.STATE).write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99, this version reads 1; use the version that wrote it"):
         checkpoints.load(model, 1)
+
+
+def test_the_space_for_a_checkpoint_is_asked_for_before_a_run(
+    saved: Any, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointStore(saved[0], topology).folder(3)
+    needed = store.checkpoint_bytes(saved[0])
+    assert 0.95 < needed / sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 1.05
+    experiment = experiment_in(tmp_path)
+    checkpoints = CheckpointStore(experiment, topology)
+    checkpoints.require_space()  # of a folder that is not there yet
+    monkeypatch.setattr(store, "free_bytes", lambda root: needed - 1)
+    with pytest.raises(MachineError, match=r"checkpoints has .* MiB free, .* takes about .* MiB; make room") as error:
+        checkpoints.require_space()
+    assert error.value.exit_code == EXIT_RETRY and str(checkpoints.root) in str(error.value)
+    frozen = experiment_in(tmp_path, optim={"freeze": ("tower", "decoder")})
+    assert store.checkpoint_bytes(frozen) < needed / 2
+    leftover = checkpoints.root / "step_00000004.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "x").write_bytes(b"12")
+    checkpoints.require_space()  # the first save removes that
+
+    def unknown(root: Path) -> int:
+        raise OSError
+
+    monkeypatch.setattr(store, "free_bytes", unknown)
+    checkpoints.require_space()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        [],
+        {"step": "3"},
+        {"step": 3, "loader": [1]},
+        {"step": 3, "loader": {"epoch": 0.5}},
+        {"step": 4},
+        {"odd": 1},
+    ],
+)
+def test_a_state_that_is_none_is_one_error(state: object, saved: Any, topology: Topology) -> None:
+    with pytest.raises(CheckpointError, match=r"state.json .*use another checkpoint"):
+        store._run_state({"state": state}, CheckpointStore(saved[0], topology).folder(3), 3)
 
 
 def no_space(*_: Any) -> None:
