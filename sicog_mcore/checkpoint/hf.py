@@ -155,9 +155,11 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} cannot be read (it holds {type(config).__name__}, no object); copy it again")
+    return config
 
 
 def shortened(lines: Collection[str], most: int = 12) -> str:
