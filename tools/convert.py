@@ -243,6 +243,8 @@ def _print_plan(experiment: Experiment, topology: Topology) -> int:
         lines += [f"  {name:70} not used" for name in plan.ignored]
         lines += [f"{part}: {note}" for note in plan.notes[:MOST_LINES]] + ([f"{part}: {aside}"] if aside else [])
         _say(topology, *lines)
+    if any(places.values()):
+        _say(topology, "only headers were read: whether values are numbers shows at the import itself")
     if topology.is_main:
         parameters: Counter[str] = Counter()
         for target in targets:
@@ -268,7 +270,7 @@ def unpickle(options: Any, rest: list[str]) -> int:
 
 
 def _say(topology: Topology, *lines: str) -> None:
-    if topology.is_main:
+    if topology.is_main and lines:
         print("\n".join(lines))
 
 

@@ -73,6 +73,8 @@ class WeightFiles:
             ) from error
         self._open[file] = handle
         names = set(handle.keys())
+        if odd := [name for name in sorted(names) if not name.isprintable()]:
+            raise CheckpointError(f"{file} holds a tensor named {odd[0]!r}; expected a name that can be printed")
         if expected is not None and names != set(expected):
             problems = [f"{INDEX} names {name}, which is not there" for name in sorted(set(expected) - names)]
             problems += [f"it holds {name}, which {INDEX} places elsewhere" for name in sorted(names - set(expected))]

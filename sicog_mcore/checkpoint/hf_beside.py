@@ -104,7 +104,7 @@ def judge_configs(path: Path, part: Part, model: ModelConfig) -> Verdict:
             verdict += Verdict(notes=(str(error),))
             continue
         notes = tuple(
-            f"{name}: {key} = {brief(value)} is unknown here and not used"
+            f"{name}: {key!r} = {brief(value)} is unknown here and not used"
             for key, value in values.items()
             if value is not None and fate(key, scope) == "unknown"
         )

@@ -197,7 +197,7 @@ def nested(config: Mapping[str, Any], part: Part) -> tuple[str, Mapping[str, Any
     here = [name for name in names if isinstance(config.get(name), dict)]
     if not here:
         # An object that nobody knows may be the one: its sizes tell.
-        here = [name for name, value in config.items() if isinstance(value, dict) and _has_sizes(value, part)]
+        here = [name for name, value in config.items() if name.isidentifier() and _has_sizes(value, part)]
     if len(here) > 1:
         return " and ".join(here), None
     if not here and (odd := [name for name in names if config.get(name) is not None]):
@@ -212,8 +212,12 @@ def nested(config: Mapping[str, Any], part: Part) -> tuple[str, Mapping[str, Any
     return (f"{name}.{deeper}" if deeper else name), inner
 
 
-def _has_sizes(value: Mapping[str, Any], part: Part) -> bool:
-    return ("vocab_size" if part == "decoder" else "patch_size") in value and "num_hidden_layers" in value
+def _has_sizes(value: object, part: Part) -> bool:
+    return (
+        isinstance(value, dict)
+        and ("vocab_size" if part == "decoder" else "patch_size") in value
+        and "num_hidden_layers" in value
+    )
 
 
 def _top_scopes(config: Mapping[str, Any], part: Part) -> tuple[Scope, ...]:
@@ -230,7 +234,7 @@ def _unknown(config: Mapping[str, Any], prefix: str, scopes: Sequence[Scope]) ->
         if value is not None and fate(key, scopes[0], scopes[1:]) == "unknown":
             if isinstance(value, dict) and ("num_hidden_layers" in value or "model_type" in value):
                 continue  # a configuration of its own: of this part, or of another one
-            yield f"{CONFIG}: {prefix}{key} = {brief(value)} is unknown here and not used"
+            yield f"{CONFIG}: {prefix + key!r} = {brief(value)} is unknown here and not used"
 
 
 def _packed(config: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -57,7 +57,8 @@ ABSENT: Mapping[str, tuple[object, ...]] = MappingProxyType(
                 "attention_out_bias use_bias bias attention_sink sink_tokens lora_config lora_rank lora_alpha "
                 "peft_config use_lora use_backbone_lora use_llm_lora altup_num_inputs laurel_rank "
                 "hidden_size_per_layer_input num_kv_shared_layers "
-                "linear_attn_config linear_num_key_heads full_attention_interval mamba_d_state layer_norm_type norm_after"
+                "rope_interleaved linear_attn_config linear_num_key_heads full_attention_interval mamba_d_state "
+                "layer_norm_type norm_after"
             ),
             (),
         ),
@@ -116,7 +117,8 @@ _EVERYWHERE: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "where it comes from": _words(
             "_name_or_path transformers_version architectures model_name _commit_hash _attn_implementation "
-            "_attn_implementation_autoset attn_implementation torch_dtype dtype use_bfloat16 torchscript unsloth_version "
+            "_attn_implementation_autoset attn_implementation torch_dtype dtype use_bfloat16 torchscript "
+            "unsloth_version is_llama_config "
             "unsloth_fixed transformers.js_config _diffusers_version name description license parent_library"
         ),
         "first values of a training from nothing": _words(
@@ -226,8 +228,8 @@ _BY_SCOPE: Mapping[Scope, Mapping[str, frozenset[str]]] = MappingProxyType(
 
 def reason(key: str, scope: Scope) -> str:
     """Why a key does not matter here; empty if it does or nobody knows it."""
-    groups = {**_EVERYWHERE, **_BY_SCOPE[scope]}
-    return next((why for why, keys in groups.items() if key in keys), "")
+    groups = (*_EVERYWHERE.items(), *_BY_SCOPE[scope].items())
+    return next((why for why, keys in groups if key in keys), "")
 
 
 def fate(key: str, scope: Scope, also: Collection[Scope] = ()) -> Fate:
