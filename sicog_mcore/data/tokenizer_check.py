@@ -191,6 +191,7 @@ def judge_text(
     Raises:
         TokenizerError: the text comes back as another one, or not always the same.
     """
+    _require_joined(engine, where, unknown_id, [*JOINED, *(tuple(text.split()[:2]) for text in more.values())])
     samples = {**SAMPLES, **more}
     lost: list[str] = []
     composed: list[str] = []
@@ -210,7 +211,6 @@ def judge_text(
     found = engine.decode(engine.encode(decomposed), skip_controls=False)
     if not lost and not composed and found != decomposed and _is_same(found, decomposed):
         composed.append(f"{decomposed!a} as {found!a}")
-    _require_joined(engine, where, unknown_id, [*JOINED, *(tuple(text.split()[:2]) for text in more.values())])
     long = " ".join(SAMPLES.values()) * 3
     if len({tuple(engine.encode(long)) for _ in range(REPEATS)}) > 1:
         raise TokenizerError(f"{where} writes the same text differently each time; switch off its sampling")
@@ -222,12 +222,15 @@ def _require_joined(engine: Engine, where: str, unknown_id: int | None, pairs: S
     for pair in pairs:
         parts = [engine.encode(text) for text in pair]
         found, expected = engine.decode([*parts[0], *parts[1]], skip_controls=False), "".join(pair)
-        if not any(unknown_id in part for part in parts) and not _is_same(found, expected):
+        if any(unknown_id in part for part in parts) or _is_same(found, expected):
+            continue
+        if found.replace(" ", "") == expected and len(found) > len(expected):
             raise TokenizerError(
                 f"{where} writes {pair[0]!r} and {pair[1]!r} side by side as {found!r}: it puts a space where none is; give "
                 'its SentencePiece .model instead, or set "add_prefix_space": false, "prepend_scheme": "never", and take '
                 "out Prepend and Strip"
             )
+        raise _changed(where, "texts side by side", expected, found)
 
 
 def _is_same(found: str, text: str) -> bool:
