@@ -109,7 +109,7 @@ def _config(file: Path, config: Mapping[str, Any], data: DataConfig) -> Iterator
         yield f"{file}: auto_map names code of its own, which is never run; only {HF_FILE} or {SENTENCEPIECE_FILE} is read"
     known = COMPARED.union(*IRRELEVANT.values())
     for key, value in config.items():
-        if key not in known and value not in (None, False, "", [], {}):
+        if key not in known and value is not None:
             shown = repr(value)
             yield f"{file}: {key!r} = {shown if len(shown) < 80 else shown[:80] + '...'} is unknown here and not used"
 
