@@ -69,7 +69,8 @@ def judge_folder(path: Path, read: Collection[Path]) -> Verdict:
     used = {file.name for file in read}
     others = [file.name for file in here if file.name not in used and file.suffix in OTHER_WEIGHTS]
     names = {file.name for file in here}
-    problems, notes = [], []
+    problems: list[str] = []
+    notes: list[str] = []
     if adapters := [name for name in ADAPTERS if name in names and name not in used]:
         text = f"{' and '.join(adapters)} beside the weights: an adapter that is not merged; merge it into the weights first"
         (problems if path.is_dir() else notes).append(text + ("" if path.is_dir() else ", it is left out here"))

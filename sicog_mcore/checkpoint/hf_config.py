@@ -174,10 +174,12 @@ def judge_kinds(config: Mapping[str, Any], kinds: Mapping[Part, Mapping[str, str
     """
     verdict = Verdict(problems=tuple(_packed(config, "")))
     for part in parts if config else ():
-        name, own = nested(config, part)
         verdict += Verdict(notes=tuple(_unknown(config, "", _top_scopes(config, part))))
+        if part == "resampler":
+            continue
+        name, own = nested(config, part)
         kind = str((own or {}).get("model_type", ""))
-        if own is None or (kind and kind not in kinds[part] and part != "resampler"):
+        if own is None or (kind and kind not in kinds[part]):
             verdict += Verdict(
                 (f"{name or CONFIG} has model_type {kind!r}; expected {', '.join(kinds[part])} for {part}",)
             )
