@@ -43,7 +43,7 @@ from sicog_mcore.cli import load_experiment
 from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
-from sicog_mcore.data.tokenizer_files import tokenizer_notes
+from sicog_mcore.data.tokenizer_files import compare_tokenizers, tokenizer_notes
 from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
@@ -242,6 +242,7 @@ def _print_plan(experiment: Experiment, topology: Topology) -> int:
         lines += [f"  {name:70} equals {of}" for name, of in plan.tied]
         lines += [f"  {name:70} not used" for name in plan.ignored]
         lines += [f"{part}: {note}" for note in plan.notes[:MOST_LINES]] + ([f"{part}: {aside}"] if aside else [])
+        lines += compare_tokenizers(experiment.data.tokenizer, Path(path)) if part == "decoder" else []
         _say(topology, *lines)
     if any(places.values()):
         _say(topology, "only headers were read: whether values are numbers shows at the import itself")

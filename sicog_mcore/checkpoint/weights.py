@@ -25,6 +25,7 @@ from sicog_mcore.checkpoint.parts import find_weights, load_parts
 from sicog_mcore.checkpoint.tables import RELEASED, Family, part_table, recognise
 from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
 from sicog_mcore.config import Experiment, ModelConfig, Part
+from sicog_mcore.data.tokenizer_files import compare_tokenizers
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
@@ -271,6 +272,8 @@ def import_init(chunks: Sequence[VisionLanguageModel], experiment: Experiment, t
             notes += load_parts(chunks, parts, folder, experiment, topology)
         else:
             notes += _cut([line for part in parts for line in import_part(chunks, part, Path(path), topology, parts)])
+            if "decoder" in parts and topology.is_main:
+                notes += compare_tokenizers(experiment.data.tokenizer, Path(path))
     return notes
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.chat import TEMPLATES, Template
 from sicog_mcore.data.tokenizer import HF_FILE, SENTENCEPIECE_FILE, Tokenizer, find_tokenizer_file, load_tokenizer
-from sicog_mcore.data.tokenizer_check import CONTROL_TOKEN, TokenizerError
+from sicog_mcore.data.tokenizer_check import CONTROL_TOKEN, SAMPLES, TokenizerError
 
 CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -69,6 +69,30 @@ def tokenizer_notes(data: DataConfig) -> list[str]:
         notes.append(str(error))
     more = len(notes) - MOST_NOTES
     return notes[:MOST_NOTES] + ([f"{file.parent}: and {more} more lines on the tokenizer"] if more > 0 else [])
+
+
+def compare_tokenizers(mine: str, theirs: Path) -> list[str]:
+    """A line if a decoder's own tokenizer, in the folder of its weights, gives other ids than the one of the run.
+
+    Args:
+        mine: ``data.tokenizer``.
+        theirs: a folder or a file in it; without a tokenizer there is nothing to compare.
+    """
+    own = find_tokenizer_file(str(theirs if theirs.is_dir() else theirs.parent))
+    file = find_tokenizer_file(mine)
+    if own is None or file is None or own.read_bytes() == file.read_bytes():
+        return []
+    try:
+        ours, other = load_tokenizer(mine), load_tokenizer(str(own))
+    except TokenizerError as error:
+        return [f"the tokenizer of the weights cannot be compared: {error}"]
+    for text in SAMPLES.values():
+        if (found := ours.encode(text)) != (expected := other.encode(text)):
+            return [
+                f"data.tokenizer ({file}) writes {text!r} as {found[:6]}, that of the weights ({own}) as {expected[:6]}: "
+                "it is another one, and this decoder knows only its own"
+            ]
+    return []
 
 
 def _beside(file: Path, tokenizer: Tokenizer, data: DataConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sicog_mcore.config import DataConfig
-from sicog_mcore.data.tokenizer_files import COMPARED, IRRELEVANT, MOST_NOTES, tokenizer_notes
+from sicog_mcore.data.tokenizer_files import COMPARED, IRRELEVANT, MOST_NOTES, compare_tokenizers, tokenizer_notes
 from tests.builders import TOKENIZER
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -104,6 +104,22 @@ def test_a_second_tokenizer_beside_is_said_and_a_long_list_is_cut(tmp_path: Path
     assert "tokenizer.json is read, tokenizer.model beside it is not" in note
     lines = notes(tmp_path, tokenizer_config__json={f"x{i}": i for i in range(50)})
     assert len(lines) == MOST_NOTES + 1 and lines[-1].endswith("and 30 more lines on the tokenizer")
+
+
+def test_the_tokenizer_of_a_decoder_is_compared_with_that_of_the_run(tmp_path: Path) -> None:
+    assert compare_tokenizers(TOKENIZER, tmp_path) == []  # weights without a tokenizer
+    content = json.loads(Path(TOKENIZER).read_text(encoding="utf-8"))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(content, indent=1))
+    assert compare_tokenizers(TOKENIZER, tmp_path) == compare_tokenizers("", tmp_path) == []
+    vocabulary = content["model"]["vocab"]
+    vocabulary["t"], vocabulary["w"] = vocabulary["w"], vocabulary["t"]
+    file.write_text(json.dumps(content))
+    (note,) = compare_tokenizers(TOKENIZER, tmp_path / "model.safetensors")
+    assert "it is another one" in note and str(file) in note
+    file.write_text("{")
+    (note,) = compare_tokenizers(TOKENIZER, tmp_path)
+    assert "cannot be compared" in note
 
 
 def test_a_key_stands_in_one_list() -> None:
