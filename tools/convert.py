@@ -40,12 +40,13 @@ from sicog_mcore.checkpoint.hf import WeightFiles, require_free
 from sicog_mcore.checkpoint.hf_folder import write_decoder_files, write_model_files
 from sicog_mcore.checkpoint.parts import find_weights, load_parts, read_experiment, read_tensors, save_weights
 from sicog_mcore.checkpoint.targets import PARTS, describe, part_of
-from sicog_mcore.checkpoint.weights import import_init, inspect, plan_import
+from sicog_mcore.checkpoint.weights import MOST_LINES, import_init, inspect, left_aside, plan_import
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
+from sicog_mcore.data.tokenizer_files import compare_tokenizers, tokenizer_notes
 from sicog_mcore.errors import CheckpointError, MachineError, SicogError, exit_code
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
@@ -179,6 +180,8 @@ def export_weights(options: Any, rest: list[str]) -> int:
     dtype = DTYPES[options.dtype] or describe(chunks, topology)[0].dtype
     write = {"vlm": write_model_files, "decoder": write_decoder_files}.get(options.what)
     has_tokenizer = os.path.exists(experiment.data.tokenizer)
+    if has_tokenizer:  # refused here, on every rank, before anything is written
+        _say(topology, *tokenizer_notes(experiment.data))
     if options.what == "vlm" and not has_tokenizer:
         raise CheckpointError(f"the tokenizer {experiment.data.tokenizer!r} is not there; give --tokenizer FILE")
     settings = ExportOptions(dtype=dtype, fill_from=options.fill_from, shard_bytes=int(options.shard_gb * 2**30))
@@ -209,6 +212,10 @@ def inspect_path(options: Any, rest: list[str]) -> int:
         return 0
     contents = inspect(options.path)
     _print_rows(f"{options.path}: {contents.family.name}, {contents.family.about}", contents.rows)
+    _say(topology, *contents.verdict.notes[:MOST_LINES])
+    if contents.verdict.problems:
+        listed = "\n".join(f"  - {problem}" for problem in contents.verdict.problems)
+        raise CheckpointError(f"{options.path} cannot be imported:\n{listed}")
     return 0
 
 
@@ -232,13 +239,14 @@ def _print_plan(experiment: Experiment, topology: Topology) -> int:
     with torch.device("meta"):
         chunks = build_chunks(plan_build(experiment), topology)
     targets = describe(chunks, topology)
-    for part in PARTS:
-        path = vars(experiment.init)[part] or experiment.init.checkpoint
+    places = {part: vars(experiment.init)[part] or experiment.init.checkpoint for part in PARTS}
+    for part, path in places.items():
         if not path or find_weights(Path(path), topology) is not None:
             _say(topology, f"{part}: {f'{path}, a checkpoint of this project' if path else 'drawn at random'}")
             continue
         with WeightFiles(Path(path)) as files:
             plan = plan_import(part, targets, files, experiment.model)
+            aside = left_aside(files, plan.family, [each for each in PARTS if places[each] == path])
         lines = [f"{part}: {path}, {plan.family.name} ({plan.family.about}), {'/'.join(plan.dtypes)}"]
         for transfer in plan.transfers:
             for name, shape in zip(transfer.sources, transfer.shapes, strict=True):
@@ -246,7 +254,11 @@ def _print_plan(experiment: Experiment, topology: Topology) -> int:
                 lines.append(f"  {name:70} {str(list(shape)):22} -> {target.name:70} {list(target.shape)}")
         lines += [f"  {name:70} equals {of}" for name, of in plan.tied]
         lines += [f"  {name:70} not used" for name in plan.ignored]
+        lines += [f"{part}: {note}" for note in plan.notes[:MOST_LINES]] + ([f"{part}: {aside}"] if aside else [])
+        lines += compare_tokenizers(experiment.data.tokenizer, Path(path)) if part == "decoder" else []
         _say(topology, *lines)
+    if any(places.values()):
+        _say(topology, "only headers were read: whether values are numbers shows at the import itself")
     if topology.is_main:
         parameters: Counter[str] = Counter()
         for target in targets:
@@ -278,7 +290,7 @@ def unpickle(options: Any, rest: list[str]) -> int:
 
 
 def _say(topology: Topology, *lines: str) -> None:
-    if topology.is_main:
+    if topology.is_main and lines:
         print("\n".join(lines))
 
 

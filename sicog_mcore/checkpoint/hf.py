@@ -73,6 +73,8 @@ class WeightFiles:
             ) from error
         self._open[file] = handle
         names = set(handle.keys())
+        if odd := [name for name in sorted(names) if not name.isprintable()]:
+            raise CheckpointError(f"{file} holds a tensor named {odd[0]!r}; expected a name that can be printed")
         if expected is not None and names != set(expected):
             problems = [f"{INDEX} names {name}, which is not there" for name in sorted(set(expected) - names)]
             problems += [f"it holds {name}, which {INDEX} places elsewhere" for name in sorted(names - set(expected))]
@@ -155,9 +157,11 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} cannot be read (it holds {type(config).__name__}, no object); copy it again")
+    return config
 
 
 def shortened(lines: Collection[str], most: int = 12) -> str:

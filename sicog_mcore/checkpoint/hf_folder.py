@@ -13,12 +13,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.checkpoint.hf_config import decoder_config, tower_config
+from sicog_mcore.checkpoint.hf_config import MODEL_TYPE, decoder_config, tower_config
 from sicog_mcore.config import DataConfig, Experiment, ModelConfig
 from sicog_mcore.data.chat import Chat, Template, find_separators
 from sicog_mcore.data.tokenizer import HF_FILE
 
-MODEL_TYPE = "sicog_uhd"
 AUTO_MAP: Mapping[str, str] = {
     "AutoConfig": "configuration_sicog.SicogConfig",
     "AutoModelForImageTextToText": "modeling_sicog.SicogForConditionalGeneration",

@@ -19,9 +19,10 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, load_shards, read_state, stored_tensors
+from sicog_mcore.checkpoint.finite import Watch
 from sicog_mcore.checkpoint.hf import require_free
 from sicog_mcore.checkpoint.store import WRITE_ERRORS, RunState, write_failure
-from sicog_mcore.checkpoint.targets import PARTS, part_of
+from sicog_mcore.checkpoint.targets import PARTS, local_parameters, part_of
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import Experiment, Part
 from sicog_mcore.errors import CheckpointError
@@ -94,7 +95,7 @@ def load_parts(
         a line per part for the user.
 
     Raises:
-        CheckpointError: the checkpoint holds another model.
+        CheckpointError: the checkpoint holds another model, or values that are no finite numbers.
     """
     saved = read_experiment(folder)
     _require_same_model(saved, experiment, parts, folder)
@@ -105,7 +106,12 @@ def load_parts(
         outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
         left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA not in key]
         assert not left and not outcome.unexpected_keys, f"not filled: {left}, unknown: {outcome.unexpected_keys}"
-    return [f"{part}: {folder} ({saved.train.precision} -> {experiment.train.precision})" for part in parts]
+    watch = Watch()
+    for name, parameter in local_parameters(chunks):
+        if part_of(name) in parts:
+            watch.see(name, parameter.detach())
+    notes = watch.settle(topology, str(folder))
+    return [f"{part}: {folder} ({saved.train.precision} -> {experiment.train.precision})" for part in parts] + notes
 
 
 def save_weights(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from sicog_mcore.checkpoint.hf_config import MODEL_TYPE
 from sicog_mcore.checkpoint.mapping import (
     QKV,
     Fused,
@@ -107,12 +108,15 @@ class Family:
 
     Attributes:
         prefixes: what stands in front of the names of a part; of several, the first is written, all are read.
+        kinds: per part, each ``model_type`` of config.json that computes the same as ours, and the class it stands for;
+            the first holds where config.json names none.
         foreign: names of parts that we do not have.
     """
 
     name: str
     about: str
     prefixes: Mapping[Part, tuple[str, ...]]
+    kinds: Mapping[Part, Mapping[str, str]]
     foreign: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> Part | None:
@@ -123,13 +127,32 @@ class Family:
         return max(fitting)[1] if fitting else None
 
 
-def _family(name: str, about: str, foreign: tuple[str, ...] = (), **prefixes: tuple[str, ...]) -> Family:
-    return Family(name, about, MappingProxyType(dict(prefixes)), foreign)  # type: ignore[arg-type]
+# Tower and decoder by their model_type, and the class whose defaults hold.
+TOWERS: Mapping[str, str] = MappingProxyType({"clip_vision_model": "clip"})
+DECODER_CLASSES: Mapping[str, str] = MappingProxyType({"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"})
+RELEASED_CLASSES: Mapping[str, str] = MappingProxyType(
+    {"llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2", "llava_llama": "llama", "llava": "llama"}
+)
 
 
-QWEN2 = _family("qwen2", "Qwen2 or Qwen2.5 decoder", decoder=("",))
-QWEN3 = _family("qwen3", "Qwen3 decoder", decoder=("",))
-LLAMA = _family("llama", "Llama 3 or SmolLM2 decoder", decoder=("",))
+def _family(
+    name: str,
+    about: str,
+    foreign: tuple[str, ...] = (),
+    decoders: Mapping[str, str] = DECODER_CLASSES,
+    **prefixes: tuple[str, ...],
+) -> Family:
+    kinds = MappingProxyType({"tower": TOWERS, "decoder": decoders, "resampler": decoders})
+    return Family(name, about, MappingProxyType(dict(prefixes)), kinds, foreign)  # type: ignore[arg-type]
+
+
+def _one(kind: str) -> Mapping[str, str]:
+    return MappingProxyType({kind: kind})
+
+
+QWEN2 = _family("qwen2", "Qwen2 or Qwen2.5 decoder", decoders=_one("qwen2"), decoder=("",))
+QWEN3 = _family("qwen3", "Qwen3 decoder", decoders=_one("qwen3"), decoder=("",))
+LLAMA = _family("llama", "Llama 3 or SmolLM2 decoder", decoders=_one("llama"), decoder=("",))
 CLIP = _family(
     "clip",
     "CLIP, of which the vision tower is used",
@@ -139,6 +162,7 @@ CLIP = _family(
 RELEASED = _family(
     "llava_uhd",
     "released SICOG or LLaVA-UHD weights",
+    decoders=RELEASED_CLASSES,
     tower=("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_model."),
     resampler=("model.mm_projector.", "mm_projector."),
     decoder=("",),
@@ -150,8 +174,14 @@ OWN = _family(
     resampler=("resampler.",),
     decoder=("language_model.",),
 )
+OTHER = _family(
+    "vlm",
+    "vision-language model of another project, of which decoder and CLIP tower are used",
+    tower=("vision_tower.vision_model.", "vision_tower."),
+    decoder=("language_model.",),
+)
 RESAMPLER = _family("resampler", "resampler alone", resampler=("",))
-FAMILIES = (QWEN2, QWEN3, LLAMA, CLIP, RELEASED, OWN, RESAMPLER)
+FAMILIES = (QWEN2, QWEN3, LLAMA, CLIP, RELEASED, OWN, OTHER, RESAMPLER)
 DECODERS: Mapping[str, Family] = MappingProxyType({family.name: family for family in (QWEN2, QWEN3, LLAMA)})
 
 
@@ -170,10 +200,15 @@ def recognise(names: Collection[str], model_type: str, where: str) -> Family:
         return any(name.startswith(prefixes) for name in names)
 
     if some("language_model.", "vision_tower.", "resampler."):
-        return OWN
+        return OWN if model_type in ("", MODEL_TYPE) else OTHER
     if some("model.mm_projector.", "mm_projector.", "model.vision_tower."):
         return RELEASED
     if some("vision_model.", "encoder.layers.", "embeddings."):
+        if model_type not in ("", "clip", *TOWERS):
+            raise CheckpointError(
+                f"{where} has model_type {model_type!r}; its names look familiar, but only clip and {', '.join(TOWERS)} are "
+                "known to compute the same as our tower"
+            )
         return CLIP
     if "kv_proj.weight" in names:
         return RESAMPLER

@@ -7,24 +7,31 @@ written. Import before the model is wrapped: the optimizer copies its fp32 maste
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sicog_mcore.checkpoint.finite import Watch
 from sicog_mcore.checkpoint.hf import FLOATS, WeightFiles, read_config, shortened
-from sicog_mcore.checkpoint.hf_config import disagreements
+from sicog_mcore.checkpoint.hf_beside import judge_configs, judge_folder, judge_names
+from sicog_mcore.checkpoint.hf_config import Verdict, judge, judge_kinds
 from sicog_mcore.checkpoint.mapping import Ignored, Shape, Table, Target, Tied, Transfer, bind, matches
 from sicog_mcore.checkpoint.parts import find_weights, load_parts
 from sicog_mcore.checkpoint.tables import RELEASED, Family, part_table, recognise
 from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
 from sicog_mcore.config import Experiment, ModelConfig, Part
+from sicog_mcore.data.tokenizer_files import compare_tokenizers
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
 
 LEGACY = "legacy"  # separators of released weights
+MOST_LINES = 20  # about the files of one folder
 COMPARED_ROWS = 4096  # of two tables that must be equal, at a time
 
 
@@ -36,6 +43,7 @@ class Plan:
         tied: (name, the name it must equal) of tables that the source holds twice.
         ignored: names of this part that our model has no use for.
         dtypes: of the sources.
+        notes: lines for the user on what is not used or cannot be compared.
     """
 
     part: Part
@@ -44,14 +52,21 @@ class Plan:
     tied: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
     dtypes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: part (None for what is not ours), name, shape and dtype of every tensor."""
+    """What a checkpoint holds.
+
+    Attributes:
+        rows: part (None for what is not ours), name, shape and dtype of every tensor.
+        verdict: what an import would refuse or say whatever the model.
+    """
 
     family: Family
     rows: tuple[tuple[Part | None, str, Shape, str], ...]
+    verdict: Verdict
 
 
 def inspect(path: Path) -> Contents:
@@ -59,7 +74,10 @@ def inspect(path: Path) -> Contents:
     with WeightFiles(path) as files:
         family = family_of(files)
         rows = sorted((name, entry) for name, entry in files.entries.items())
-        return Contents(family, tuple((family.part_of(name), name, entry.shape, entry.dtype) for name, entry in rows))
+        found = tuple((family.part_of(name), name, entry.shape, entry.dtype) for name, entry in rows)
+        return Contents(
+            family, found, _judge_files(files) + judge_kinds(read_config(path), family.kinds, list(family.prefixes))
+        )
 
 
 def family_of(files: WeightFiles) -> Family:
@@ -84,13 +102,28 @@ def plan_import(part: Part, targets: Sequence[Target], files: WeightFiles, model
     twins = {prefix + row.source: prefix + row.of for row in table if isinstance(row, Tied)}
     tied = tuple((name, of) for name, of in twins.items() if name in here)
     ignored = tuple(sorted(name for name in here if is_ignored(name, table, prefix)))
-    problems = disagreements(read_config(files.path), part, model)
-    problems += _differences(transfers, files, here - {name for name, _ in tied} - set(ignored))
+    verdict = _judge_files(files) + judge(read_config(files.path), part, family.kinds[part], model)
+    verdict += judge_configs(files.path, part, model)
+    problems = [*verdict.problems, *_differences(transfers, files, here - {name for name, _ in tied} - set(ignored))]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise CheckpointError(f"{files.path} ({family.about}) does not fit model.{part}:\n{listed}")
     dtypes = {files.entries[name].dtype for name in _sources(transfers)}
-    return Plan(part, family, transfers, tied, ignored, tuple(sorted(dtypes)))
+    return Plan(part, family, transfers, tied, ignored, tuple(sorted(dtypes)), verdict.notes)
+
+
+def _judge_files(files: WeightFiles) -> Verdict:
+    """What names and neighbours of files say, whatever the part."""
+    read = {entry.file for entry in files.entries.values()}
+    return judge_folder(files.path, read) + Verdict(tuple(judge_names(files.entries)))
+
+
+def left_aside(files: WeightFiles, family: Family, parts: Collection[Part]) -> str:
+    """How many tensors are of no part that is read, by the beginning of their names; empty if there are none."""
+    aside = [name for name in files.entries if family.part_of(name) not in parts]
+    starts = Counter(".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in aside)
+    listed = shortened([f"{name} ({count})" for name, count in starts.most_common()], most=6)
+    return f"{len(aside)} of other parts left aside: {listed}" if aside else ""
 
 
 def choose_prefix(
@@ -134,31 +167,42 @@ def _differences(transfers: Sequence[Transfer], files: WeightFiles, here: Collec
     return (f"{kind} ({len(names)}): {shortened(names)}" for kind, names in kinds.items() if names)
 
 
-def import_part(chunks: Sequence[VisionLanguageModel], part: Part, path: Path, topology: Topology) -> str:
+def import_part(
+    chunks: Sequence[VisionLanguageModel], part: Part, path: Path, topology: Topology, parts: Sequence[Part] = ()
+) -> list[str]:
     """Fills one part of the model from foreign weights. Collective; each rank reads only the rows it holds.
 
+    Args:
+        parts: all that are read from there; what is of none of them is said with the first.
+
     Returns:
-        a line for the user.
+        lines for the user: where the weights came from, and what of the folder is not used.
 
     Raises:
         CheckpointError: on every rank alike; the model must not be used after it.
     """
     targets = describe(chunks, topology)
-    note, failure = "", None
+    watch, notes, failure = Watch(), [], None
     try:
-        note = _fill(chunks, part, path, targets, topology)
+        notes = _fill(chunks, (part, parts or (part,)), path, targets, topology, watch)
     except CheckpointError as error:
         failure = str(error)
     # A file may be unreadable on one machine only; the others must not go on without it.
     failures = [text for text in topology.gather_objects(failure) if text is not None]
     if failures:
         raise CheckpointError(failures[0])
-    return note
+    return notes + watch.settle(topology, str(path))
 
 
 def _fill(
-    chunks: Sequence[VisionLanguageModel], part: Part, path: Path, targets: Sequence[Target], topology: Topology
-) -> str:
+    chunks: Sequence[VisionLanguageModel],
+    wanted: tuple[Part, Sequence[Part]],
+    path: Path,
+    targets: Sequence[Target],
+    topology: Topology,
+    watch: Watch,
+) -> list[str]:
+    part, parts = wanted
     warning = ""
     with WeightFiles(path) as files:
         plan = plan_import(part, targets, files, chunks[0].model_config)
@@ -170,16 +214,31 @@ def _fill(
                 transfer = transfers[name]
                 cut = topology.tensor_rank if transfer.target.cuts > 1 else 0
                 with torch.no_grad():
-                    transfer.fill(parameter, cut, files.read)
+                    transfer.fill(parameter, cut, partial(_watched, files, watch, parameter.dtype))
+        aside = left_aside(files, plan.family, parts) if part == parts[0] else ""
     separators = chunks[0].model_config.slicing.separators
     if plan.family is RELEASED and part == "decoder" and separators != LEGACY:
         warning = f"; it was trained with model.slicing.separators={LEGACY}, this run has {separators}"
-    dtype = str(plan.transfers[0].target.dtype).removeprefix("torch.")
+    ours = plan.transfers[0].target.dtype
+    dtype = str(ours).removeprefix("torch.")
+    if ours == torch.bfloat16 and set(plan.dtypes) - {"BF16"}:
+        dtype += ", rounded"
     ignored = f", {len(plan.ignored)} unused" if plan.ignored else ""
+    ignored += f", {aside}" if aside else ""
     count = sum(len(transfer.sources) for transfer in plan.transfers)
-    return (
-        f"{part}: {count} tensors of {path} ({plan.family.about}; {'/'.join(plan.dtypes)} -> {dtype}{ignored}){warning}"
-    )
+    return [
+        f"{part}: {count} tensors of {path} ({plan.family.about}; {'/'.join(plan.dtypes)} -> {dtype}{ignored}){warning}",
+        *(f"{part}: {note}" for note in plan.notes),
+    ]
+
+
+def _watched(
+    files: WeightFiles, watch: Watch, dtype: torch.dtype, name: str, axis: int, start: int, length: int
+) -> Tensor:
+    """Rows of a source as the parameter will hold them, looked at on the way."""
+    rows = files.read(name, axis, start, length).to(dtype)
+    watch.see(f"{name} in {files.entries[name].file.name}", rows)
+    return rows
 
 
 def _require_equal(files: WeightFiles, name: str, twin: str) -> None:
@@ -199,7 +258,7 @@ def import_init(chunks: Sequence[VisionLanguageModel], experiment: Experiment, t
     """Fills the parts that ``experiment.init`` names; the others stay as they are. Collective, before wrapping.
 
     Returns:
-        a line per part for the user.
+        lines for the user: one per part, and what of the files is not used; a long list is cut.
 
     Raises:
         CheckpointError: on every rank alike.
@@ -212,5 +271,13 @@ def import_init(chunks: Sequence[VisionLanguageModel], experiment: Experiment, t
         if folder := find_weights(Path(path), topology):
             notes += load_parts(chunks, parts, folder, experiment, topology)
         else:
-            notes += [import_part(chunks, part, Path(path), topology) for part in parts]
+            notes += _cut([line for part in parts for line in import_part(chunks, part, Path(path), topology, parts)])
+            if "decoder" in parts and topology.is_main:
+                notes += compare_tokenizers(experiment.data.tokenizer, Path(path))
     return notes
+
+
+def _cut(lines: Sequence[str]) -> list[str]:
+    """Each line once, as many as a reader takes in."""
+    once = list(dict.fromkeys(lines))
+    return once[:MOST_LINES] + ([f"and {len(once) - MOST_LINES} more lines"] if len(once) > MOST_LINES else [])

@@ -8,17 +8,18 @@ so a tokenizer that starts every text with a space would write spaces that nobod
 from __future__ import annotations
 
 import itertools
-import re
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models, normalizers
 
-CONTROL_TOKEN = re.compile(r"(<\|\w+\|>)")
+from sicog_mcore.data.tokenizer_check import CONTROL_TOKEN, TokenizerError, judge_text, patterns, read_content, settle
+
 HF_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 SENTENCEPIECE_SUFFIX = ".model"
 UNIGRAM, BPE = 1, 2  # kinds of SentencePiece models
@@ -28,7 +29,13 @@ LOSSLESS_SAMPLE = "two\n\n  words "
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Picklable; ids run from 0 to below ``size``."""
+    """Text to token ids and back, the same each time. Picklable; ids run from 0 to below ``size``.
+
+    Attributes:
+        notes: lines for the user: what of the file is switched off, not used, or writes a text in another form.
+    """
+
+    notes: tuple[str, ...]
 
     @property
     def size(self) -> int:
@@ -61,21 +68,67 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Reads tokenizer.json, a SentencePiece .model, or a folder that holds one of them.
 
     Raises:
-        ValueError: there is no such file, or it is a SentencePiece model that changes white space.
+        TokenizerError: there is no such file, it cannot be read, or it writes another text than it is given.
     """
     file = find_tokenizer_file(path)
     if file is None:
-        raise ValueError(f"{path!r} holds no tokenizer; give a {HF_FILE}, a SentencePiece .model, or their folder")
+        raise TokenizerError(f"{path!r} holds no tokenizer; give a {HF_FILE}, a SentencePiece .model, or their folder")
     return SentencePieceTokenizer(file) if file.suffix == SENTENCEPIECE_SUFFIX else HuggingFaceTokenizer(file)
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json."""
+    """A tokenizer.json, without its truncation, padding and dropout; controls (``<|name|>``) are never read from text.
+
+    Raises:
+        TokenizerError: it cannot be read, or it writes another text than it is given.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._engine = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} cannot be read ({error}); copy it again") from error
+        content = read_content(text, str(file))
+        before = json.dumps(_settings(content))
+        settled = settle(content, str(file))
+        self._changed = json.dumps(content, ensure_ascii=False) if json.dumps(_settings(content)) != before else None
+        try:
+            self._engine = tokenizers.Tokenizer.from_str(self._changed or text)
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"{file} cannot be read as a tokenizer ({error}); copy it again") from error
         self._engine.encode_special_tokens = True
+        self.notes = (*settled, *self._judge(content))
+
+    def _judge(self, content: Mapping[str, Any]) -> list[str]:
+        added = content.get("added_tokens") or []
+        for token in added:
+            if (found := self._engine.token_to_id(token["content"])) != token["id"]:
+                raise TokenizerError(
+                    f"{self._file} numbers {token['content']!r} {token['id']}, and it is read as {found}; save it again"
+                )
+        unknown = content["model"].get("unk_token")
+        unknown_id = content["model"].get("unk_id") if unknown is None else self._engine.token_to_id(unknown)
+        normalizer = self._engine.normalizer
+        words = self._known_words(unknown_id)
+        before, behind = words if len(words) == 2 else ("a", "b")
+        literals, notes = patterns(content, str(self._file))
+        literals += [token["content"] for token in added if not token.get("special")]
+        samples = {f"text around {literal!r}": f"{before}  {literal}  {behind}" for literal in literals}
+        if len(words) == 2:
+            samples["known words"] = f"{before}  {behind}\n{before}"
+        normalise = normalizer.normalize_str if normalizer is not None else str
+        return notes + judge_text(self, str(self._file), unknown_id, normalise, samples)
+
+    def _known_words(self, unknown_id: int | None) -> tuple[str, ...]:
+        """Two words that the vocabulary can write; fewer if it has no such words."""
+        words = []
+        for token in sorted(self._engine.get_vocab(with_added_tokens=False)):
+            if token.isascii() and token.isalnum() and unknown_id not in self.encode(token) and len(token) > 1:
+                words.append(token)
+            if len(words) == 2:
+                break
+        return tuple(words)
 
     def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[Path]]:
         """A pickled engine forgets that control tokens in text are text; so workers read the file again."""
@@ -95,7 +148,8 @@ class HuggingFaceTokenizer:
         return self._engine.token_to_id(token)
 
     def save(self, path: Path) -> None:
-        path.write_bytes(self._file.read_bytes())
+        """Writes the file, with what was switched off in it."""
+        path.write_bytes(self._file.read_bytes() if self._changed is None else self._changed.encode())
 
 
 class SentencePieceTokenizer:
@@ -104,20 +158,27 @@ class SentencePieceTokenizer:
     User-defined symbols of the form ``<|name|>`` become control symbols, which text cannot yield.
 
     Raises:
-        ValueError: the model changes white space; templates could not be written with it.
+        TokenizerError: it cannot be read, or it writes another text than it is given, white space included.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._model = ModelProto.FromString(file.read_bytes())
+        try:
+            self._model = ModelProto.FromString(file.read_bytes())
+        except Exception as error:  # protobuf has errors of its own
+            raise TokenizerError(f"{file} cannot be read as a SentencePiece model ({error}); copy it again") from error
         self._model.normalizer_spec.add_dummy_prefix = False
         for piece in self._model.pieces:
             if piece.type == USER_DEFINED and CONTROL_TOKEN.fullmatch(piece.piece):
                 piece.type = CONTROL
-        self._engine = SentencePieceProcessor(model_proto=self._model.SerializeToString())
+        try:
+            self._engine = SentencePieceProcessor(model_proto=self._model.SerializeToString())
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"{file} cannot be read as a SentencePiece model ({error}); copy it again") from error
         if (found := self.decode(self.encode(LOSSLESS_SAMPLE))) != LOSSLESS_SAMPLE:
             remedy = "--byte_fallback --remove_extra_whitespaces=false --normalization_rule_name=identity"
-            raise ValueError(f"{file} writes {LOSSLESS_SAMPLE!r} as {found!r}; train it with {remedy}")
+            raise TokenizerError(f"{file} writes {LOSSLESS_SAMPLE!r} as {found!r}; train it with {remedy}")
+        self.notes = tuple(judge_text(self, str(file), self._engine.unk_id()))
 
     def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[Path]]:
         return SentencePieceTokenizer, (self._file,)
@@ -145,6 +206,12 @@ class SentencePieceTokenizer:
 
     def save(self, path: Path) -> None:
         _convert(self._model).save(str(path))
+
+
+def _settings(content: Mapping[str, Any]) -> list[Any]:
+    """All of a tokenizer.json but the vocabulary, which is large and never changed."""
+    model = {key: value for key, value in content["model"].items() if key not in ("vocab", "merges")}
+    return [{key: value for key, value in content.items() if key != "model"}, model]
 
 
 def _convert(model: ModelProto) -> tokenizers.Tokenizer:

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, Part
+from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.memory import estimate_memory, estimate_text, fitting
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
@@ -147,7 +148,8 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     checkpoint = store.folder(state.step) if found.step is not None else None
     try:
         console.start(start_lines(experiment, _facts(build, topology, feed)))
-        for note in [*doubts, *found.notes, *notes]:
+        of_tokenizer = tokenizer_notes(experiment.data) if topology.is_main else ()
+        for note in [*doubts, *found.notes, *notes, *of_tokenizer]:
             console.notice(note)
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()

@@ -231,3 +231,113 @@ def test_the_optimizer_starts_from_the_imported_weights(topology: Any, qwen2: Pa
     assert all(torch.equal(expected[id(p)], p) for p in chunks[0].parameters())
     norm = load_file(qwen2 / "model.safetensors")["model.norm.weight"].bfloat16()
     assert torch.equal(chunks[0].language_model.decoder.final_layernorm.weight, norm)
+
+
+def place_nan(folder: Path, name: str, value: float) -> None:
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor.view(-1)[-1] = value
+    change(folder, **{name.replace(".", "__"): tensor})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("nan")),
+        ("model.layers.0.self_attn.k_proj.bias", float("inf")),
+        ("model.embed_tokens.weight", float("-inf")),
+        ("model.norm.weight", float("nan")),
+    ],
+)
+def test_values_that_are_no_numbers_are_named_with_tensor_and_file(
+    name: str, value: float, topology: Any, qwen2: Path
+) -> None:
+    from sicog_mcore.checkpoint.weights import import_part
+    from sicog_mcore.train.run import build_chunks, plan_build
+
+    place_nan(qwen2, name, value)
+    chunks = build_chunks(plan_build(experiment_for("qwen2")), topology)
+    with pytest.raises(CheckpointError) as caught:
+        import_part(chunks, "decoder", qwen2, topology)
+    message = str(caught.value)
+    assert f"NaN or infinite values in 1 tensors: {name} in model.safetensors (1 values)" in message
+    assert str(qwen2) in message and "take other weights" in message
+
+
+def test_matrices_of_zeros_are_said_and_large_finite_values_are_no_fault(topology: Any, qwen2: Path) -> None:
+    table = load_file(qwen2 / "model.safetensors")["lm_head.weight"]
+    change(
+        qwen2, model__layers__0__mlp__up_proj__weight=torch.zeros(96, 64), lm_head__weight=torch.full_like(table, 3e38)
+    )
+    _, notes = build(topology, decoder=str(qwen2))  # whose sum is infinite
+    assert notes[1:] == [
+        f"{qwen2}: 1 matrices are all zero: model.layers.0.mlp.up_proj.weight in model.safetensors",
+    ]
+
+
+def test_a_value_too_large_for_the_precision_of_the_run_is_a_fault(topology: Any, qwen2: Path) -> None:
+    norm = torch.full((64,), 1e39, dtype=torch.float64)
+    change(qwen2, model__norm__weight=norm)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight in model\.safetensors \(64 values\)"):
+        from sicog_mcore.checkpoint.weights import import_part
+        from sicog_mcore.train.run import build_chunks, plan_build
+
+        import_part(build_chunks(plan_build(experiment_for("qwen2")), topology), "decoder", qwen2, topology)
+
+
+def test_rounding_is_said(topology: Any, qwen2: Path) -> None:
+    from dataclasses import replace
+
+    from sicog_mcore.checkpoint.weights import import_part
+    from sicog_mcore.train.run import build_chunks, plan_build
+
+    experiment = experiment_for("qwen2")
+    experiment = replace(experiment, train=replace(experiment.train, precision="bf16"))
+    chunks = build_chunks(plan_build(experiment), topology)
+    assert "F32 -> bfloat16, rounded)" in import_part(chunks, "decoder", qwen2, topology)[0]
+
+
+def test_a_folder_with_an_adapter_or_two_sets_is_refused_whole(topology: Any, qwen2: Path) -> None:
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, qwen2 / "adapter_model.safetensors")
+    assert "an adapter that is not merged" in refusal(topology, decoder=str(qwen2))
+    (qwen2 / "adapter_model.safetensors").rename(qwen2 / "model-00001-of-00002.safetensors")
+    assert "two sets of weights" in refusal(topology, decoder=str(qwen2))
+    _, notes = build(topology, decoder=str(qwen2 / "model.safetensors"))
+    assert "is read, not 'model-00001-of-00002.safetensors'" in notes[1]
+    assert "of an adapter (LoRA)" in refusal(topology, decoder=str(_only(qwen2 / "model-00001-of-00002.safetensors")))
+
+
+def _only(file: Path) -> Path:
+    """The file alone in a folder, among names of a decoder."""
+    folder = file.parent / "alone"
+    folder.mkdir()
+    save_file({**load_file(file), "model.norm.weight": torch.ones(64)}, folder / "model.safetensors")
+    return folder
+
+
+def test_packed_weights_are_refused_by_their_names(topology: Any, qwen2: Path) -> None:
+    change(qwen2, model__layers__0__mlp__up_proj__qweight=torch.zeros(8, 8, dtype=torch.int32))
+    assert "quantised weights; use the release that is not quantised" in refusal(topology, decoder=str(qwen2))
+
+
+def test_the_decoder_of_another_project_is_taken_if_its_kind_is_ours(
+    topology: Any, qwen2: Path, tmp_path: Path
+) -> None:
+    weights = {f"language_model.{name}": tensor for name, tensor in load_file(qwen2 / "model.safetensors").items()}
+    weights |= {"multi_modal_projector.linear_1.weight": torch.ones(2, 2), "vision_tower.x": torch.ones(1)}
+    folder = tmp_path / "vlm"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    inner = json.loads((qwen2 / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "some_vlm", "text_config": inner}))
+    chunk, (note,) = build(topology, decoder=str(folder))
+    assert "vision-language model of another project" in note
+    assert "2 of other parts left aside: multi_modal_projector (1), vision_tower (1)" in note
+    norm = load_file(qwen2 / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(chunk.language_model.decoder.final_layernorm.weight, norm)
+    for changed, expected in (
+        ({"model_type": "gemma"}, "text_config.model_type is 'gemma'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "text_config.rope_type is 'dynamic'"),
+    ):
+        (folder / "config.json").write_text(json.dumps({"model_type": "some_vlm", "text_config": {**inner, **changed}}))
+        assert expected in refusal(topology, decoder=str(folder))
+    assert "holds no resampler" in refusal(topology, resampler=str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -80,6 +81,72 @@ def test_weights_go_in_and_come_out_again_verified(
         found, expected = (load_file(x / "model.safetensors") for x in (out / what, foreign / name))
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     assert (out / "decoder" / "tokenizer.json").is_file()
+    for what, parts in {"vlm": ("tower", "resampler", "decoder"), "decoder": ("decoder",), "tower": ("tower",)}.items():
+        init = [f"--init.{part}={out / what}" for part in parts]
+        again = out / f"{what} again"
+        assert convert.main(["import", *TINY, *init, "--out", str(again)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in lines] == [*parts, "written"]  # and nothing beside
+        assert "left aside" not in lines[0]
+        assert convert.main(["inspect", str(out / what)]) == 0
+        assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} <= {f"{p}:" for p in parts} | {
+            *parts
+        }
+
+
+def test_every_command_judges_a_folder_alike(
+    convert: ModuleType, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "decoder"
+    shutil.copytree(foreign / "qwen2", folder)
+    (folder / "adapter_config.json").write_text("{}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    arguments = ["import", *TINY, f"--init.decoder={folder}", "--out", str(tmp_path / "ours")]
+    for command in (arguments, [*arguments, "--dry-run"], ["inspect", str(folder)]):
+        assert convert.main(command) == 2
+        message = capsys.readouterr().err
+        assert "adapter_config.json beside the weights" in message and "quantization_config is 'gptq'" in message
+    (folder / "adapter_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "glow": 1}))
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    for command in (arguments, [*arguments, "--dry-run"], ["inspect", str(folder)]):
+        assert convert.main(command) == 0
+        printed = capsys.readouterr().out
+        assert "'glow' = 1 is unknown here and not used" in printed
+        assert "'model.safetensors' is read, not 'pytorch_model.bin'" in printed
+
+
+def test_a_checkpoint_with_a_nan_is_no_start(
+    convert: ModuleType,
+    foreign: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sicog_mcore.checkpoint import weights
+
+    broken = {name: tensor.clone() for name, tensor in load_file(foreign / "projector.safetensors").items()}
+    broken["ln_q.bias"][2] = float("nan")
+    save_file(broken, tmp_path / "projector.safetensors")
+    arguments = [
+        "import",
+        *TINY,
+        f"--init.resampler={tmp_path / 'projector.safetensors'}",
+        "--out",
+        str(tmp_path / "ours"),
+    ]
+    assert convert.main(arguments) == 2
+    assert "NaN or infinite values in 1 tensors: ln_q.bias in projector.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+    with monkeypatch.context() as patched:  # as an earlier version wrote it
+        patched.setattr(weights.Watch, "see", lambda *_: None)
+        assert convert.main(arguments) == 0
+    capsys.readouterr()
+    assert (
+        convert.main(["import", *TINY, f"--init.checkpoint={tmp_path / 'ours'}", "--out", str(tmp_path / "two")]) == 2
+    )
+    assert "NaN or infinite values in 1 tensors: resampler.ln_q.bias" in capsys.readouterr().err
 
 
 def test_an_export_can_change_the_dtype_and_do_without_a_tokenizer(
