@@ -145,7 +145,7 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     checkpoint = store.folder(state.step) if found.step is not None else None
     try:
         console.start(start_lines(experiment, _facts(build, topology, feed)))
-        for note in [*found.notes, *notes]:
+        for note in [*(f"data: {note}" for note in feed.notes), *found.notes, *notes]:
             console.notice(note)
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()

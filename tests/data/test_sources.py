@@ -120,7 +120,7 @@ def test_all_paths_that_cannot_be_opened_are_reported_together(tmp_path: Path) -
 
 TEXTS = st.text(alphabet='ax é図😀"\\\n,]}')
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "x", "ü\n"]), inner, max_size=3),
     max_leaves=8,
 )
