@@ -34,8 +34,6 @@ MAX_FILE_BYTES = 1 << 30
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-MAX_CHUNK_BYTES = 1_000_000  # of one text, unpacked; Pillow refuses a few more
-MAX_TEXT_BYTES = 8 * MAX_CHUNK_BYTES  # of all texts of an image
 
 # EXIF orientation -> what brings the image upright (orientation 1, or an unknown one, leaves it alone)
 UPRIGHT: Mapping[int, Image.Transpose] = {
@@ -105,7 +103,7 @@ def read_size(data: bytes, limits: DataConfig) -> Size:
         SampleError: image_unidentified, image_too_large, image_aspect, image_animated, image_truncated, image_corrupt.
     """
     with _naming_damage(data):
-        data = drop_large_text(data)
+        data = drop_texts(data)
         return _upright_size(_open(data, limits), data)
 
 
@@ -123,7 +121,7 @@ def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
         SampleError: as ``read_size``; image_truncated and image_corrupt also for damage behind the header.
     """
     with _naming_damage(data):
-        data = drop_large_text(data)
+        data = drop_texts(data)
         image = _open(data, limits)
         orientation = _orientation(image, data)
         image.load()
@@ -133,45 +131,23 @@ def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
         return np.array(rgb)
 
 
-def drop_large_text(data: bytes) -> bytes:
-    """A PNG without the texts and colour profiles that Pillow would refuse to unpack; any other bytes as they are.
+def drop_texts(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile; any other bytes as they are.
 
-    Prompts of image generators and XMP take megabytes, and nothing here reads them. Small ones stay, as XMP and
-    ImageMagick's profiles hold the orientation. At most MAX_TEXT_BYTES are unpacked to find out, whatever they claim.
+    Prompts of image generators and XMP take megabytes, which Pillow refuses to unpack, and a bomb claims to take more. The
+    pixels depend on none of them, so they are left out as they are, packed.
     """
     if not data.startswith(PNG_SIGNATURE) or not any(kind in data for kind in TEXT_CHUNKS):
         return data
-    kept, left = [PNG_SIGNATURE], MAX_TEXT_BYTES
+    kept = [PNG_SIGNATURE]
     start = at = len(PNG_SIGNATURE)
     while at + 8 <= len(data):
-        kind, body = data[at + 4 : at + 8], at + 8
-        end = body + int.from_bytes(data[at : at + 4], "big") + 4  # the checksum follows
-        if kind in TEXT_CHUNKS and end <= len(data):
-            size = _text_size(kind, data, body, end - 4) if left else MAX_CHUNK_BYTES + 1
-            if size > min(left, MAX_CHUNK_BYTES):
-                kept.append(data[start:at])
-                start = end
-            left = max(0, left - size)
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, kind and checksum take 12 bytes
+        if data[at + 4 : at + 8] in TEXT_CHUNKS and end <= len(data):
+            kept.append(data[start:at])
+            start = end
         at = end
-    return b"".join([*kept, data[start:]]) if len(kept) > 1 else data
-
-
-def _text_size(kind: bytes, data: bytes, start: int, end: int) -> int:
-    """Bytes of an unpacked chunk; of more than a chunk may have, no more than that are unpacked and counted."""
-    if end - start > MAX_CHUNK_BYTES:
-        return MAX_CHUNK_BYTES + 1
-    if kind == b"tEXt":
-        return end - start
-    body = data[start:end]
-    keyword, _, packed = body.partition(b"\0")
-    if kind == b"iTXt":
-        if packed[:1] != b"\1":  # not compressed
-            return len(body)
-        packed = packed[1:2] + packed[2:].split(b"\0", 2)[-1]  # without language and translated keyword
-    try:
-        return len(zlib.decompressobj().decompress(packed[1:], MAX_CHUNK_BYTES + 1))
-    except zlib.error:
-        return len(body)  # damaged: Pillow says how
+    return b"".join([*kept, data[start:]])
 
 
 @contextmanager

@@ -71,6 +71,8 @@ LEARNING: Mapping[str, int | None] = {
     **dict.fromkeys(("mask", "maskhistory", "trainoninputs", "trainoninput", "trainonprompt"), 0),
     **dict.fromkeys(("lossmask", "trainon", "lossweights", "weights"), None),
 }
+LABEL = "label"
+NAMED = PICTURE | PICTURES | FILM_OR_SOUND | DIALOGUE | HISTORY | SYSTEM | TOOLS | PREFERENCE | {LABEL, *LEARNING}
 # Question and answer in fields of their own; beside ``conversations`` they are what it was made of.
 TEXTS = ("instruction", "input", "output", "query", "response", "prompt", "completion", "question", "answer", "text")
 SUGGESTIONS: Mapping[str, tuple[str, ...]] = {
@@ -85,6 +87,7 @@ MEDIA_FILE = re.compile(
     r"[^\n]{1,4096}\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jp2|svg|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a)", re.I
 )
 
+NO_LETTERS = re.compile(r"[\W_]+")
 MAX_KEY_CHARS = 60  # of a key as it is looked up and shown
 MAX_KEYS_SHOWN = 12
 MAX_LOOKED_AT = 1000  # elements of one value
@@ -197,7 +200,7 @@ def suggestion(row: Mapping[str, Any], wanted: str) -> str:
 def did_you_mean(key: str, used: frozenset[str]) -> str:
     """A used key that looks like this one, in brackets; empty if none does."""
     plain = _plain(key)
-    close = [name for name in used if _plain(name) == plain] or get_close_matches(plain, used, n=1, cutoff=0.75)
+    close = [plain] if plain in used else get_close_matches(plain, used, n=1, cutoff=0.75)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -209,8 +212,13 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
     """Why the row cannot be used with this key; empty if it can."""
     plain, value = _plain(key), row[key]
     name = f"the key {key[:MAX_KEY_CHARS]!r}"
-    if meant := next((other for other in used if other != "id" and _plain(other) == plain), ""):
-        return "" if row.get(meant) == value else f"{name} is not known; rename it to {meant!r}"
+    if plain in used and plain != "id":  # all used keys are plain themselves
+        return "" if row.get(plain) == value else f"{name} is not known; rename it to {plain!r}"
+    if plain not in NAMED:
+        file = "" if num_images else _media_file(value)
+        return (
+            file and f"{name} names {file}, but the row has no image; write it under 'image' with <image> in the text"
+        )
     if plain in FILM_OR_SOUND:
         return f"{name} holds {shown(value)}, and films and sound cannot be learnt; remove the row"
     if plain in PICTURES and not _are_given(value, row.get("image")):
@@ -227,12 +235,10 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
         return f"{name} names tools, which no template can write; remove the row"
     if plain in PREFERENCE and key not in used:
         return _preference_fault(name, used)
-    if plain == "label" and isinstance(value, bool):  # of answers to like or dislike; other labels name a class
+    if plain == LABEL and isinstance(value, bool):  # of answers to like or dislike; other labels name a class
         return f"{name} says whether the answer is good, but every answer is learnt; remove the key or the row"
     if plain in LEARNING and not _is_neutral(plain, value, is_answer=True):
         return f"{name} is {shown(value)}; {_LEARNT_ANYWAY}"
-    if not num_images and (file := _media_file(value)):
-        return f"{name} names {file}, but the row has no image; write it under 'image' with <image> in the text"
     return ""
 
 
@@ -262,6 +268,8 @@ def _base(path: object) -> object:
 
 def _media_file(value: object) -> str:
     """The first file of a picture, a film or sound that a value names."""
+    if not isinstance(value, str | list):
+        return ""
     found = (text for text in _elements(value) if isinstance(text, str) and len(text) < 5000)
     return next((shown(text) for text in found if MEDIA_FILE.fullmatch(text)), "")
 
@@ -271,4 +279,4 @@ def _elements(value: object) -> Iterator[object]:
 
 
 def _plain(key: str) -> str:
-    return re.sub(r"[\W_]+", "", key[:MAX_KEY_CHARS]).lower()
+    return NO_LETTERS.sub("", key[:MAX_KEY_CHARS]).lower()

@@ -21,7 +21,7 @@ from sicog_mcore.errors import SampleError
 USED, IRRELEVANT, REPORTED, REFUSED = "used", "irrelevant", "reported", "refused"
 TEXT = [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "Blue."}]
 SEEN = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Blue."}]
-MANY_KEYS = 400_000
+MANY_KEYS = 60_000
 
 
 def _open(folder: Path, *rows: dict[str, Any] | bytes, pairs: bool = False) -> SampleIndex:
@@ -109,10 +109,11 @@ TABLE: tuple[tuple[str, object, str, str], ...] = (
 
 @pytest.mark.parametrize(("key", "value", "without", "with_image"), TABLE)
 def test_every_key_has_its_fate(tmp_path: Path, key: str, value: object, without: str, with_image: str) -> None:
-    for row, expected in (
+    rows: tuple[tuple[dict[str, Any], str], ...] = (
         ({"id": "r", "conversations": TEXT}, without),
         ({"id": "r", "image": "a.png", "conversations": SEEN}, with_image),
-    ):
+    )
+    for row, expected in rows:
         fate = _fate(_open(tmp_path, row | {key: value}), key)
         assert fate == expected if not expected.endswith("?") else fate != REFUSED, row
 
@@ -166,7 +167,7 @@ def test_notes_stay_short_and_printable(tmp_path: Path) -> None:
 def test_a_row_of_very_many_keys_costs_little(tmp_path: Path) -> None:
     keys = {f"k{n}": n for n in range(MANY_KEYS)}
     row = json.dumps({"id": "r", "conversations": [{**TEXT[0], **keys}, TEXT[1]], **keys}).encode()
-    assert 8 * 2**20 < len(row) < 16 * 2**20
+    assert len(row) > 2**20
     parsed = json.loads(row)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     json.loads(row)
@@ -175,7 +176,7 @@ def test_a_row_of_very_many_keys_costs_little(tmp_path: Path) -> None:
     started = time.process_time()
     index = _open(tmp_path, row)
     assert time.process_time() - started < 10 * parsing + 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
     assert len(index.notes) < 20 and len("".join(index.notes)) < 5000
     assert index.read(0).id == "r"
     missing = _open(tmp_path, json.dumps(keys).encode())
