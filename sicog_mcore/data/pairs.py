@@ -37,7 +37,7 @@ def build_pair(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: s
     turns = _prompt(row, len(images))
     answers = {name: _answer(row, name) for name in ANSWER_FIELDS}
     check_keys(row, PAIR_KEYS, len(images))
-    given = {name: row[name] for name in ("id", "system") if name in row}
+    given: Row = {name: row[name] for name in ("id", "system") if name in row}
     chosen, rejected = (
         build_dialogue({**given, "conversations": [*turns, answers[name]]}, images, fallback_id, origin)
         for name in ANSWER_FIELDS

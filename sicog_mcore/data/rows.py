@@ -37,6 +37,8 @@ from sicog_mcore.data.survey import Survey
 from sicog_mcore.errors import SampleError
 
 MAX_ROW_BYTES = 16 * 2**20
+MAX_ROW_IMAGES = 4096  # each is looked up in its folder before anything else is known of it
+MAX_PATH_CHARS = 300  # of a path as shown in messages
 ROLES: Mapping[str, Role] = {
     "human": "user",
     "user": "user",
@@ -216,11 +218,15 @@ def image_paths(row: Row) -> list[str]:
     """Paths in the row's ``image`` field: none (also for a blank text), one, or a list.
 
     Raises:
-        SampleError: field_type; not_utf8.
+        SampleError: field_type; not_utf8; image_count_mismatch.
     """
     value = row.get("image")
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
+    if isinstance(value, list) and len(value) > MAX_ROW_IMAGES:
+        raise SampleError(
+            "image_count_mismatch", f"image lists {len(value):,}, at most {MAX_ROW_IMAGES:,} fit a sample"
+        )
     paths = [_text(path, "image") for path in (value if isinstance(value, list) else [value])]
     if not all(path.strip() for path in paths):
         raise SampleError("field_type", f"image is {shown(value)}, expected paths; remove the empty ones")
@@ -248,7 +254,9 @@ def locate_image(path: str, root: str) -> ImageRef:
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath([root, real]) == root:
             return ImageRef(real)
-    raise SampleError("image_path_unsafe", f"{path!r} must be a relative path that stays inside {root}")
+    raise SampleError(
+        "image_path_unsafe", f"{path[:MAX_PATH_CHARS]!r} must be a relative path that stays inside {root}"
+    )
 
 
 def is_unsafe_path(path: str) -> bool:

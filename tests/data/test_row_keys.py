@@ -283,7 +283,12 @@ def test_ambiguous_json_is_refused(tmp_path: Path, raw: bytes, reason: str, said
 @pytest.mark.parametrize(
     ("image", "images", "reason"),
     [("", 0, ""), ("  ", 0, ""), (None, 0, ""), ([], 0, ""), ("", 1, "image_count_mismatch")]
-    + [([""], 0, "field_type"), (["a.png", " "], 2, "field_type"), ({"path": "a.png"}, 1, "field_type")],
+    + [
+        (["a.png"] * 4097, 4097, "image_count_mismatch"),
+        ([""], 0, "field_type"),
+        (["a.png", " "], 2, "field_type"),
+        ({"path": "a.png"}, 1, "field_type"),
+    ],
 )
 def test_empty_path_is_no_image(tmp_path: Path, image: object, images: int, reason: str) -> None:
     turns = [{"from": "human", "value": "<image>" * images + "q"}, TEXT[1]]

@@ -122,6 +122,7 @@ def _name(origin: str, rows: Sequence[Path]) -> str:
 
 
 def _item(sample: Sample, root: str) -> Item:
-    question = sample.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
+    asked = next(turn for turn in sample.turns if turn.role == "user")  # behind the row's system turn, if it has one
+    question = asked.text.replace(IMAGE_PLACEHOLDER, "").strip()
     image = os.path.relpath(sample.images[0].path, root) if sample.images else ""
     return Item(sample.id, question, image, sample.images)
