@@ -40,6 +40,7 @@ from sicog_mcore.data.shards import ShardDamaged, index_shard
 from sicog_mcore.data.survey import Survey, escaped
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
+MAX_SUFFIX_CHARS = 20  # as shown in notes
 BOM = "\xef\xbb\xbf"  # UTF-8's byte order mark, read as Latin-1
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -152,7 +153,7 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
     for number, config in enumerate(configs):
         found = check_source(number, config)
         problems += found
-        for path in [] if found else _files(config):
+        for path in [] if found else _files(config, survey):
             # Default ids start with the file's name, which must therefore be unique.
             name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
             names.add(name)
@@ -179,10 +180,16 @@ FIXES: Mapping[type[Exception], str] = {
 }
 
 
-def _files(config: SourceConfig) -> list[Path]:
-    """The files of a source: itself, or the shards in a folder, by name."""
+def _files(config: SourceConfig, survey: Survey) -> list[Path]:
+    """The files of a source: itself, or the shards in a folder, by name; what else is in the folder is counted."""
     path = Path(config.path)
-    return sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    for other in sorted(path.iterdir()):
+        if other.suffix != SHARD and not other.name.startswith("."):
+            what = "folders" if other.is_dir() else f"files {''.join(other.suffixes)[-MAX_SUFFIX_CHARS:]!r}"
+            survey.remark(f"{what} beside the shards are not read", str(path), other.name, "entry")
+    return sorted(path.glob(f"*{SHARD}"))
 
 
 def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: Survey) -> tuple[Source, Hashes]:

@@ -6,7 +6,7 @@ Texts of the data stand in the notes as ``repr`` writes them: no control sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,14 +21,23 @@ from sicog_mcore.data.row_keys import (
     did_you_mean,
     is_empty,
     row_faults,
+    shown_keys,
     suggestion,
     turn_faults,
     unused_keys,
 )
 
 MAX_DISTINCT = 1000  # things that are counted by name; further ones are counted together
-MAX_NOTES = 9  # of refusals, and of things that are not used
+MAX_NOTES = 6  # of each kind: refusals, remarks, keys that are not used
 MAX_PLACE_CHARS = 300
+UNITS: Mapping[str, str] = {
+    "row": "rows",
+    "sample": "samples",
+    "member": "members",
+    "file": "files",
+    "shard": "shards",
+    "entry": "entries",
+}
 
 
 @dataclass
@@ -38,10 +47,11 @@ class Count:
     text: str
     first: str
     unit: str
-    number: int = 0
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.text}: {self.number:,} {self.unit}{'s' * (self.number != 1)}, first at {self.first}"
+        units = self.unit if self.number == 1 else UNITS[self.unit]
+        return f"{self.text}: {self.number:,} {units}, first at {self.first}"
 
 
 class Counts:
@@ -50,6 +60,12 @@ class Counts:
     def __init__(self, others: str) -> None:
         self._others = others
         self._counts: dict[str, Count] = {}
+
+    def again(self, name: str) -> bool:
+        """Counts a further occurrence; says whether it is one."""
+        if count := self._counts.get(name):
+            count.number += 1
+        return count is not None
 
     def add(self, name: str, text: str, path: str, place: object, unit: str = "row") -> None:
         """Counts one occurrence.
@@ -61,13 +77,10 @@ class Counts:
             place: line, or key of the sample in a shard.
             unit: what is counted.
         """
-        count = self._counts.get(name)
-        if count is None:
-            if len(self._counts) >= MAX_DISTINCT and name != self._others:
-                self.add(self._others, self._others, path, place, unit)
-                return
-            count = self._counts[name] = Count(text, escaped(f"{path}:{place}"), unit)
-        count.number += 1
+        if len(self._counts) >= MAX_DISTINCT:
+            name = text = self._others
+        if not self.again(name):
+            self._counts[name] = Count(text, escaped(f"{path}:{place}"), unit, 1)
 
     def notes(self) -> Iterator[str]:
         """The most frequent ones; the rest by its number."""
@@ -91,6 +104,7 @@ class Survey:
         self._refused = Counts("other keys for which rows are refused")
         self._unused = Counts("other keys are not used")
         self._remarks = Counts("other remarks")
+        self._lacks: dict[str, str] = {}  # by missing key and keys of the row; looking for a suggestion takes its time
 
     def add_row(self, row: dict[str, Any], num_images: int, path: str, place: object) -> None:
         """Counts the keys of a row and of its turns, each once."""
@@ -102,11 +116,13 @@ class Survey:
                     _add_turn(turn, refused, unused)
         for found, counts in ((refused, self._refused), (unused, self._unused)):
             for key, text in found.items():
-                counts.add(key, text, path, place)
+                if not counts.again(key):
+                    counts.add(key, text or self._not_used(key), path, place)
 
     def remark(self, text: str, path: str, place: object, unit: str = "sample") -> None:
         """Counts one sample, or another unit, of which ``text`` is true; data stand in the text as repr writes them."""
-        self._remarks.add(text, text, path, place, unit)
+        if not self._remarks.again(text):
+            self._remarks.add(text, text, path, place, unit)
 
     def notes(self) -> list[str]:
         """What is to be said before the start; empty if everything is used or known not to matter."""
@@ -114,7 +130,7 @@ class Survey:
 
     def _of_row(self, row: dict[str, Any], num_images: int) -> tuple[dict[str, str], dict[str, str]]:
         """What is said of a row's own keys: those that are refused, and those that are not used."""
-        texts = [f"refused: no key {key!r}{suggestion(row, key)}" for key in self._missing(row)]
+        texts = [self._lack(row, key) for key in self._missing(row)]
         refused = dict(zip(texts, texts, strict=True))
         if row.keys() <= self._plain:
             return refused, {}
@@ -122,7 +138,18 @@ class Survey:
         refused |= {fault.key: f"refused: {fault.detail}" for fault in faults}
         keys = (key[:MAX_KEY_CHARS] for key in unused_keys(row, self._used, num_images > 0))
         names = islice((key for key in keys if key not in refused), MAX_DISTINCT)
-        return refused, {key: f"key {key!r} is not used{did_you_mean(key, self._used)}" for key in names}
+        return refused, dict.fromkeys(names, "")
+
+    def _not_used(self, key: str) -> str:
+        return f"key {key!r} is not used{did_you_mean(key, self._used)}"
+
+    def _lack(self, row: dict[str, Any], key: str) -> str:
+        looks = f"{key} {shown_keys(row)}"
+        if looks not in self._lacks:
+            if len(self._lacks) >= MAX_DISTINCT:
+                return f"refused: no key {key!r}"
+            self._lacks[looks] = f"refused: no key {key!r}{suggestion(row, key)}"
+        return self._lacks[looks]
 
     def _missing(self, row: dict[str, Any]) -> list[str]:
         """Keys without which a row says nothing."""

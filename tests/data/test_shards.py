@@ -326,3 +326,15 @@ def test_members_that_are_not_used_are_counted_by_their_type(tmp_path: Path) -> 
         "members '.\\x1b[2J.cls'",
     ]
     assert all(note.endswith(f"3 samples, first at {tmp_path}/s.tar:a") for note in index.notes)
+
+
+def test_what_stands_beside_the_shards_of_a_folder_is_said(tmp_path: Path) -> None:
+    _tar(tmp_path / "a.tar", _sample("a"))
+    for name in ("b.tar.gz", "c.tar.gz", "a_stats.json", ".hidden", "part0"):
+        (tmp_path / name).mkdir() if name == "part0" else (tmp_path / name).touch()
+    index = _open(tmp_path)
+    assert len(index) == 1 and set(index.notes) == {
+        f"files '.tar.gz' beside the shards are not read: 2 entries, first at {tmp_path}:b.tar.gz",
+        f"files '.json' beside the shards are not read: 1 entry, first at {tmp_path}:a_stats.json",
+        f"folders beside the shards are not read: 1 entry, first at {tmp_path}:part0",
+    }
