@@ -93,6 +93,8 @@ MAX_KEYS_SHOWN = 12
 MAX_LOOKED_AT = 1000  # elements of one value
 MAX_FAULTS = 3
 EMPTY_TEXTS = ("[]", "{}")
+LEARNT_ANYWAY = "what is learnt cannot be chosen: every answer is, and nothing else; remove the key or the row"
+LLAVA_EXAMPLE = '"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
 
 
 class Fault(NamedTuple):
@@ -173,7 +175,7 @@ def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[Fault]:
         if plain in PICTURE or plain in PICTURES or plain in FILM_OR_SOUND:
             faults.append(Fault(key, f"{name} holds {shown(value)}; write images into the row's field 'image'"))
         elif plain in LEARNING and not _is_neutral(plain, value, is_answer):
-            faults.append(Fault(key, f"{name} is {shown(value)}; {_LEARNT_ANYWAY}"))
+            faults.append(Fault(key, f"{name} is {shown(value)}; {LEARNT_ANYWAY}"))
         elif plain in TOOLS:
             faults.append(Fault(key, f"{name} calls a tool, which no template can write; remove the row"))
         elif plain in REASONING:
@@ -193,7 +195,7 @@ def suggestion(row: Mapping[str, Any], wanted: str) -> str:
         return ""
     if wanted == "conversations" and _plain(known[0]) not in (*DIALOGUE, wanted) and isinstance(row[known[0]], str):
         names = " and ".join(repr(key) for key in known[:3])
-        return f"; write {names} as turns: {_LLAVA_EXAMPLE}"
+        return f"; write {names} as turns: {LLAVA_EXAMPLE}"
     return f"; rename {known[0][:MAX_KEY_CHARS]!r} to {wanted!r}"
 
 
@@ -202,10 +204,6 @@ def did_you_mean(key: str, used: frozenset[str]) -> str:
     plain = _plain(key)
     close = [plain] if plain in used else get_close_matches(plain, used, n=1, cutoff=0.75)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-_LEARNT_ANYWAY = "what is learnt cannot be chosen: every answer is, and nothing else; remove the key or the row"
-_LLAVA_EXAMPLE = '"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
 
 
 def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_images: int) -> str:
@@ -225,8 +223,9 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
         return f"{name} holds pictures, expected under 'image'; rename it, and write one <image> for each"
     if plain in PICTURE and not num_images:
         return f"{name} holds a picture, expected under 'image'; rename it, and write <image> where it belongs"
-    if plain in DIALOGUE and isinstance(value, list) and "conversations" in row and row["conversations"] != value:
-        return f"{name} is a second conversation beside 'conversations'; keep one of them"
+    if plain in DIALOGUE and isinstance(value, list) and row.get("conversations") != value:
+        other = next((field for field in ("conversations", "prompt") if field in used and field in row), "")
+        return other and f"{name} is a second conversation beside {other!r}; keep one of them"
     if plain in HISTORY:
         return f"{name} holds earlier turns, expected under 'conversations'; write them there"
     if plain in SYSTEM:
@@ -238,7 +237,7 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
     if plain == LABEL and isinstance(value, bool):  # of answers to like or dislike; other labels name a class
         return f"{name} says whether the answer is good, but every answer is learnt; remove the key or the row"
     if plain in LEARNING and not _is_neutral(plain, value, is_answer=True):
-        return f"{name} is {shown(value)}; {_LEARNT_ANYWAY}"
+        return f"{name} is {shown(value)}; {LEARNT_ANYWAY}"
     return ""
 
 
@@ -250,8 +249,8 @@ def _preference_fault(name: str, used: frozenset[str]) -> str:
 
 def _is_neutral(plain: str, value: object, is_answer: bool) -> bool:
     """Whether a control key asks for what is done anyway: answers are learnt, nothing else."""
-    if isinstance(value, str) or not isinstance(value, int | float):
-        return isinstance(value, str) and plain in ("mask", "weight")  # a file, or a thing's weight
+    if plain in ("mask", "weight") and not all(isinstance(number, int | float) for number in _elements(value)):
+        return True  # the outline of an object, or what a thing weighs: not about learning
     wanted = LEARNING[plain]
     return wanted is not None and value == (wanted if is_answer else 1 - wanted)
 

@@ -85,6 +85,11 @@ TABLE: tuple[tuple[str, object, str, str], ...] = (
     ("loss_mask", [0, 1], REFUSED, REFUSED),
     ("weight", 0.5, REFUSED, REFUSED),
     ("weights", [1, 2], REFUSED, REFUSED),
+    ("weight", "70 kg", REPORTED, REPORTED),
+    ("mask", 1, REFUSED, REFUSED),
+    ("mask", [0, 1, 1], REFUSED, REFUSED),
+    ("mask", {"size": [4, 4], "counts": "x"}, REPORTED, REPORTED),
+    ("mask", [[1, 2, 3]], REPORTED, REPORTED),
     ("train_on", "last", REFUSED, REFUSED),
     ("train_on_inputs", True, REFUSED, REFUSED),
     ("mask_history", 1, REFUSED, REFUSED),
@@ -234,13 +239,15 @@ def test_pair_in_another_form_is_told_what_to_rename(tmp_path: Path) -> None:
         {"question": "q", "chosen": "a", "rejected": "b"},
         {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "messages": TEXT},
     )
     index = _open(tmp_path, *rows, pairs=True)
-    found = [str(_refusal(index, row)) for row in range(4)]
+    found = [str(_refusal(index, row)) for row in range(5)]
     assert "rename 'rejected_response' to 'rejected'" in found[0]
     assert "rename 'question' to 'prompt'" in found[1]
     assert found[2].startswith("field_type: prompt is [") and "write turns under 'conversations'" in found[2]
     assert found[3].startswith("key_unsupported: the key 'images' holds pictures")
+    assert "'messages' is a second conversation beside 'prompt'" in found[4]
 
 
 @pytest.mark.parametrize(
