@@ -90,7 +90,7 @@ def check_content(number: int, source: SourceConfig) -> list[ConfigProblem]:
         except OSError as error:
             found = str(error)
         if found:
-            fix = "prepare the data again, or remove this source"
+            fix = f"write {'the shard' if file.suffix == SHARD else 'the file'} again, or move it out of the way"
             problems.append(ConfigProblem(f"data.sources[{number}].path", str(file), found, fix))
     return problems
 

@@ -4,7 +4,7 @@ In: a .tar file   Out: ShardFile (a Source)   Next: rows.py
 A group is a run of members with one key (the path up to the first dot of the file name): a .json member in LLaVA form,
 or a .txt caption, and its images. Their order is that of the field ``image`` if it names them, else by their numbers. A
 .json without conversations beside a .txt describes the picture; the caption is used. Nothing is extracted.
-Further reasons: member_unsafe, member_repeated, member_unsupported, image_order, download_failed.
+Further reasons: member_unsafe, member_repeated, member_unsupported, image_order, image_missing, download_failed.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class ShardFile:
                 f"the .json says that its status is {shown(fields['status'])}, expected 'success'; remove the sample"
             )
             raise SampleError("download_failed", detail)
+        if not any(member.kind == IMAGE for member in members.values()):
+            raise SampleError("image_missing", "the caption has no picture beside it; pack it under the same key")
         caption = decode_text(self._read(texts[CAPTION])).strip()
         question = {"from": "human", "value": IMAGE_PLACEHOLDER}
         return {"id": fields.get("id"), "conversations": [question, {"from": "gpt", "value": caption}]}

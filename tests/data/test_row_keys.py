@@ -23,7 +23,7 @@ from sicog_mcore.errors import SampleError
 USED, IRRELEVANT, REPORTED, REFUSED = "used", "irrelevant", "reported", "refused"
 TEXT = [{"from": "human", "value": "What colour?"}, {"from": "gpt", "value": "Blue."}]
 SEEN = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Blue."}]
-MANY_KEYS = 60_000
+MANY_KEYS = 30_000
 
 
 def _open(folder: Path, *rows: dict[str, Any] | bytes, pairs: bool = False) -> SampleIndex:
@@ -174,7 +174,7 @@ def test_notes_stay_short_and_printable(tmp_path: Path) -> None:
 def test_a_row_of_very_many_keys_costs_little(tmp_path: Path) -> None:
     keys = {f"k{n}": n for n in range(MANY_KEYS)}
     row = json.dumps({"id": "r", "conversations": [{**TEXT[0], **keys}, TEXT[1]], **keys}).encode()
-    assert len(row) > 2**20
+    assert len(row) > 2**19
     parsed = json.loads(row)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     json.loads(row)

@@ -303,7 +303,7 @@ def test_metadata_beside_a_caption_is_said_and_not_read(tmp_path: Path) -> None:
     index = _open(_tar(tmp_path / "s.tar", members))
     assert index.read(0).turns == (Turn("user", "<image>"), Turn("assistant", "A square."))
     assert index.read(3).turns[-1].text == "A square."  # of the conversation
-    reasons = ["field_missing", "download_failed", "image_count_mismatch", "field_missing", "json_invalid"]
+    reasons = ["field_missing", "download_failed", "image_missing", "field_missing", "json_invalid"]
     assert [_reason(index, row) for row in (1, 2, 4, 5, 6)] == reasons
     file = f"{tmp_path}/s.tar"
     assert [note for note in index.notes if note.startswith("the ")] == [
