@@ -85,6 +85,8 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
         outcomes, {"checkpoint": fingerprint, "benchmark": rows, "benchmark_hash": content_hash(Path(rows))}
     )
     if topology.is_main:
+        for note in losses.notes:
+            print(f"data: {note}", file=sys.stderr)
         write_results(out, outcomes, summary)
     low, high = summary["perplexity_interval"]
     left_out = "".join(f"; left out: {count} x {reason}" for reason, count in summary["failures"].items())

@@ -40,6 +40,8 @@ def read_samples(rows: Path, images: Path, refused: Counter[str]) -> Iterator[Sa
     if rows.suffix not in ROW_FILES:
         raise ValueError(f"{rows} is no {' or '.join(ROW_FILES)} file")
     samples = open_sources([SourceConfig(path=str(rows), images=str(images))], DataConfig())
+    for note in samples.notes:
+        print(f"make_pairs: {note}", file=sys.stderr)
     for row in range(len(samples)):
         try:
             yield samples.read(row)

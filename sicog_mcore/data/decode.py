@@ -32,6 +32,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_FILE_BYTES = 1 << 30
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
 # EXIF orientation -> what brings the image upright (orientation 1, or an unknown one, leaves it alone)
 UPRIGHT: Mapping[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,6 +103,7 @@ def read_size(data: bytes, limits: DataConfig) -> Size:
         SampleError: image_unidentified, image_too_large, image_aspect, image_animated, image_truncated, image_corrupt.
     """
     with _naming_damage(data):
+        data = drop_texts(data)
         return _upright_size(_open(data, limits), data)
 
 
@@ -117,6 +121,7 @@ def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
         SampleError: as ``read_size``; image_truncated and image_corrupt also for damage behind the header.
     """
     with _naming_damage(data):
+        data = drop_texts(data)
         image = _open(data, limits)
         orientation = _orientation(image, data)
         image.load()
@@ -124,6 +129,25 @@ def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
         if orientation in UPRIGHT:
             rgb = rgb.transpose(UPRIGHT[orientation])
         return np.array(rgb)
+
+
+def drop_texts(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile; any other bytes as they are.
+
+    Prompts of image generators and XMP take megabytes, which Pillow refuses to unpack, and a bomb claims to take more. The
+    pixels depend on none of them, so they are left out as they are, packed.
+    """
+    if not data.startswith(PNG_SIGNATURE) or not any(kind in data for kind in TEXT_CHUNKS):
+        return data
+    kept = [PNG_SIGNATURE]
+    start = at = len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, kind and checksum take 12 bytes
+        if data[at + 4 : at + 8] in TEXT_CHUNKS and end <= len(data):
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]])
 
 
 @contextmanager

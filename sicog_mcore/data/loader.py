@@ -185,6 +185,7 @@ class Loader(Iterator[PackedBatch]):
         build = build_pair if experiment.objective == "dpo" else build_sample
         samples, encoder = open_sources(data.sources, data, build), Encoder(model, data)
         self.num_rows = len(samples)
+        self.notes = samples.notes
         self._planner = WindowPlanner(samples, encoder, data, experiment.train.seed)
         self._builder = PackBuilder(samples, encoder, model, data)
         self._data = data

@@ -1,20 +1,31 @@
-"""Is everything that data loading needs in place? Asked before processes start, without reading a row.
+"""Is everything that data loading needs in place? Asked before processes start, with a glance at each file.
 
 In: Experiment   Out: every ConfigProblem found   Next: sources.py (opens the data sets), chat.py
 """
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
+import re
+from itertools import chain, islice
 from pathlib import Path
 
 from sicog_mcore.config import Experiment, InitConfig, SourceConfig
 from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators
+from sicog_mcore.data.rows import MAX_ROW_BYTES
+from sicog_mcore.data.shards import compression, glance
 from sicog_mcore.data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from sicog_mcore.errors import ConfigProblem
 
 ROW_FILES = (".json", ".jsonl")
 SHARD = ".tar"
+PEEK_BYTES = 4096
+CHUNK_BYTES = 1 << 20
+UTF16 = re.compile(rb"\xff\xfe[\[{\s]\0|\xfe\xff\0[\[{\s]")
+LIST_OF_OBJECTS = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
+NO_ROW = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*\])?\s*")
 TOKENIZER_FILES = "give a Hugging Face tokenizer.json, a SentencePiece .model, or the folder of one"
 SOURCE_EXAMPLE = 'name at least one, e.g. --data.sources \'[{"path": "train.jsonl", "images": "images"}]\''
 
@@ -22,7 +33,11 @@ SOURCE_EXAMPLE = 'name at least one, e.g. --data.sources \'[{"path": "train.json
 def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
     """Looks at data sets, image folders and the tokenizer; returns all problems, none if training can start."""
     sources = experiment.data.sources
-    problems = [problem for number, source in enumerate(sources) for problem in check_source(number, source)]
+    problems = [
+        problem
+        for number, source in enumerate(sources)
+        for problem in check_source(number, source) or check_content(number, source)
+    ]
     if not sources:
         problems.append(ConfigProblem("data.sources", (), "no data set is named", SOURCE_EXAMPLE))
     return [*problems, *_check_tokenizer(experiment), *_check_init(experiment.init), *_check_output(experiment.output)]
@@ -43,11 +58,15 @@ def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
     elif not _is_readable(path):
         report("path", source.path, "cannot be read", "give this user the right to read it")
     elif path.is_dir() and not any(path.glob(f"*{SHARD}")):
-        report("path", source.path, f"is a folder without {SHARD} shards", kinds)
+        inner = next(path.glob(f"*/*{SHARD}"), None)
+        fix = f"name the folder that holds them, e.g. {inner.parent}" if inner else kinds
+        report("path", source.path, f"is a folder without {SHARD} shards", fix)
     elif path.is_file() and not has_rows and path.suffix != SHARD:
         report("path", source.path, "is no known kind of data set", kinds)
     elif has_rows and path.is_file() and path.stat().st_size == 0:  # an empty shard is one bad row among its like
         report("path", source.path, "is empty", "prepare the data again or remove this source")
+    elif has_rows and path.is_file() and (found := _foreign_format(path)):
+        report("path", source.path, *found)
     images = Path(source.images)
     if has_rows and not images.is_dir():
         problem = "is not a folder" if images.exists() else "does not exist"
@@ -60,6 +79,55 @@ def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
     elif has_rows and not _is_readable(images):
         report("images", source.images, "cannot be read", "give this user the right to list and open it")
     return problems
+
+
+def check_content(number: int, source: SourceConfig) -> list[ConfigProblem]:
+    """What the first and last bytes of data set ``number`` say against it: no row at all, shards that are cut off."""
+    path, problems = Path(source.path), []
+    for file in sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]:
+        try:
+            found = glance(file) if file.suffix == SHARD else _emptiness(file)
+        except OSError as error:
+            found = str(error)
+        if found:
+            fix = f"write {'the shard' if file.suffix == SHARD else 'the file'} again, or move it out of the way"
+            problems.append(ConfigProblem(f"data.sources[{number}].path", str(file), found, fix))
+    return problems
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file named .json holds one object per line, and more than one line."""
+    with path.open("rb") as file:
+        lines = (line.strip() for line in iter(lambda: file.readline(MAX_ROW_BYTES), b""))
+        first, second = islice(chain((line for line in lines if line), (b"", b"")), 2)
+    try:
+        return second.startswith(b"{") and isinstance(json.loads(first.removeprefix(codecs.BOM_UTF8)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _foreign_format(path: Path) -> tuple[str, str] | None:
+    """What a file of rows is instead, and what to do about it."""
+    with path.open("rb") as file:
+        start = file.read(PEEK_BYTES)
+    if packed := compression(start):
+        return f"is compressed ({packed})", "unpack it: rows are read in place"
+    if start.startswith(b"PAR1"):
+        return "is Parquet", "write its rows as JSON, e.g. with datasets: Dataset.to_json"
+    if UTF16.match(start):
+        return "is UTF-16", "convert it to UTF-8"
+    if path.suffix == ".jsonl" and LIST_OF_OBJECTS.match(start):
+        return "is a JSON list, expected one row per line", "rename it to .json"
+    return None
+
+
+def _emptiness(path: Path) -> str:
+    """Says that a file has no row; empty if it may have one. Reads on only over white space."""
+    with path.open("rb") as file:
+        seen = b""
+        while len(seen) < PEEK_BYTES and (chunk := file.read(CHUNK_BYTES)):
+            seen += chunk.strip() if not seen else chunk
+    return "holds no row" if NO_ROW.fullmatch(seen) else ""
 
 
 def _relative_to_here() -> str:

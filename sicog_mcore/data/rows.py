@@ -1,8 +1,9 @@
 """One row in LLaVA form to a Sample: fields, turns, placeholders and image paths, each checked.
 
 In: bytes of a row   Out: Sample   Next: sources.py, shards.py (which find the rows)
-Reasons: json_invalid, not_utf8, line_too_long, row_unreadable, field_missing, field_type, role_unknown, turns_order,
-answer_empty, image_token_in_answer, image_count_mismatch, image_path_unsafe.
+Reasons: json_invalid, key_repeated, not_utf8, line_too_long, row_unreadable, field_missing, field_type, key_unsupported,
+role_unknown, turns_order, system_ambiguous, answer_empty, media_missing, image_token_in_answer, image_count_mismatch,
+image_path_unsafe.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PureWindowsPath
@@ -20,10 +22,23 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sicog_mcore.data.mentions import lost_tag
+from sicog_mcore.data.row_keys import (
+    MAX_KEY_CHARS,
+    ROW_KEYS,
+    row_faults,
+    shown,
+    shown_keys,
+    suggestion,
+    turn_faults,
+)
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Role, Sample, Turn
+from sicog_mcore.data.survey import Survey
 from sicog_mcore.errors import SampleError
 
 MAX_ROW_BYTES = 16 * 2**20
+MAX_ROW_IMAGES = 4096  # each is looked up in its folder before anything else is known of it
+MAX_PATH_CHARS = 300  # of a path as shown in messages
 ROLES: Mapping[str, Role] = {
     "human": "user",
     "user": "user",
@@ -31,6 +46,11 @@ ROLES: Mapping[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+# Any character but blanks, controls and what has no width or shows nothing: joiners, marks of direction, fillers.
+VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    r"\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 Row = dict[str, Any]
@@ -39,22 +59,45 @@ Hashes = NDArray[np.uint64]
 
 
 class RowIds:
-    """Hashes of the ids of a file's rows, in order; a broken row, or one without an id, counts under its default id."""
+    """Hashes of the ids of a file's rows, in order; a broken row, or one without an id, counts under its default id.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: what default ids start with.
+        path: the file, for messages.
+        survey: counts the keys of the rows.
+    """
+
+    def __init__(self, name: str, path: str, survey: Survey) -> None:
         self._name = name
+        self._path = path
+        self._survey = survey
         self._hashes = array("Q")
 
-    def add(self, row: object) -> None:
-        row_id = row.get("id") if isinstance(row, dict) else None
+    def add(self, row: object, place: object, num_images: int | None = None) -> None:
+        """Counts a row.
+
+        Args:
+            row: as parsed; anything but an object is a broken row.
+            place: line of the file, or key of the sample in a shard.
+            num_images: images of the row; None asks its field ``image``.
+        """
+        row_id = None
+        if isinstance(row, dict):
+            row_id = row.get("id")
+            self._survey.add_row(row, _count_images(row) if num_images is None else num_images, self._path, place)
+        self.add_id(row_id)
+
+    def add_id(self, row_id: object) -> None:
+        """Counts a row by its id alone."""
         text = default_id(self._name, len(self._hashes)) if row_id in (None, "") else str(row_id)
         self._hashes.append(xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")))
 
-    def add_encoded(self, raw: bytes) -> None:
+    def add_encoded(self, raw: bytes, place: object) -> None:
+        """Counts a row of a file; whether it is whole is seen when it is read."""
         try:
-            self.add(parse_row(raw))
-        except SampleError:
-            self.add(None)
+            self.add(json.loads(decode_text(raw)), place)
+        except (SampleError, ValueError, RecursionError):
+            self.add_id(None)
 
     def hashes(self) -> Hashes:
         return np.frombuffer(self._hashes, np.uint64)
@@ -98,10 +141,10 @@ def parse_row(raw: bytes) -> Row:
     """Parses the JSON object of a row.
 
     Raises:
-        SampleError: not_utf8; json_invalid; field_type.
+        SampleError: not_utf8; json_invalid; key_repeated; field_type.
     """
     try:
-        row = json.loads(decode_text(raw))
+        row = json.loads(decode_text(raw), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise SampleError("json_invalid", f"{error} ({raw[:40]!r}...); repair or remove the row") from error
     if not isinstance(row, dict):
@@ -109,10 +152,26 @@ def parse_row(raw: bytes) -> Row:
     return row
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """An object whose keys are its own; of a repeated one, JSON does not say which counts."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise SampleError(
+            "key_repeated", f"the key {key[:MAX_KEY_CHARS]!r} stands twice in an object; keep one of them"
+        )
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON; write null")
+
+
 def build_sample(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
     """Checks a row and gives it its meaning.
 
     A turn with exactly one ``<image>`` that does not start with it gets it moved to its start, followed by a newline.
+    The field ``system`` becomes the system turn.
 
     Args:
         row: the parsed row.
@@ -121,25 +180,64 @@ def build_sample(row: Row, images: Sequence[ImageRef], fallback_id: str, origin:
         origin: where the row stands, for messages.
 
     Raises:
-        SampleError: field_missing, field_type, not_utf8, role_unknown, turns_order, answer_empty,
-            image_token_in_answer, image_count_mismatch.
+        SampleError: field_missing, field_type, key_unsupported, not_utf8, role_unknown, turns_order, system_ambiguous,
+            answer_empty, media_missing, image_token_in_answer, image_count_mismatch.
     """
+    if "conversations" not in row:
+        raise SampleError("field_missing", missing(row, "conversations", ROW_KEYS, len(images)))
+    check_keys(row, ROW_KEYS, len(images))
+    return build_dialogue(row, images, fallback_id, origin)
+
+
+def build_dialogue(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+    """The same for a row whose other keys were judged before."""
     turns = _turns(row)
     _check_order(turns)
+    _check_media(turns, bool(images))
     _check_placeholders(turns, len(images))
     return Sample(_id(row, fallback_id), origin, tuple(_image_first(turn) for turn in turns), tuple(images))
 
 
-def image_paths(row: Row) -> list[str]:
-    """Paths in the row's ``image`` field: none, one, or a list.
+def check_keys(row: Row, used: frozenset[str], num_images: int) -> None:
+    """Makes sure that no key is left aside that changes what the row means.
 
     Raises:
-        SampleError: field_type; not_utf8.
+        SampleError: key_unsupported.
+    """
+    if faults := row_faults(row, used, num_images):
+        raise SampleError("key_unsupported", "; ".join(fault.detail for fault in faults))
+
+
+def missing(row: Row, wanted: str, used: frozenset[str], num_images: int) -> str:
+    """Says which keys were found where one is missing, and which may be meant."""
+    faults = "".join(f"; {fault.detail}" for fault in row_faults(row, used, num_images))
+    return f"found {shown_keys(row)}, expected {wanted}{suggestion(row, wanted)}{faults}"
+
+
+def image_paths(row: Row) -> list[str]:
+    """Paths in the row's ``image`` field: none (also for a blank text), one, or a list.
+
+    Raises:
+        SampleError: field_type; not_utf8; image_count_mismatch.
     """
     value = row.get("image")
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    return [_text(path, "image") for path in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list) and len(value) > MAX_ROW_IMAGES:
+        raise SampleError(
+            "image_count_mismatch", f"image lists {len(value):,}, at most {MAX_ROW_IMAGES:,} fit a sample"
+        )
+    paths = [_text(path, "image") for path in (value if isinstance(value, list) else [value])]
+    if not all(path.strip() for path in paths):
+        raise SampleError("field_type", f"image is {shown(value)}, expected paths; remove the empty ones")
+    return paths
+
+
+def _count_images(row: Row) -> int:
+    try:
+        return len(image_paths(row))
+    except SampleError:
+        return 0
 
 
 def locate_image(path: str, root: str) -> ImageRef:
@@ -156,7 +254,9 @@ def locate_image(path: str, root: str) -> ImageRef:
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath([root, real]) == root:
             return ImageRef(real)
-    raise SampleError("image_path_unsafe", f"{path!r} must be a relative path that stays inside {root}")
+    raise SampleError(
+        "image_path_unsafe", f"{path[:MAX_PATH_CHARS]!r} must be a relative path that stays inside {root}"
+    )
 
 
 def is_unsafe_path(path: str) -> bool:
@@ -172,37 +272,69 @@ def _id(row: Row, fallback: str) -> str:
     return str(value) if type(value) is int else _text(value, "id")
 
 
-def _field(row: Row, *names: str) -> Any:
-    """The first of these fields that the row has."""
-    for name in names:
-        if name in row:
-            return row[name]
-    raise SampleError("field_missing", f"found {sorted(row)}, expected {' or '.join(names)}")
-
-
 def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise SampleError("field_type", f"{name} is {value!r:.80}, expected a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SampleError("not_utf8", f"{name} holds half a surrogate pair at {error.start}; repair it") from error
-    return value
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SampleError("not_utf8", f"{name} holds half a surrogate pair at {error.start}; repair it") from error
+        return value
+    parts = isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0]
+    remedy = f"; join its parts to one text with {IMAGE_PLACEHOLDER} where an image belongs" if parts else ""
+    raise SampleError("field_type", f"{name} is {shown(value)}, expected a text{remedy}")
 
 
 def _turns(row: Row) -> list[Turn]:
-    conversation = _field(row, "conversations")
+    conversation = row["conversations"]
     if not isinstance(conversation, list):
-        raise SampleError("field_type", f"conversations is {conversation!r:.80}, expected a list of turns")
-    turns = []
-    for number, turn in enumerate(conversation):
-        if not isinstance(turn, dict):
-            raise SampleError("field_type", f"turn {number} is {turn!r:.80}, expected an object")
-        role = _text(_field(turn, "from", "role"), "from")
-        if role not in ROLES:
-            raise SampleError("role_unknown", f"turn {number} is from {role!r:.80}, expected one of {', '.join(ROLES)}")
-        turns.append(Turn(ROLES[role], _text(_field(turn, "value", "content"), "value")))
-    return turns
+        raise SampleError("field_type", f"conversations is {shown(conversation)}, expected a list of turns")
+    turns = [read_turn(turn, f"turn {number}") for number, turn in enumerate(conversation)]
+    if row.get("system") is None or row["system"] == "":
+        return turns
+    system = Turn("system", _text(row["system"], "system"))
+    if turns[:1] and turns[0].role == "system":
+        if turns[0] != system:
+            detail = "the field 'system' and the conversation's system turn differ; keep one of them"
+            raise SampleError("system_ambiguous", detail)
+        return turns
+    return [system, *turns]
+
+
+def read_turn(turn: object, name: str) -> Turn:
+    """One turn, {from, value} or {role, content}.
+
+    Args:
+        turn: as parsed.
+        name: of the turn, for messages.
+
+    Raises:
+        SampleError: field_type, field_missing, key_unsupported, role_unknown, not_utf8.
+    """
+    if not isinstance(turn, dict):
+        raise SampleError("field_type", f"{name} is {shown(turn)}, expected an object")
+    role, text = _either(turn, "from", "role", name), _either(turn, "value", "content", name)
+    role = _text(role, f"the role of {name}")
+    if role not in ROLES:
+        raise SampleError("role_unknown", f"{name} is from {shown(role)}, expected one of {', '.join(ROLES)}")
+    if faults := turn_faults(turn, ROLES[role] == "assistant"):
+        raise SampleError("key_unsupported", f"{name}: " + "; ".join(fault.detail for fault in faults))
+    return Turn(ROLES[role], _text(text, f"the text of {name}"))
+
+
+def _either(turn: Row, llava: str, message: str, name: str) -> Any:
+    """The field of a turn, which has two names in the field; both together must say the same."""
+    if llava in turn and message in turn:
+        one, other = turn[llava], turn[message]
+        roles = (ROLES.get(role) if isinstance(role, str) else None for role in (one, other))
+        if one != other and (llava != "from" or len({*roles, None}) != 2):
+            raise SampleError(
+                "key_unsupported", f"{name} has {llava!r} and {message!r}, which differ; keep one of them"
+            )
+    for key in (llava, message):
+        if key in turn:
+            return turn[key]
+    hint = suggestion(turn, llava) or suggestion(turn, message)
+    raise SampleError("field_missing", f"{name} has {shown_keys(turn)}, expected {llava} or {message}{hint}")
 
 
 def _check_order(turns: Sequence[Turn]) -> None:
@@ -212,8 +344,15 @@ def _check_order(turns: Sequence[Turn]) -> None:
         expected = "an optional system turn, then user and assistant in turn, the assistant last"
         raise SampleError("turns_order", f"found {roles[:20]}, expected {expected}")
     for number, turn in enumerate(turns):
-        if turn.role == "assistant" and not turn.text.strip():
+        if turn.role == "assistant" and not VISIBLE.search(turn.text):
             raise SampleError("answer_empty", f"turn {number} has no text to learn; remove the row")
+
+
+def _check_media(turns: Sequence[Turn], has_images: bool) -> None:
+    for number, turn in enumerate(turns):
+        if tag := lost_tag(turn.text, turn.role == "assistant", has_images):
+            remedy = f"write {IMAGE_PLACEHOLDER} and the path under 'image', or remove the row"
+            raise SampleError("media_missing", f"turn {number} shows {tag!r}, which the row does not give; {remedy}")
 
 
 def _check_placeholders(turns: Sequence[Turn], num_images: int) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sicog_mcore.config import DataConfig, SourceConfig
-from sicog_mcore.data.preflight import SHARD, check_source
+from sicog_mcore.data.pairs import build_pair
+from sicog_mcore.data.preflight import SHARD, check_source, is_lines
+from sicog_mcore.data.row_keys import PAIR_KEYS, ROW_KEYS
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
@@ -34,10 +36,11 @@ from sicog_mcore.data.rows import (
     read_range,
 )
 from sicog_mcore.data.sample import Sample
-from sicog_mcore.data.shards import index_shard
+from sicog_mcore.data.shards import ShardDamaged, index_shard
+from sicog_mcore.data.survey import Survey, escaped
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
-MALFORMED_FIX = "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself"
+MAX_SUFFIX_CHARS = 20  # as shown in notes
 BOM = "\xef\xbb\xbf"  # UTF-8's byte order mark, read as Latin-1
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -63,10 +66,15 @@ class SampleIndex:
         sources: data sets, in order.
         id_hashes: uint64 [rows] of each source: hash of every row's id.
         duplicate_ids: what becomes of the second and later rows with an id: "quarantine" or "keep" as "<id>#<row>".
+        notes: what is to be said of the data before the start.
     """
 
     def __init__(
-        self, sources: Sequence[Source], id_hashes: Sequence[Hashes], duplicate_ids: Literal["quarantine", "keep"]
+        self,
+        sources: Sequence[Source],
+        id_hashes: Sequence[Hashes],
+        duplicate_ids: Literal["quarantine", "keep"],
+        notes: Sequence[str] = (),
     ) -> None:
         self._sources = tuple(sources)
         self._borders = np.cumsum([0, *(len(source) for source in sources)], dtype=np.int64)
@@ -76,6 +84,7 @@ class SampleIndex:
         first_of_row = first[which]
         self._repeated = np.flatnonzero(first_of_row != np.arange(len(hashes)))  # ascending rows
         self._repeats = first_of_row[self._repeated]  # the earlier row with the same id, for each of them
+        self.notes = (*self._repetition_notes(), *notes)
 
     def __len__(self) -> int:
         return int(self._borders[-1])
@@ -101,6 +110,17 @@ class SampleIndex:
         source, local = self._locate(row)
         return source.origin(local)
 
+    def _repetition_notes(self) -> list[str]:
+        """Whether rows are about to be left out because their ids are not their own."""
+        number = len(self._repeated)
+        if not number or self._duplicate_ids == "keep":
+            return []
+        second, first = (escaped(self.origin(int(row))) for row in (self._repeated[0], self._repeats[0]))
+        return [
+            f"refused: {number:,} of {len(self):,} rows ({number / len(self):.1%}) repeat the id of an earlier row, first"
+            f" {second} that of {first}; set data.duplicate_ids=keep to train on them under new ids"
+        ]
+
     def _locate(self, row: int) -> tuple[Source, int]:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -122,8 +142,10 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
         build: gives a row its meaning: rows.build_sample, or pairs.build_pair.
 
     Raises:
-        ConfigError: paths that do not exist or have no known format, JSON files that are no list; all of them at once.
+        ConfigError: paths that do not exist or have no known format, JSON files that are no list, shards that are cut
+            off; all of them at once.
     """
+    survey = Survey(PAIR_KEYS if build is build_pair else ROW_KEYS)
     problems: list[ConfigProblem] = []
     sources: list[Source] = []
     id_hashes: list[Hashes] = []
@@ -131,38 +153,54 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
     for number, config in enumerate(configs):
         found = check_source(number, config)
         problems += found
-        for path in [] if found else _files(config):
+        for path in [] if found else _files(config, survey):
             # Default ids start with the file's name, which must therefore be unique.
             name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
             names.add(name)
             try:
-                source, hashes = _index_file(path, config.images, name, build)
-            except (OSError, _Malformed) as error:
-                fix = MALFORMED_FIX if isinstance(error, _Malformed) else "make it readable for this user"
+                source, hashes = _index_file(path, config.images, name, build, survey)
+            except (OSError, _Malformed, ShardDamaged) as error:
+                fix = FIXES.get(type(error), "make it readable for this user")
                 problems.append(ConfigProblem(f"data.sources[{number}].path", str(path), str(error), fix))
                 continue
             sources.append(source)
             id_hashes.append(hashes)
     if problems:
         raise ConfigError(problems)
-    return SampleIndex(sources, id_hashes, data.duplicate_ids)
+    return SampleIndex(sources, id_hashes, data.duplicate_ids, survey.notes())
 
 
 class _Malformed(Exception):
     """A .json file that is not one list."""
 
 
-def _files(config: SourceConfig) -> list[Path]:
-    """The files of a source: itself, or the shards in a folder, by name."""
+FIXES: Mapping[type[Exception], str] = {
+    _Malformed: "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself",
+    ShardDamaged: "write the shard again, or move it out of the way: what is lost with it cannot be counted",
+}
+
+
+def _files(config: SourceConfig, survey: Survey) -> list[Path]:
+    """The files of a source: itself, or the shards in a folder, by name; what else is in the folder is counted."""
     path = Path(config.path)
-    return sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    for other in sorted(path.iterdir()):
+        if other.suffix != SHARD and not other.name.startswith("."):
+            what = "folders" if other.is_dir() else f"files {''.join(other.suffixes)[-MAX_SUFFIX_CHARS:]!r}"
+            survey.remark(f"{what} beside the shards are not read", str(path), other.name, "entry")
+    return sorted(path.glob(f"*{SHARD}"))
 
 
-def _index_file(path: Path, images: str, name: str, build: BuildSample) -> tuple[Source, Hashes]:
+def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: Survey) -> tuple[Source, Hashes]:
     if path.suffix == SHARD:
-        return index_shard(path, name, build)
-    ids = RowIds(name)
-    spans = _index_lines(path, ids) if path.suffix == ".jsonl" else _index_list(path, ids)
+        return index_shard(path, name, survey, build)
+    ids = RowIds(name, str(path), survey)
+    holds_lines = path.suffix == ".jsonl"
+    if not holds_lines and is_lines(path):
+        survey.remark("read as one row per line (.jsonl), which it is", str(path), 1, "file")
+        holds_lines = True
+    spans = _index_lines(path, ids) if holds_lines else _index_list(path, ids)
     table = np.frombuffer(spans, np.int64).reshape(-1, 3)
     return RowFile(str(path), os.path.realpath(images), name, table, build), ids.hashes()
 
@@ -210,7 +248,7 @@ def _index_lines(path: Path, ids: RowIds) -> array[int]:
                 length += _skip_rest(file, start)
             if start.strip() or length > MAX_ROW_BYTES:
                 spans.extend((offset, length, line))
-                ids.add_encoded(start if length <= MAX_ROW_BYTES else b"")
+                ids.add_encoded(start if length <= MAX_ROW_BYTES else b"", line)
             offset += length
     return spans
 
@@ -237,9 +275,9 @@ def _index_list(path: Path, ids: RowIds) -> array[int]:
             spans.extend((start, end - start, line))
             raw = text[start:end]
             if raw.isascii():
-                ids.add(row)
+                ids.add(row, line)
             else:
-                ids.add_encoded(raw.encode("latin-1"))
+                ids.add_encoded(raw.encode("latin-1"), line)
     except (ValueError, RecursionError) as error:
         raise _Malformed(f"is no JSON list of rows: {error}") from error
     return spans
@@ -254,7 +292,8 @@ def _elements(text: str) -> Iterator[tuple[Any, int, int]]:
     decoder = json.JSONDecoder()
     at = _next(text, len(BOM) if text.startswith(BOM) else 0)
     if text[at : at + 1] != "[":
-        raise json.JSONDecodeError("Expecting a list", text, at)
+        hint = ", found one object: name the file .jsonl if it holds a row per line" if text[at : at + 1] == "{" else ""
+        raise json.JSONDecodeError(f"Expecting a list{hint}", text, at)
     at = _next(text, at + 1)
     more = text[at : at + 1] != "]"
     while more:

@@ -111,6 +111,11 @@ class Feed:
         return self.source.loader.num_rows if self.source else 0
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the data before the start; nothing on ranks that do not load."""
+        return self.source.loader.notes if self.source else ()
+
+    @property
     def wait_s(self) -> float:
         """Seconds this rank waited for decoded batches so far."""
         return self.source.loader.wait_s if self.source else 0.0

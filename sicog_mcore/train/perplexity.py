@@ -49,10 +49,11 @@ class SampleLoss:
 
 @dataclass(frozen=True)
 class Losses:
-    """All rows: measured, or refused with a reason; both by id."""
+    """All rows: measured, or refused with a reason; both by id. ``notes`` say what of the rows is not used."""
 
     samples: tuple[SampleLoss, ...]
     refused: tuple[Rejection, ...]
+    notes: tuple[str, ...] = ()
 
 
 def segment_sums(batch: PackedBatch, losses: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ def measure_losses(experiment: Experiment, topology: Topology) -> Losses:
     parts = topology.gather_objects((measured, source.refused if source else []))
     samples = sorted((sample for part, _ in parts for sample in part), key=lambda sample: sample.id)
     refused += [rejection for _, part in parts for rejection in part]
-    return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)))
+    notes = source.notes if source else ()
+    return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)), notes)
 
 
 class PackSource:
@@ -103,6 +105,7 @@ class PackSource:
 
     Attributes:
         ids: sample ids of each pack that was handed out.
+        notes: what is to be said of the data.
         refused: samples of these packs whose pixels turned out to be unusable.
     """
 
@@ -111,6 +114,7 @@ class PackSource:
     def __init__(self, experiment: Experiment, packs: Sequence[PackPlan]):
         samples = open_sources(experiment.data.sources, experiment.data)
         encoder = Encoder(experiment.model, experiment.data)
+        self.notes = samples.notes
         self.ids: list[tuple[str, ...]] = []
         self.refused: list[Rejection] = []
         self._packs = iter(packs)

@@ -172,6 +172,10 @@ def _compute(
                 if time.monotonic() - told_at > NOTICE_EVERY_S:
                     told_at = time.monotonic()
                     notice(f"reference log-probabilities: {num_written:,} of {feed.num_rows:,} pairs")
+    except DataError:
+        for note in feed.notes:  # the run ends before it says them
+            notice(f"data: {note}")
+        raise
     finally:
         feed.close()
     if topology.is_main:

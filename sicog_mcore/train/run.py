@@ -149,7 +149,8 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     try:
         console.start(start_lines(experiment, _facts(build, topology, feed)))
         of_tokenizer = tokenizer_notes(experiment.data) if topology.is_main else ()
-        for note in [*doubts, *found.notes, *notes, *of_tokenizer]:
+        of_data = [f"data: {note}" for note in feed.notes]
+        for note in [*of_data, *doubts, *found.notes, *notes, *of_tokenizer]:
             console.notice(note)
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import struct
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from sicog_mcore.config import DataConfig
-from sicog_mcore.data.decode import decode_image, read_bytes, read_size
+from sicog_mcore.data.decode import decode_image, drop_texts, read_bytes, read_size
 from sicog_mcore.data.sample import ImageRef, Size
 from sicog_mcore.errors import SampleError
 
@@ -236,3 +238,70 @@ def test_bytes_that_cannot_be_read_have_a_reason(tmp_path: Path) -> None:
         with pytest.raises(SampleError) as raised:
             read_bytes(ref)
         assert raised.value.reason == reason
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _with_chunks(*chunks: bytes, behind: bool = False) -> bytes:
+    """A PNG with further chunks behind its header, or behind its pixels."""
+    data = _encode(_photo(), "PNG")
+    at = len(data) - 12 if behind else 33
+    return data[:at] + b"".join(chunks) + data[at:]
+
+
+def _packed(size: int) -> bytes:
+    packer = zlib.compressobj(9)
+    blocks = [packer.compress(bytes(1 << 20)) for _ in range(size >> 20)]
+    return b"".join([*blocks, packer.flush()])
+
+
+LARGE, BOMB = 3 << 20, 300 << 20
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        _chunk(b"zTXt", b"prompt\0\0" + _packed(LARGE)),
+        _chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0\0" + _packed(LARGE)),
+        _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"x" * LARGE),
+        _chunk(b"tEXt", b"prompt\0" + b"x" * LARGE),
+        _chunk(b"zTXt", b"bomb\0\0" + _packed(BOMB)),
+        _chunk(b"iCCP", b"bomb\0\0" + _packed(BOMB)),
+    ],
+)
+def test_large_text_in_a_png_is_left_aside_without_unpacking_it(chunk: bytes, behind: bool) -> None:
+    data = _with_chunks(chunk, behind=behind)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_size(data, LIMITS) == Size(40, 64)
+    assert np.array_equal(decode_image(data, LIMITS), np.asarray(_photo()))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+def test_many_texts_in_a_png_are_bounded_together() -> None:
+    full = zlib.compress(bytes(1_000_000), 9)
+    data = _with_chunks(*[_chunk(b"zTXt", b"k%d\0\0" % number + full) for number in range(5000)])
+    started = time.process_time()
+    assert np.array_equal(decode_image(data, LIMITS), np.asarray(_photo()))
+    assert time.process_time() - started < 5  # all of them take several seconds and 5 GB
+
+
+def test_only_texts_of_a_png_are_left_aside() -> None:
+    texts = [_chunk(b"tEXt", b"Title\0x"), _chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x")), _chunk(b"iCCP", b"x")]
+    gamma = _chunk(b"gAMA", struct.pack(">I", 45455))
+    assert drop_texts(_with_chunks(texts[0], gamma, *texts[1:])) == _with_chunks(gamma)
+    assert drop_texts(_with_chunks(gamma)) == _with_chunks(gamma)
+    jpeg = _encode(_photo(), "JPEG", comment=b"tEXt")
+    assert drop_texts(jpeg) == jpeg
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    data = _encode(_photo(), "PNG", exif=turned)
+    assert read_size(data[:33] + texts[0] + data[33:], LIMITS) == Size(64, 40)
+
+
+@pytest.mark.parametrize("cut", [40, 60, 3000, -200])
+def test_png_that_is_cut_within_or_behind_its_text_is_refused(cut: int) -> None:
+    data = _with_chunks(_chunk(b"tEXt", b"p\0" + b"x" * LARGE))[:cut]
+    assert _reason(data) == "image_truncated"

@@ -55,6 +55,14 @@ def test_turns_before_the_answer_may_be_a_conversation() -> None:
         ({"prompt": None}, "field_missing"),
         ({"prompt": 3}, "field_type"),
         ({"chosen": ["That."]}, "field_type"),
+        ({"chosen": [{"role": "assistant", "content": "That."}]}, "field_type"),
+        ({"chosen": {"from": "human", "value": "That."}}, "role_unknown"),
+        ({"chosen": {"role": "robot", "content": "That."}}, "role_unknown"),
+        ({"rejected": {"from": "gpt"}}, "field_missing"),
+        ({"rejected": {"from": "gpt", "value": ["This."]}}, "field_type"),
+        ({"rejected": {"from": "gpt", "value": "\u200b"}}, "answer_empty"),
+        ({"rejected": {"from": "gpt", "value": "This.", "loss": False}}, "key_unsupported"),
+        ({"chosen": {"from": "gpt", "value": "This."}}, "pair_equal"),
         ({"prompt": None, "conversations": "q"}, "field_type"),
         ({"conversations": [{"from": "human", "value": "q"}]}, "prompt_ambiguous"),
         ({"prompt": None, "conversations": [{"from": "gpt", "value": "a"}]}, "turns_order"),
@@ -67,6 +75,21 @@ def test_row_that_is_no_pair_is_refused_with_its_reason(fields: dict[str, object
     with pytest.raises(SampleError) as raised:
         build(**fields)  # type: ignore[arg-type]
     assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize("names", [("from", "value", "gpt"), ("role", "content", "assistant")])
+def test_answers_may_be_turns_of_the_assistant(names: tuple[str, str, str]) -> None:
+    speaker, text, role = names
+    turns = {name: {speaker: role, text: ROW[name]} for name in ("chosen", "rejected")}
+    assert build(**turns) == build()
+    assert build(chosen=turns["chosen"]) == build()
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_field_that_is_no_answer_is_named(name: str) -> None:
+    for value in (3, ["That."], {"from": "human", "value": "x"}, {"value": "x"}, {"from": "gpt", "value": 3}):
+        with pytest.raises(SampleError, match=name):
+            build(**{name: value})
 
 
 @pytest.fixture(scope="module")

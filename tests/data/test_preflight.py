@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,55 @@ def test_all_problems_are_reported_together(folder: Path) -> None:
         ("data.sources[5].images", "is not a folder"),
         ("data.tokenizer", "holds no tokenizer"),
     ]
+
+
+CONTENTS = (
+    ("a.json", b"[]", "holds no row"),
+    ("a.json", b"\xef\xbb\xbf [ \n ] \n", "holds no row"),
+    ("a.json", b" \n", "holds no row"),
+    ("a.jsonl", b"\n" * 3_000_000, "holds no row"),
+    ("a.jsonl", b"\xef\xbb\xbf\r\n", "holds no row"),
+    ("a.jsonl", b"[]\n", "holds no row"),
+    ("a.jsonl", b'[\n  {"id": 1},\n {"id": 2}]', "is a JSON list, expected one row per line"),
+    ("a.jsonl", b'\xef\xbb\xbf[{"id": 1}]', "is a JSON list, expected one row per line"),
+    ("a.jsonl", gzip.compress(b"{}"), "is compressed (gzip)"),
+    ("a.json", bz2.compress(b"[]"), "is compressed (bzip2)"),
+    ("a.jsonl", b"PAR1\x15\x04", "is Parquet"),
+    ("a.json", '[{"id": 1}]'.encode("utf-16"), "is UTF-16"),
+    ("a.tar", b"", "is cut off or no tar: its 0 bytes do not end with the mark that closes an archive"),
+    ("a.tar", b"x" * 700, "is cut off or no tar: its 700 bytes do not end with the mark that closes an archive"),
+    (
+        "a.tar",
+        gzip.compress(bytes(1024)),
+        "is compressed (gzip), samples are read in place from a plain tar: unpack it",
+    ),
+)
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), CONTENTS)
+def test_file_without_usable_rows_is_seen_before_the_start(
+    folder: Path, name: str, content: bytes, problem: str
+) -> None:
+    (folder / name).write_bytes(content)
+    source = SourceConfig(path=str(folder / name), images=str(folder))
+    [reported] = check_inputs(tiny_experiment(folder, data={"sources": (source,)}))
+    assert (reported.path, reported.problem) == ("data.sources[0].path", problem)
+    assert reported.fix == "rename it to .json" or "JSON list" not in problem
+
+
+def test_every_bad_shard_of_a_folder_is_named(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    for name in ("a", "b", "c"):
+        with tarfile.open(folder / "sub" / f"{name}.tar", "w") as archive:
+            archive.add(__file__, "x.txt")
+    for name in ("a", "c"):
+        file = folder / "sub" / f"{name}.tar"
+        file.write_bytes(file.read_bytes()[:900])
+    source = SourceConfig(path=str(folder / "sub"))
+    problems = check_inputs(tiny_experiment(folder, data={"sources": (source,)}))
+    assert [problem.value for problem in problems] == [str(folder / "sub" / f"{name}.tar") for name in ("a", "c")]
+    [problem] = check_inputs(tiny_experiment(folder, data={"sources": (SourceConfig(path=str(folder)),)}))
+    assert problem.fix == f"name the folder that holds them, e.g. {folder / 'sub'}"
 
 
 def test_missing_data_set_is_a_problem(folder: Path) -> None:

@@ -93,3 +93,29 @@ def test_link_is_followed_inside_the_folder_only(tmp_path: Path) -> None:
     for path in ("outside/a.png", "sibling/a.png"):
         with pytest.raises(SampleError, match="image_path_unsafe"):
             locate_image(path, str(root))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        " \n\t",
+        "\u200b\u200b",
+        "\ufeff",
+        "\u2060 \u200d",
+        "\xad",
+        "\u202e\u202c",
+        "\u3164",
+        "\u2800",
+        "\ufe0f",
+        "\U000e0041",
+    ],
+)
+def test_answer_that_shows_nothing_is_empty(answer: str) -> None:
+    with pytest.raises(SampleError, match="answer_empty: turn 1 has no text to learn"):
+        _build({"from": "human", "value": "q"}, {"from": "gpt", "value": answer})
+
+
+@pytest.mark.parametrize("answer", [".", "0", "\u200b1", "é", "e\u0301", "是", "👍", "👨\u200d👩", "\ue000", "क्"])
+def test_answer_of_one_sign_is_an_answer(answer: str) -> None:
+    assert _build({"from": "human", "value": "q"}, {"from": "gpt", "value": answer}).turns[1].text == answer

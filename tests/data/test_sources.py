@@ -120,7 +120,7 @@ def test_all_paths_that_cannot_be_opened_are_reported_together(tmp_path: Path) -
 
 TEXTS = st.text(alphabet='ax é図😀"\\\n,]}')
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "x", "ü\n"]), inner, max_size=3),
     max_leaves=8,
 )
@@ -193,3 +193,33 @@ def test_file_that_vanishes_during_the_run_costs_its_rows(tmp_path: Path) -> Non
     index = _open(file)
     file.unlink()
     assert _reason(index, 0) == "row_unreadable"
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("gap", [b"\n", b"\r\n\r\n"])
+def test_rows_per_line_are_read_from_a_file_named_json(tmp_path: Path, mark: bytes, gap: bytes) -> None:
+    rows = [json.dumps({"id": name, "conversations": TEXT}).encode() for name in "ab"]
+    (tmp_path / "a.json").write_bytes(mark + gap.join([*rows, b"{broken", b""]))
+    index = _open(tmp_path / "a.json")
+    assert [index.read(row).id for row in (0, 1)] == ["a", "b"] and _reason(index, 2) == "json_invalid"
+    assert index.notes == (f"read as one row per line (.jsonl), which it is: 1 file, first at {tmp_path}/a.json:1",)
+
+
+@pytest.mark.parametrize("text", ['{"id": 1}\n', '{"data": [\n{"id": 1},\n{"id": 2}]}', '{"id": 1}\n[2]', "{\n{"])
+def test_object_that_is_no_row_per_line_is_told_the_names(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match="found one object: name the file .jsonl if it holds a row per line"):
+        _open(tmp_path / "a.json")
+
+
+def test_repeated_ids_are_said_with_their_share(tmp_path: Path) -> None:
+    files = [
+        _jsonl(tmp_path / f"{name}.jsonl", *[{"id": f"{name}{i // 2}", "conversations": TEXT} for i in range(5)])
+        for name in "ab"
+    ]
+    index = _open(*files)
+    assert index.notes == (
+        f"refused: 4 of 10 rows (40.0%) repeat the id of an earlier row, first {files[0]}:2 that of {files[0]}:1;"
+        " set data.duplicate_ids=keep to train on them under new ids",
+    )
+    assert _open(*files, data=DataConfig(duplicate_ids="keep")).notes == ()

@@ -57,6 +57,7 @@ def test_the_zoo_is_large_and_has_every_reason_once(zoo: tuple[SampleIndex, dict
     reasons = [case.expected for case in zoo[1].values()]
     assert len(reasons) - reasons.count(OK) >= 40 and reasons.count(OK) >= 20
     assert set(reasons) - {OK} == {
+        *("key_repeated", "key_unsupported", "system_ambiguous", "media_missing"),
         *("json_invalid", "not_utf8", "line_too_long", "field_missing", "field_type", "role_unknown", "turns_order"),
         *("answer_empty", "image_token_in_answer", "image_count_mismatch", "image_path_unsafe", "duplicate_id"),
         *("image_missing", "image_unreadable", "image_empty", "image_unidentified", "image_too_large", "image_aspect"),

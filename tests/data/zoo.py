@@ -62,7 +62,11 @@ def _row(name: str, expected: str, **changes: object) -> _Line:
 
 
 def _chat(*turns: tuple[object, object]) -> list[dict[str, object]]:
-    return [{"from": role, "value": text} for role, text in turns]
+    return [_turn(role, text) for role, text in turns]
+
+
+def _turn(role: object, text: object) -> dict[str, object]:
+    return {"from": role, "value": text}
 
 
 def _photo(height: int = 48, width: int = 64) -> Image.Image:
@@ -196,6 +200,22 @@ def _row_lines() -> Iterator[_Line]:
     yield _row("two_placeholders", "image_count_mismatch", conversations=_chat(("human", "<image> <image>"), answer))
     yield _row("placeholder_without_image", "image_count_mismatch", image=None)
     yield _row("half_a_surrogate_pair", "not_utf8", conversations=_chat(question, ("gpt", "\ud800")))
+    yield _row("system_field", OK, system="Be brief.")
+    yield _row("blank_image_path", OK, image="", conversations=_chat(("human", "Hello"), answer))
+    yield _row("talk_of_a_tag", OK, image=None, conversations=_chat(("human", "What is the <video> tag?"), answer))
+    yield _row("harmless_and_unknown_keys", OK, source="web", width=64, mood="good")
+    yield _row("answer_of_no_width", "answer_empty", conversations=_chat(question, ("gpt", "\u200b\ufeff")))
+    yield _row("images_under_another_key", "key_unsupported", image=None, images=["good.png"])
+    yield _row("a_film", "key_unsupported", video="a.mp4")
+    yield _row(
+        "loss_switched_off", "key_unsupported", conversations=[_turn(*question), {**_turn(*answer), "loss": False}]
+    )
+    yield _row("key_in_capitals", "key_unsupported", Image="other.png")
+    yield _row("tag_of_a_film", "media_missing", image=None, conversations=_chat(("human", "<video>\nWhat?"), answer))
+    yield _row("token_of_a_model", "media_missing", conversations=_chat(question, ("gpt", "<|image_pad|>")))
+    yield _row(
+        "two_system_turns", "system_ambiguous", system="a", conversations=_chat(("system", "b"), question, answer)
+    )
     yield _row("id_repeated", "duplicate_id", id="good.png")
 
 
@@ -206,6 +226,8 @@ def _raw_lines() -> Iterator[_Line]:
     yield _Line("nul_bytes", b"\0" * 64, "json_invalid")
     yield _Line("nested_too_deep", b"[" * 200_000, "json_invalid")
     yield _Line("huge_number", b'{"id": ' + b"9" * 5000 + b"}", "json_invalid")
+    yield _Line("key_twice", b'{"id": "x", "image": "a.png", "image": "b.png"}', "key_repeated")
+    yield _Line("not_a_number", b'{"id": "y", "score": NaN}', "json_invalid")
     yield _Line("a_list", b"[1, 2]", "field_type")
     yield _Line("latin_1", '{"id": "Übung"}'.encode("latin-1"), "not_utf8")
     yield _Line("giant_line", b'{"id": "' + b"x" * OVERSIZE + b'"}', "line_too_long")

@@ -78,21 +78,47 @@ def test_a_malformed_json_file_is_one_message(data: Path, tmp_path: Path, capsys
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rows", "message"),
-    [("blank.jsonl", "the data sets have no rows"), ("lost.jsonl", "no sample of a whole epoch can be used")],
+    ("rows", "content", "problem"),
+    [
+        ("blank.jsonl", b"\n\n", "holds no row"),
+        ("empty.json", b"[ ]", "holds no row"),
+        ("listed.jsonl", b'[{"id": 1}]', "is a JSON list, expected one row per line; rename it to .json"),
+        (
+            "packed.tar",
+            b"\x1f\x8b\x08\0",
+            "is compressed (gzip), samples are read in place from a plain tar: unpack it",
+        ),
+        ("cut.tar", b"a.json" + bytes(600) + b"x", "is cut off or no tar: its 607 bytes do not end with the mark"),
+    ],
 )
-def test_data_that_cannot_be_used_ends_the_run_for_good(
-    rows: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_file_without_usable_rows_is_a_mistake_before_anything_starts(
+    rows: str, content: bytes, problem: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (data / "blank.jsonl").write_text("\n\n")
+    (data / rows).write_bytes(content)
+    arguments = _arguments(_experiment(data, tmp_path, rows), tmp_path)
+    assert start_training([LAUNCHER, *arguments], {}, PRETRAIN) == EXIT_CONFIG
+    _, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"  - data.sources[0].path = '{data}/{rows}': {problem}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_used_ends_the_run_for_good(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [line for line in (data / "data.jsonl").read_text().splitlines() if '"image"' in line]
     (data / "lost.jsonl").write_text("\n".join(line.replace('"image": "', '"image": "lost_') for line in lines))
-    arguments = _arguments(_experiment(data, tmp_path, rows), tmp_path)
-    assert start_training([LAUNCHER, *arguments], {}, PRETRAIN) == EXIT_GIVE_UP
-    [error] = capsys.readouterr().err.splitlines()
-    assert error.startswith(f"error: {message}")
+    renamed = [line.replace('"image": ', '"images": ') for line in lines]
+    (data / "renamed.jsonl").write_text("\n".join(renamed))
+    for rows in ("lost.jsonl", "renamed.jsonl"):
+        arguments = _arguments(_experiment(data, tmp_path, rows), tmp_path)
+        assert start_training([LAUNCHER, *arguments], {}, PRETRAIN) == EXIT_GIVE_UP
+        printed = capsys.readouterr()
+        [error] = printed.err.splitlines()
+        assert error.startswith("error: no sample of a whole epoch can be used")
+    note = "data: refused: the key 'images' holds pictures, expected under 'image'; rename it, and write one <image>"
+    assert printed.out.count(note) == 1 and f"{len(lines)} rows, first at {data}/renamed.jsonl:1\n" in printed.out
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import xxhash
 from sicog_mcore.cognition.row_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
+from sicog_mcore.data.row_keys import TURN_KEYS
 from sicog_mcore.data.rows import ROLES, Row, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import open_sources
@@ -95,7 +96,8 @@ def build_item(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: s
     turns = row.get("conversations") or [{"from": "human", "value": ""}]
     if isinstance(turns, list):
         turns = [_with_placeholder(_first_question(turns), len(images)), dict(ANSWER)]
-    return build_sample({**row, "conversations": turns}, images, fallback_id, origin)
+    # Other keys are judged by whoever calls this: what a training row would lose need not matter to a question.
+    return build_sample({"id": row.get("id"), "conversations": turns}, images, fallback_id, origin)
 
 
 class _Builder:
@@ -161,6 +163,7 @@ def _with_placeholder(turn: object, num_images: int) -> object:
     """The question, with a placeholder in front if it mentions no image."""
     if not isinstance(turn, dict) or not isinstance(text := turn.get("value", turn.get("content")), str):
         return turn
+    turn = {key: value for key, value in turn.items() if key in TURN_KEYS}
     if IMAGE_PLACEHOLDER in text:
         return turn
     return {**turn, "value": f"{IMAGE_PLACEHOLDER}\n" * num_images + text}
