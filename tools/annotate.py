@@ -30,8 +30,8 @@ from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, is_pas
 from sicog_mcore.cognition.annotation.ledger import Ledger
 from sicog_mcore.cognition.annotation.llava_cot import REFUSED_FILE, convert
 from sicog_mcore.cognition.annotation.rows import CAPTIONED_KEYS, build_captioned, open_rows
+from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import load_annotator_prompt
-from sicog_mcore.cognition.row_keys import KeyTally
 from sicog_mcore.errors import (
     EXIT_GIVE_UP,
     EXIT_OK,

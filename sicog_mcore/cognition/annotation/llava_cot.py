@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from sicog_mcore.cognition.annotation.rows import TAGGED_KEYS, asked_row, build_tagged, choose, open_rows, write_rows
 from sicog_mcore.cognition.codec import from_tags, has_tags, quote_headers, render
-from sicog_mcore.cognition.row_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.data.rows import Row
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import SampleIndex

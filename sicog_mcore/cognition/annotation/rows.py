@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from sicog_mcore.cognition.item_keys import is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.cognition.row_keys import is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.rows import BuildSample, Row, build_sample

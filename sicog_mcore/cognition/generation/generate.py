@@ -23,9 +23,9 @@ from sicog_mcore.cognition.generation.parts import PartWriter, merge_parts, open
 from sicog_mcore.cognition.generation.progress import GenerationProgress
 from sicog_mcore.cognition.generation.sampling import candidate_seed
 from sicog_mcore.cognition.generation.vllm_engine import VllmEngine, vllm_name
+from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import Prompt, ask
 from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Sampling
-from sicog_mcore.cognition.row_keys import KeyTally
 from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.sample import Turn

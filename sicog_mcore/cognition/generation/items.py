@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from sicog_mcore.cognition.row_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
+from sicog_mcore.cognition.item_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
 from sicog_mcore.data.row_keys import TURN_KEYS

@@ -15,9 +15,9 @@ from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.generation.sampling import candidate_seed
+from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.cognition.records import Generation, Sampling, from_json, read_records, to_json
-from sicog_mcore.cognition.row_keys import KeyTally
 from sicog_mcore.config import ParallelConfig
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, RecordError, SampleError
 from sicog_mcore.parallel.topology import start_topology, stop_topology
