@@ -40,11 +40,13 @@ class RunState:
         step: optimiser steps done.
         loader: position of the next pack (LoaderState as a dictionary).
         samples: samples consumed so far, over all ranks.
+        data: what the position depends on, see data/resume.py; empty where it was written before there was that.
     """
 
     step: int = 0
     loader: Mapping[str, int] = field(default_factory=dict)
     samples: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,17 @@ class CheckpointStore:
             commit.commit(folder)
             commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
 
+    def saved_state(self, step: int) -> RunState:
+        """Where the run stood at step ``step``, before there is a model.
+
+        Raises:
+            CheckpointError: the checkpoint has another format.
+        """
+        folder = self.folder(step)
+        content = json.loads((folder / STATE).read_text())
+        _check_format(content, folder)
+        return RunState(**content["state"])
+
     def load(self, model: TrainableModel, step: int) -> tuple[RunState, list[str]]:
         """Restores step ``step`` into the model, under any layout. Collective.
 
@@ -160,10 +173,7 @@ class CheckpointStore:
         return RunState(**content["state"]), notes
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
-        if content["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder} has format {content['format']}, this version reads {FORMAT}; use the version that wrote it"
-            )
+        _check_format(content, folder)
         saved = experiment_from_dict(content["experiment"])
         if saved.model != self.experiment.model:
             changes = [c for c in describe_changes(saved, self.experiment) if c.startswith("model.")]
@@ -177,6 +187,13 @@ class CheckpointStore:
                 "or choose another output folder"
             )
         return [f"changed since the checkpoint: {change}" for change in describe_changes(saved, self.experiment)]
+
+
+def _check_format(content: dict[str, Any], folder: Path) -> None:
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {content['format']}, this version reads {FORMAT}; use the version that wrote it"
+        )
 
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:

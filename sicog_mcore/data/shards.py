@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
-    Hashes,
     Row,
+    RowHashes,
     RowIds,
     build_sample,
     decode_text,
@@ -109,7 +109,7 @@ class _Group:
         return any(member.kind in (FIELDS, CAPTION) for member in self.members.values())
 
 
-def index_shard(path: Path, name: str, build: BuildSample = build_sample) -> tuple[ShardFile, Hashes]:
+def index_shard(path: Path, name: str, build: BuildSample = build_sample) -> tuple[ShardFile, RowHashes]:
     """Finds the samples of a shard. Damage ends it with one row that says so; the samples before it stay.
 
     Args:
@@ -122,7 +122,9 @@ def index_shard(path: Path, name: str, build: BuildSample = build_sample) -> tup
         groups = _group(file)
         for group in groups:
             fields = next((member for member in group.members.values() if member.kind == FIELDS), None)
-            ids.add_encoded(_read(file, fields) if fields else b"")
+            text = _read(file, fields) if fields else b""
+            ids.add_encoded(text)
+            ids.add_content(_content(file, group, text))
     members = [member for group in groups for member in group.members.values()]
     shard = ShardFile(
         path=os.path.realpath(path),
@@ -134,6 +136,13 @@ def index_shard(path: Path, name: str, build: BuildSample = build_sample) -> tup
         build=build,
     )
     return shard, ids.hashes()
+
+
+def _content(file: BinaryIO, group: _Group, text: bytes) -> bytes:
+    """What a sample is recognised by: its text, and the names and sizes of its members, but not their pixels."""
+    captions = [_read(file, member) for member in group.members.values() if member.kind == CAPTION] if not text else []
+    members = [(name, member.kind, member.length) for name, member in group.members.items()]
+    return b"\0".join([repr((group.key, group.state, members)).encode("utf-8", "surrogateescape"), text, *captions])
 
 
 def _read(file: BinaryIO, member: _Member) -> bytes:

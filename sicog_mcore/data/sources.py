@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
     Hashes,
+    RowHashes,
     RowIds,
     build_sample,
     default_id,
@@ -113,8 +114,16 @@ class SampleIndex:
         return int(self._repeats[at]) if found else None
 
 
+class IndexedFile(NamedTuple):
+    """A file of rows, indexed in one pass, and what its rows are recognised by."""
+
+    path: str
+    source: Source
+    hashes: RowHashes
+
+
 def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: BuildSample = build_sample) -> SampleIndex:
-    """Indexes all data sets.
+    """Indexes all data sets and joins them.
 
     Args:
         configs: data sets, in order.
@@ -122,18 +131,27 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
         build: gives a row its meaning: rows.build_sample, or pairs.build_pair.
 
     Raises:
+        ConfigError: as ``index_sources``.
+    """
+    files = index_sources(configs, build)
+    return SampleIndex([file.source for file in files], [file.hashes.ids for file in files], data.duplicate_ids)
+
+
+def index_sources(configs: Sequence[SourceConfig], build: BuildSample = build_sample) -> list[IndexedFile]:
+    """Finds the rows of all data sets, file by file; every file is read once.
+
+    Raises:
         ConfigError: paths that do not exist or have no known format, JSON files that are no list; all of them at once.
     """
     problems: list[ConfigProblem] = []
-    sources: list[Source] = []
-    id_hashes: list[Hashes] = []
+    files: list[IndexedFile] = []
     names: set[str] = set()
     for number, config in enumerate(configs):
         found = check_source(number, config)
         problems += found
         for path in [] if found else _files(config):
             # Default ids start with the file's name, which must therefore be unique.
-            name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
+            name = path.stem if path.stem not in names else f"{path.stem}.{len(files)}"
             names.add(name)
             try:
                 source, hashes = _index_file(path, config.images, name, build)
@@ -141,11 +159,10 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
                 fix = MALFORMED_FIX if isinstance(error, _Malformed) else "make it readable for this user"
                 problems.append(ConfigProblem(f"data.sources[{number}].path", str(path), str(error), fix))
                 continue
-            sources.append(source)
-            id_hashes.append(hashes)
+            files.append(IndexedFile(str(path), source, hashes))
     if problems:
         raise ConfigError(problems)
-    return SampleIndex(sources, id_hashes, data.duplicate_ids)
+    return files
 
 
 class _Malformed(Exception):
@@ -158,7 +175,7 @@ def _files(config: SourceConfig) -> list[Path]:
     return sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]
 
 
-def _index_file(path: Path, images: str, name: str, build: BuildSample) -> tuple[Source, Hashes]:
+def _index_file(path: Path, images: str, name: str, build: BuildSample) -> tuple[Source, RowHashes]:
     if path.suffix == SHARD:
         return index_shard(path, name, build)
     ids = RowIds(name)
@@ -211,6 +228,7 @@ def _index_lines(path: Path, ids: RowIds) -> array[int]:
             if start.strip() or length > MAX_ROW_BYTES:
                 spans.extend((offset, length, line))
                 ids.add_encoded(start if length <= MAX_ROW_BYTES else b"")
+                ids.add_content(start.strip())
             offset += length
     return spans
 
@@ -240,6 +258,7 @@ def _index_list(path: Path, ids: RowIds) -> array[int]:
                 ids.add(row)
             else:
                 ids.add_encoded(raw.encode("latin-1"))
+            ids.add_content(raw.encode("latin-1"))
     except (ValueError, RecursionError) as error:
         raise _Malformed(f"is no JSON list of rows: {error}") from error
     return spans
