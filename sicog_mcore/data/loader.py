@@ -1,6 +1,6 @@
 """The deterministic stream of packed batches, shared out over data-parallel replicas.
 
-In: Experiment, OpenRows, LoaderState   Out: PackedBatch, one replica's share   Next: parallel/distribute.py, train/trainer.py
+In: Experiment, OpenRows   Out: PackedBatch, one replica's share   Next: parallel/distribute.py, train/trainer.py
 Every replica plans the same packs from texts and image headers, whatever their number, and decodes only its own.
 A sample that fails while it is decoded leaves a hole in its pack; nothing else moves, so a position is three integers,
 which hold for the rows and settings that they were counted with: see resume.py.

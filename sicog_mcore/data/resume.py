@@ -176,9 +176,9 @@ def _start_epoch(opened: OpenRows, changes: Sequence[str], rows_left: int, exper
     """The beginning of an epoch, where any data can be taken."""
     place = opened.start
     begins = LoaderState(place.epoch + place.is_inside)
-    skipped = rows_left if place.is_inside else 0
+    skipped = f"{rows_left:,} rows of epoch {place.epoch} are skipped" if place.is_inside else "no row is skipped"
     if experiment.data.on_change == "restart_epoch":
-        done = f"the data starts anew at epoch {begins.epoch}; {skipped:,} rows of epoch {place.epoch} are skipped"
+        done = f"the data starts anew at epoch {begins.epoch}; {skipped}"
         note = f"the data changed since the checkpoint ({'; '.join(changes)}); data.on_change=restart_epoch: {done}"
         return replace(opened, start=begins, notes=(note,))
     raise CheckpointError(
@@ -187,7 +187,7 @@ def _start_epoch(opened: OpenRows, changes: Sequence[str], rows_left: int, exper
                 "the data is not what it was at the checkpoint, so the place where it stopped has lost its meaning:",
                 *(f"  - {change}" for change in changes),
                 f"restore it; or set data.on_change=restart_epoch, which goes on at the beginning of epoch {begins.epoch} "
-                f"({skipped:,} rows of epoch {place.epoch} are skipped); or choose another output folder",
+                f"({skipped}); or choose another output folder",
             ]
         )
     )
