@@ -163,7 +163,7 @@ class BadRows:
 def _reason_lines(reasons: Mapping[str, _Reason]) -> list[str]:
     most = sorted(reasons.items(), key=lambda item: -item[1].count)
     lines = [
-        f"  - {one.count:,} x {code}, the first at {one.origin}: {one.detail}" for code, one in most[:REASONS_SHOWN]
+        f"  - {one.count:,} x {code}, first met at {one.origin}: {one.detail}" for code, one in most[:REASONS_SHOWN]
     ]
     if more := most[REASONS_SHOWN:]:
         lines.append(f"  - {', '.join(f'{one.count:,} x {code}' for code, one in more)}")
@@ -178,12 +178,19 @@ class Quarantine:
         max_bad_rate: largest share of bad rows.
         bad_window: rows of the running share.
         saved: ``BadRows.state`` of the run that goes on.
+        shown: what messages call the reports of all replicas; empty if this is the only one.
     """
 
     def __init__(
-        self, path: Path, max_bad_rate: float, bad_window: int, saved: Sequence[Mapping[str, Any]] = ()
+        self,
+        path: Path,
+        max_bad_rate: float,
+        bad_window: int,
+        saved: Sequence[Mapping[str, Any]] = (),
+        shown: str = "",
     ) -> None:
         self._path = path
+        self._shown = shown or str(path)
         self._limits = (max_bad_rate, bad_window, saved)
         self.reasons: Counter[str] = Counter()
         self.num_truncated = 0
@@ -211,8 +218,8 @@ class Quarantine:
     def summary(self) -> str:
         """The most frequent reasons so far, and where all of them are listed."""
         reasons = ", ".join(f"{number} x {reason}" for reason, number in self.reasons.most_common(REASONS_SHOWN))
-        return f"{reasons or 'no row'}; all are listed in {self._path}"
+        return f"{reasons or 'no row'}; all are listed in {self._shown}"
 
     def advice(self) -> str:
         """What to do about too many bad rows."""
-        return f"all are listed in {self._path}; repair the data or raise data.max_bad_rate"
+        return f"all are listed in {self._shown}; repair the data or raise data.max_bad_rate"

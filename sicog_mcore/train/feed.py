@@ -27,6 +27,7 @@ from sicog_mcore.train.flops import Counts
 from sicog_mcore.train.metrics import drop_steps_from
 
 CONSUMED = "consumed-{}.jsonl"
+QUARANTINE = "quarantine-{}.jsonl"
 
 Complete = Callable[[PackedBatch], PackedBatch]
 
@@ -42,7 +43,11 @@ class CountingLoader:
     def __init__(self, experiment: Experiment, topology: Topology, opened: OpenRows, complete: Complete | None):
         output, replica, data = Path(experiment.output), topology.data_rank, experiment.data
         self.quarantine = Quarantine(
-            output / f"quarantine-{replica}.jsonl", data.max_bad_rate, data.bad_window, opened.bad
+            output / QUARANTINE.format(replica),
+            data.max_bad_rate,
+            data.bad_window,
+            opened.bad,
+            shown=str(output / QUARANTINE.format("*")) if topology.data_size > 1 else "",
         )
         self.loader = Loader(
             experiment,

@@ -217,7 +217,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
         "at most 1 of the set's 20 rows"
     )
     places = {"image_missing": 4, "too_long": 9}
-    starts = [f"  - 1 x {code}, the first at {tmp_path}/data.jsonl:{line}: " for code, line in places.items()]
+    starts = [f"  - 1 x {code}, first met at {tmp_path}/data.jsonl:{line}: " for code, line in places.items()]
     assert all(line.startswith(start) for line, start in zip(sorted(reasons), starts, strict=True))
     assert advice == f"all are listed in {tmp_path}/q.jsonl; repair the data or raise data.max_bad_rate"
     assert reported(tmp_path / "q.jsonl") == [("s3", "image_missing", 0), ("s8", "too_long", 0)]

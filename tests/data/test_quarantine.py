@@ -106,9 +106,9 @@ def test_the_verdict_has_share_limit_window_reasons_and_first_places() -> None:
         "in a window of 100 rows (data.bad_window): chance explains 9"
     )
     assert reasons == [
-        "  - 15 x image_truncated, the first at data.jsonl:1: 97 bytes are missing",
-        "  - 1 x reason_0, the first at data.jsonl:90: 97 bytes are missing",
-        "  - 1 x reason_1, the first at data.jsonl:91: 97 bytes are missing",
+        "  - 15 x image_truncated, first met at data.jsonl:1: 97 bytes are missing",
+        "  - 1 x reason_0, first met at data.jsonl:90: 97 bytes are missing",
+        "  - 1 x reason_1, first met at data.jsonl:91: 97 bytes are missing",
         "  - 1 x reason_2, 1 x reason_3",
     ]
 
