@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 import tarfile
 from collections import Counter
@@ -21,15 +22,21 @@ from sicog_mcore.data.quarantine import Quarantine
 from sicog_mcore.data.resume import NOT_COMPARED, LoaderState, OpenRows, open_rows, reopen_rows
 from sicog_mcore.data.sources import index_sources
 from sicog_mcore.errors import EXIT_CONFIG, CheckpointError
+from tests.builders import ANSWERS, QUESTIONS, tiny_experiment, write_image
 from tests.builders import TOKENIZER as TOKENIZER_FILE
-from tests.builders import tiny_experiment, write_dataset
 
 NUM_ROWS = 60
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path, NUM_ROWS)
+    """Rows of text alone, of many lengths: decoding pixels takes long."""
+    write_image(tmp_path / "images" / "picture.jpg", 32, 32, seed=0)
+    rows = []
+    for i in range(NUM_ROWS):
+        turns = [{"from": "human", "value": QUESTIONS[i % 3]}, {"from": "gpt", "value": " ".join(ANSWERS[: 1 + i % 4])}]
+        rows.append(json.dumps({"id": f"s{i}", "conversations": turns}))
+    write_rows(tmp_path / "data.jsonl", rows)
     return tmp_path
 
 
@@ -236,6 +243,7 @@ def test_rows_appended_twice_and_to_the_first_of_two_files_leave_the_epoch_alone
     assert f"{folder}/c.jsonl is new, with 1 rows" in opened.notes[0] and "the 60 rows it began with" in opened.notes[0]
     rest, *_ = run(longer, opened)
     assert (ids + more + rest)[:NUM_ROWS] == whole[:NUM_ROWS]
+    opened = replace(opened, rows=pickle.loads(pickle.dumps(opened.rows)))  # workers have it too
     assert len(opened.rows.all) == 62 and len(opened.rows.of(0)) == 60 and len(opened.rows.of(1)) == 62
 
 
@@ -304,7 +312,7 @@ def write_shard(path: Path, groups: Sequence[tuple[str, dict[str, bytes]]]) -> N
 def test_shards_are_recognised_by_texts_names_and_sizes(folder: Path) -> None:
     (folder / "shards").mkdir()
     shard = folder / "shards" / "s.tar"
-    picture = (folder / "images" / "s0.jpg").read_bytes()
+    picture = (folder / "images" / "picture.jpg").read_bytes()
     groups = [(f"k{i}", {"jpg": picture, "txt": f"caption {i}".encode()}) for i in range(6)]
     write_shard(shard, groups)
     experiment = experiment_on(folder, sources=(SourceConfig(path=str(folder / "shards")),), window_samples=4)
