@@ -135,14 +135,14 @@ class CheckpointStore:
             commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
 
     def saved_state(self, step: int) -> RunState:
-        """Where the run stood at step ``step``, before there is a model.
+        """Where the run stood at step ``step``, read before there is a model.
 
         Raises:
-            CheckpointError: the checkpoint has another format.
+            CheckpointError: the checkpoint belongs to another model.
         """
         folder = self.folder(step)
         content = json.loads((folder / STATE).read_text())
-        _check_format(content, folder)
+        self._compare(content, folder)
         return RunState(**content["state"])
 
     def load(self, model: TrainableModel, step: int) -> tuple[RunState, list[str]]:
@@ -173,7 +173,10 @@ class CheckpointStore:
         return RunState(**content["state"]), notes
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
-        _check_format(content, folder)
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} has format {content['format']}, this version reads {FORMAT}; use the version that wrote it"
+            )
         saved = experiment_from_dict(content["experiment"])
         if saved.model != self.experiment.model:
             changes = [c for c in describe_changes(saved, self.experiment) if c.startswith("model.")]
@@ -187,13 +190,6 @@ class CheckpointStore:
                 "or choose another output folder"
             )
         return [f"changed since the checkpoint: {change}" for change in describe_changes(saved, self.experiment)]
-
-
-def _check_format(content: dict[str, Any], folder: Path) -> None:
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {content['format']}, this version reads {FORMAT}; use the version that wrote it"
-        )
 
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
