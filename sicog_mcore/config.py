@@ -179,8 +179,14 @@ class DataConfig:
         duplicate_ids: a repeated id is quarantined, or kept under the id "<id>#<row>".
         max_image_px: largest image (pixels, height times width), judged by the header before decoding.
         max_aspect: largest ratio of the longer to the shorter side.
-        max_bad_rate: share of bad samples in the last ``bad_window`` at which the run stops.
-        bad_window: samples over which the rate of bad samples is taken.
+        max_bad_rate: largest share of bad rows, a row counting once in a pass over the data. The run stops as soon as
+            more rows of a pass are bad than the whole set may have; and, where the set has more than ``bad_window``
+            rows, as soon as at least 10 of the last ``bad_window`` are bad and their share is above the limit by
+            more than five standard deviations.
+        bad_window: rows over which the running share of bad rows of a large set is taken.
+        on_change: what a resumed run does if rows or settings that its place in the data depends on are not those of
+            the checkpoint: "refuse" stops with what changed; "restart_epoch" says so, skips the rest of the epoch and
+            starts the data anew at the next one. Rows that were only appended join after the epoch under way.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -198,6 +204,7 @@ class DataConfig:
     max_aspect: float = 200.0
     max_bad_rate: float = 0.01
     bad_window: int = 10_000
+    on_change: Literal["refuse", "restart_epoch"] = "refuse"
 
 
 @dataclass(frozen=True, kw_only=True)

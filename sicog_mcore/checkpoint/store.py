@@ -42,11 +42,13 @@ class RunState:
         step: optimiser steps done.
         loader: position of the next pack (LoaderState as a dictionary).
         samples: samples consumed so far, over all ranks.
+        data: what the position depends on, see data/resume.py; empty where it was written before there was that.
     """
 
     step: int = 0
     loader: Mapping[str, int] = field(default_factory=dict)
     samples: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,17 @@ class CheckpointStore:
         if self.topology.is_main:
             commit.commit(folder)
             commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
+
+    def saved_state(self, step: int) -> RunState:
+        """Where the run stood at step ``step``, read before there is a model.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another model.
+        """
+        folder = self.folder(step)
+        content = json.loads((folder / STATE).read_text())
+        self._compare(content, folder)
+        return RunState(**content["state"])
 
     def load(self, model: TrainableModel, step: int) -> tuple[RunState, list[str]]:
         """Restores step ``step`` into the model, under any layout. Collective.

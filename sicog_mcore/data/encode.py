@@ -7,7 +7,7 @@ Both come from the same token stream, so what was measured is what is encoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from sicog_mcore.data.chat import IMAGE_MARKER, Chat, ChatTokens, find_separator
 from sicog_mcore.data.decode import decode_image, read_bytes, read_size
 from sicog_mcore.data.pairs import conversations
 from sicog_mcore.data.patches import cut_patches
-from sicog_mcore.data.sample import ImageRef, Sample, Turn
+from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample, Turn
 from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, lay_out, plan_slices
+from sicog_mcore.data.text_bound import num_bytes
 from sicog_mcore.errors import SampleError
 
+MAX_CHARACTER_BYTES = 4  # of UTF-8
 TEXT = -1  # in _Stream.rows: this position is no visual token
 
 
@@ -78,7 +80,7 @@ class Encoder:
             SampleError: whatever makes the sample unusable and can be seen without decoding pixels.
         """
         plans = [self._plan(read_bytes(image)) for image in sample.images]
-        full = [self._write(self.chat.tokenize(turns), plans) for turns in conversations(sample)]
+        full = [self._write(chat, plans) for chat in self._tokenize(sample)]
         length, fitted = _length(full), _length(self._fit(full))
         return Measured(sample.id, fitted, _num_slices(plans), fitted < length)
 
@@ -88,7 +90,7 @@ class Encoder:
         Raises:
             SampleError: as ``measure``, and images whose pixels cannot be decoded.
         """
-        chats = [self.chat.tokenize(turns) for turns in conversations(sample)]
+        chats = self._tokenize(sample)
         images = [read_bytes(image) for image in sample.images]
         plans = [self._plan(image) for image in images]
         streams = self._fit([self._write(chat, plans) for chat in chats])
@@ -114,8 +116,10 @@ class Encoder:
             prompts: turns of each, the last one a user's.
 
         Raises:
-            SampleError: as ``encode``.
+            SampleError: as ``encode``; too_long only where a text alone surely exceeds the token budget.
         """
+        for turns in prompts:
+            self._refuse_long([turns])
         raw = [read_bytes(image) for image in images]
         plans = [self._plan(image) for image in raw]
         streams = [self._write(self.chat.open_prompt(turns), plans) for turns in prompts]
@@ -128,12 +132,44 @@ class Encoder:
         Raises:
             SampleError: as ``measure``.
         """
+        for turns in prompts:
+            self._refuse_long([turns])
         plans = [self._plan(read_bytes(image)) for image in images]
         streams = [self._write(self.chat.open_prompt(turns), plans).tokens for turns in prompts]
         shortest = min(len(stream) for stream in streams)
         differs = np.any([stream[:shortest] != streams[0][:shortest] for stream in streams], axis=0)
         common = int(differs.argmax()) if differs.any() else shortest
         return common + sum(len(stream) - common for stream in streams), _num_slices(plans)
+
+    def _tokenize(self, sample: Sample) -> list[ChatTokens]:
+        """The conversations as tokens. What surely exceeds the budget is refused before that, or cut if it may be cut."""
+        told = conversations(sample)
+        if self._data.too_long == "truncate" and len(told) == 1 and told[0][-1].role == "assistant":
+            *prompt, answer = told[0]
+            self._refuse_long([prompt])
+            told = [(*prompt, replace(answer, text=self._shorten(answer.text)))]
+        else:
+            self._refuse_long(told)
+        return [self.chat.tokenize(turns) for turns in told]
+
+    def _refuse_long(self, told: Sequence[Sequence[Turn]]) -> None:
+        """Refuses conversations that cannot fit together; no text is tokenised for that."""
+        texts, limit = [turn.text for turns in told for turn in turns], self._data.token_budget
+        if sum(map(len, texts)) * MAX_CHARACTER_BYTES <= limit or (bound := self.chat.tokenizer.bound) is None:
+            return
+        texts = [text.replace(IMAGE_PLACEHOLDER, "") for text in texts]
+        least = sum(map(bound.least_tokens, texts))
+        if least > limit:
+            found = f"{sum(map(num_bytes, texts)):,} bytes of text are at least {least:,} tokens"
+            raise SampleError("too_long", f"{found}, at most {limit} fit; raise data.token_budget")
+
+    def _shorten(self, answer: str) -> str:
+        """The beginning of an answer that is far too long: surely more than the budget, which ``_fit`` cuts it to."""
+        bound = self.chat.tokenizer.bound if len(answer) > self._data.token_budget else None
+        if bound is None:
+            return answer
+        kept = (self._data.token_budget + 1) * bound.bytes_per_token(answer) + MAX_CHARACTER_BYTES
+        return answer.encode()[:kept].decode(errors="ignore") if num_bytes(answer) > kept else answer
 
     def _cut(self, images: Sequence[bytes], plans: Sequence[SlicePlan]) -> Tensor:
         """Patches of all slices of all images: uint8 [p, 3 * patch_px**2]."""

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -58,8 +58,20 @@ BuildSample = Callable[[Row, Sequence[ImageRef], str, str], Sample]  # row, its 
 Hashes = NDArray[np.uint64]
 
 
+class RowHashes(NamedTuple):
+    """What the rows of a file are recognised by, in order.
+
+    Attributes:
+        ids: uint64 [rows]: hash of every row's id.
+        contents: uint64 [rows]: hash of every row's bytes.
+    """
+
+    ids: Hashes
+    contents: Hashes
+
+
 class RowIds:
-    """Hashes of the ids of a file's rows, in order; a broken row, or one without an id, counts under its default id.
+    """Hashes of a file's rows, in order; a broken row, or one without an id, counts under its default id.
 
     Args:
         name: what default ids start with.
@@ -72,6 +84,7 @@ class RowIds:
         self._path = path
         self._survey = survey
         self._hashes = array("Q")
+        self._contents = array("Q")
 
     def add(self, row: object, place: object, num_images: int | None = None) -> None:
         """Counts a row.
@@ -99,8 +112,12 @@ class RowIds:
         except (SampleError, ValueError, RecursionError):
             self.add_id(None)
 
-    def hashes(self) -> Hashes:
-        return np.frombuffer(self._hashes, np.uint64)
+    def add_content(self, content: bytes) -> None:
+        """Adds what makes a row what it is: its bytes, without the white space around them."""
+        self._contents.append(xxhash.xxh3_64_intdigest(content))
+
+    def hashes(self) -> RowHashes:
+        return RowHashes(np.frombuffer(self._hashes, np.uint64), np.frombuffer(self._contents, np.uint64))
 
 
 def default_id(name: str, row: int) -> str:

@@ -25,8 +25,8 @@ from sicog_mcore.data.row_keys import shown
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
-    Hashes,
     Row,
+    RowHashes,
     RowIds,
     build_sample,
     decode_text,
@@ -226,7 +226,9 @@ class _Group:
         return next((member for member in self.members.values() if member.kind == kind), None)
 
 
-def index_shard(path: Path, name: str, survey: Survey, build: BuildSample = build_sample) -> tuple[ShardFile, Hashes]:
+def index_shard(
+    path: Path, name: str, survey: Survey, build: BuildSample = build_sample
+) -> tuple[ShardFile, RowHashes]:
     """Finds the samples of a shard.
 
     Args:
@@ -244,6 +246,7 @@ def index_shard(path: Path, name: str, survey: Survey, build: BuildSample = buil
         groups = _group(file, types, str(path), survey)
         for group in groups:
             _count(file, group, ids, str(path), survey)
+            ids.add_content(_content(file, group))
     members = [member for group in groups for member in group.members.values()]
     shard = ShardFile(
         path=os.path.realpath(path),
@@ -283,6 +286,19 @@ def _count(file: BinaryIO, group: _Group, ids: RowIds, path: str, survey: Survey
     for name, member in group.members.items():
         if member.kind in (OTHER, FOREIGN) or (member.kind == IMAGE and name not in used):
             survey.remark(f"members {'.' + name[-MAX_TYPE_CHARS:]!r} are not used", path, group.key)
+
+
+def _content(file: BinaryIO, group: _Group) -> bytes:
+    """What a sample is recognised by: its texts, and the names and sizes of its members, but not their pixels."""
+    texts = [_read(file, member) for member in group.members.values() if member.kind in (FIELDS, CAPTION)]
+    members = [(name, member.kind, member.length) for name, member in group.members.items()]
+    return b"\0".join([repr((group.key, group.state, members)).encode("utf-8", "surrogateescape"), *texts])
+
+
+def _read(file: BinaryIO, member: Member) -> bytes:
+    """The text of a member; nothing of one that is too long to be a row."""
+    file.seek(member.offset)
+    return file.read(member.length) if member.length <= MAX_ROW_BYTES else b""
 
 
 def _parse(file: BinaryIO, member: Member) -> object:

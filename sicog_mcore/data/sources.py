@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
     Hashes,
+    RowHashes,
     RowIds,
     build_sample,
     default_id,
@@ -133,8 +134,16 @@ class SampleIndex:
         return int(self._repeats[at]) if found else None
 
 
+class IndexedFile(NamedTuple):
+    """A file of rows, indexed in one pass, and what its rows are recognised by."""
+
+    path: str
+    source: Source
+    hashes: RowHashes
+
+
 def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: BuildSample = build_sample) -> SampleIndex:
-    """Indexes all data sets.
+    """Indexes all data sets and joins them.
 
     Args:
         configs: data sets, in order.
@@ -142,20 +151,42 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
         build: gives a row its meaning: rows.build_sample, or pairs.build_pair.
 
     Raises:
+        ConfigError: as ``index_sources``.
+    """
+    survey = new_survey(build)
+    files = index_sources(configs, survey, build)
+    ids = [file.hashes.ids for file in files]
+    return SampleIndex([file.source for file in files], ids, data.duplicate_ids, survey.notes())
+
+
+def new_survey(build: BuildSample) -> Survey:
+    """Nothing counted yet, of rows that mean what ``build`` makes of them."""
+    return Survey(PAIR_KEYS if build is build_pair else ROW_KEYS)
+
+
+def index_sources(
+    configs: Sequence[SourceConfig], survey: Survey, build: BuildSample = build_sample
+) -> list[IndexedFile]:
+    """Finds the rows of all data sets, file by file; every file is read once.
+
+    Args:
+        configs: data sets, in order.
+        survey: counts what of the rows is not used.
+        build: gives a row its meaning.
+
+    Raises:
         ConfigError: paths that do not exist or have no known format, JSON files that are no list, shards that are cut
             off; all of them at once.
     """
-    survey = Survey(PAIR_KEYS if build is build_pair else ROW_KEYS)
     problems: list[ConfigProblem] = []
-    sources: list[Source] = []
-    id_hashes: list[Hashes] = []
+    files: list[IndexedFile] = []
     names: set[str] = set()
     for number, config in enumerate(configs):
         found = check_source(number, config)
         problems += found
         for path in [] if found else _files(config, survey):
             # Default ids start with the file's name, which must therefore be unique.
-            name = path.stem if path.stem not in names else f"{path.stem}.{len(sources)}"
+            name = path.stem if path.stem not in names else f"{path.stem}.{len(files)}"
             names.add(name)
             try:
                 source, hashes = _index_file(path, config.images, name, build, survey)
@@ -163,11 +194,10 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
                 fix = FIXES.get(type(error), "make it readable for this user")
                 problems.append(ConfigProblem(f"data.sources[{number}].path", str(path), str(error), fix))
                 continue
-            sources.append(source)
-            id_hashes.append(hashes)
+            files.append(IndexedFile(str(path), source, hashes))
     if problems:
         raise ConfigError(problems)
-    return SampleIndex(sources, id_hashes, data.duplicate_ids, survey.notes())
+    return files
 
 
 class _Malformed(Exception):
@@ -192,7 +222,7 @@ def _files(config: SourceConfig, survey: Survey) -> list[Path]:
     return sorted(path.glob(f"*{SHARD}"))
 
 
-def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: Survey) -> tuple[Source, Hashes]:
+def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: Survey) -> tuple[Source, RowHashes]:
     if path.suffix == SHARD:
         return index_shard(path, name, survey, build)
     ids = RowIds(name, str(path), survey)
@@ -249,6 +279,7 @@ def _index_lines(path: Path, ids: RowIds) -> array[int]:
             if start.strip() or length > MAX_ROW_BYTES:
                 spans.extend((offset, length, line))
                 ids.add_encoded(start if length <= MAX_ROW_BYTES else b"", line)
+                ids.add_content(start.strip())
             offset += length
     return spans
 
@@ -278,6 +309,7 @@ def _index_list(path: Path, ids: RowIds) -> array[int]:
                 ids.add(row, line)
             else:
                 ids.add_encoded(raw.encode("latin-1"), line)
+            ids.add_content(raw.encode("latin-1"))
     except (ValueError, RecursionError) as error:
         raise _Malformed(f"is no JSON list of rows: {error}") from error
     return spans

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models, normalizers
 
+from sicog_mcore.data.text_bound import ALL_BYTES, TextBound, bound_of_file, num_bytes
 from sicog_mcore.data.tokenizer_check import CONTROL_TOKEN, TokenizerError, judge_text, patterns, read_content, settle
 
 HF_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
@@ -40,6 +42,10 @@ class Tokenizer(Protocol):
     @property
     def size(self) -> int:
         """Rows that the decoder's embedding table must have."""
+
+    @property
+    def bound(self) -> TextBound | None:
+        """How much text a token stands for at most; None if that has no bound."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; a control token in it is text like any other."""
@@ -138,6 +144,10 @@ class HuggingFaceTokenizer:
     def size(self) -> int:
         return max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def bound(self) -> TextBound | None:
+        return bound_of_file(json.loads(self._file.read_text(encoding="utf-8")))
+
     def encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
 
@@ -186,6 +196,13 @@ class SentencePieceTokenizer:
     @property
     def size(self) -> int:
         return self._engine.get_piece_size()
+
+    @cached_property
+    def bound(self) -> TextBound | None:
+        pieces, rules = self._model.pieces, self._model.normalizer_spec
+        has_all_bytes = sum(piece.type == BYTE for piece in pieces) == ALL_BYTES
+        drops = not has_all_bytes or rules.remove_extra_whitespaces or rules.precompiled_charsmap
+        return None if drops else TextBound(max(num_bytes(piece.piece) for piece in pieces), 1)
 
     def encode(self, text: str) -> list[int]:
         return self._engine.encode(text)

@@ -1,27 +1,33 @@
 """The data as the training loop sees it: the batches of one step, and what they held.
 
-In: Experiment, LoaderState   Out: this rank's PackedBatches of a step, Counts   Next: trainer.py
+In: Experiment, OpenRows   Out: this rank's PackedBatches of a step, Counts   Next: trainer.py
 On ranks that load, every consumed sample id is written to ``consumed-R.jsonl``: the proof of what a run was trained on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
-from sicog_mcore.data.loader import Loader, LoaderState
-from sicog_mcore.data.quarantine import Quarantine
-from sicog_mcore.errors import writing
+from sicog_mcore.data.loader import Loader
+from sicog_mcore.data.packing import PackPlan
+from sicog_mcore.data.quarantine import Quarantine, Rejection
+from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_rows
+from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError, writing
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.flops import Counts
 from sicog_mcore.train.metrics import drop_steps_from
 
 CONSUMED = "consumed-{}.jsonl"
+QUARANTINE = "quarantine-{}.jsonl"
 
 Complete = Callable[[PackedBatch], PackedBatch]
 
@@ -30,23 +36,29 @@ class CountingLoader:
     """A loader that remembers what it handed out since ``take``; one per model copy.
 
     Args:
-        start: where to begin in the stream of packs.
+        opened: the data sets, and where to begin in the stream of packs.
         complete: adds what the loader cannot know (reference log-probabilities); None adds nothing.
     """
 
-    def __init__(self, experiment: Experiment, topology: Topology, start: LoaderState, complete: Complete | None):
-        output, replica = Path(experiment.output), topology.data_rank
+    def __init__(self, experiment: Experiment, topology: Topology, opened: OpenRows, complete: Complete | None):
+        output, replica, data = Path(experiment.output), topology.data_rank, experiment.data
         self.quarantine = Quarantine(
-            output / f"quarantine-{replica}.jsonl", experiment.data.max_bad_rate, experiment.data.bad_window
+            output / QUARANTINE.format(replica),
+            data.max_bad_rate,
+            data.bad_window,
+            opened.bad,
+            shown=str(output / QUARANTINE.format("*")) if topology.data_size > 1 else "",
         )
         self.loader = Loader(
             experiment,
             replica,
             topology.data_size,
             self.quarantine,
-            start,
+            opened.start,
             pin_memory=topology.device.type == "cuda",
+            opened=opened,
         )
+        self._opened = opened
         self._counts = Counts()
         self._ids: list[str] = []
         self._complete = complete
@@ -66,6 +78,20 @@ class CountingLoader:
         self._ids += batch.sample_ids
         return self._complete(batch) if self._complete else batch
 
+    def judge(self, found: Iterable[tuple[PackPlan, Rejection]]) -> str:
+        """Counts what decoding found bad on all replicas; returns the verdict on the share, empty if it is small enough."""
+        bad_rows = self.loader.bad_rows
+        for plan, rejection in found:
+            bad_rows.add(plan.epoch, plan.window, rejection)
+        verdict = bad_rows.verdict()
+        bad_rows.forget_before(self.loader.state().epoch)
+        return f"too many bad rows: {verdict}\n{self.quarantine.advice()}" if verdict else ""
+
+    def data_state(self) -> dict[str, Any]:
+        """What the position depends on, for a checkpoint."""
+        loader = self.loader
+        return self._opened.state(loader.state(), loader.rows_left, loader.bad_rows.state())
+
     def take(self, step: int) -> Counts:
         """What was handed out since the last call; records its sample ids under ``step``."""
         with writing(self._record), self._record.open("a", encoding="utf-8") as record:
@@ -74,14 +100,53 @@ class CountingLoader:
         return counts
 
 
+def open_data(
+    experiment: Experiment,
+    topology: Topology,
+    start: Mapping[str, int] | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> OpenRows | None:
+    """Opens the data sets on ranks that load, and compares them with those of the checkpoint, if there is one. Collective.
+
+    Args:
+        start: the position in the checkpoint; None where a run begins.
+        saved: what it holds of the data.
+
+    Raises:
+        ConfigError: they cannot be opened. On all ranks, as is
+        CheckpointError: they are not what they were.
+    """
+    opened: OpenRows | None = None
+    failure: object = None
+    if topology.loads_data:
+        try:
+            opened = reopen_rows(experiment, LoaderState(**start), saved or {}) if start else open_rows(experiment)
+        except ConfigError as error:
+            failure = error.problems
+        except CheckpointError as error:
+            failure = str(error)
+    for found in topology.gather_objects(failure):
+        if isinstance(found, list):
+            raise ConfigError(found)
+        if found is not None:
+            raise CheckpointError(found)
+    return opened
+
+
 class Feed:
-    """Batches of one optimiser step for this rank, equal on all ranks of a model copy."""
+    """Batches of one optimiser step for this rank, equal on all ranks of a model copy.
+
+    Args:
+        opened: of ``open_data``; None on ranks that do not load.
+        first_step: that will be asked for.
+        complete: see CountingLoader.
+    """
 
     def __init__(
         self,
         experiment: Experiment,
         topology: Topology,
-        start: Mapping[str, int],
+        opened: OpenRows | None,
         first_step: int,
         complete: Complete | None = None,
     ):
@@ -91,15 +156,45 @@ class Feed:
                 drop_steps_from(record, first_step)
         self.source: CountingLoader | None = None
         if topology.loads_data:
-            self.source = CountingLoader(experiment, topology, LoaderState(**start), complete)
+            assert opened is not None, "a rank that loads has opened the data"
+            self.source = CountingLoader(experiment, topology, opened, complete)
+        self._topology = topology
         self._batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), self.source)
 
     def next_step(self) -> list[PackedBatch]:
-        """This model copy's share of the next global batch, one packed sequence per micro-batch."""
-        batches = [next(self._batches)]
-        while not self._batches.ends_step:
+        """This model copy's share of the next global batch, one packed sequence per micro-batch. Collective.
+
+        Raises:
+            DataError: on every rank, with one message, if the loader of any failed or too many rows are bad.
+        """
+        batches: list[PackedBatch] = []
+        failure: DataError | None = None
+        try:
             batches.append(next(self._batches))
+            while not self._batches.ends_step:
+                batches.append(next(self._batches))
+        except DataError as error:
+            failure = error
+        self._agree(failure)
         return batches
+
+    def _agree(self, failure: DataError | None) -> None:
+        """One small sum in a step where nothing is wrong, so that no rank stops, or goes on, without the others."""
+        topology = self._topology
+        found, texts = (self.source.loader.found if self.source else []), []
+        flags = torch.tensor([failure is not None, len(found)], dtype=torch.int64, device=topology.device)
+        failed, num_found = topology.sum_over_world(flags).tolist()
+        if failed:
+            text = None if failure is None or isinstance(failure, PeerError) else str(failure)
+            texts = topology.gather_objects(text)
+        elif num_found:
+            everywhere = [one for part in topology.gather_objects(list(found)) for one in part]
+            texts = topology.gather_objects(self.source.judge(everywhere) if self.source else "")
+        elif self.source:
+            self.source.judge(())  # planning has judged; passes that are over are forgotten
+        found.clear()
+        if messages := [text for text in dict.fromkeys(texts) if text]:
+            raise DataError("\n".join(messages)) if topology.is_main else PeerError("another rank reports why")
 
     def take(self, step: int) -> Counts:
         """What this model copy consumed since the last call; zeros on ranks that do not load."""
@@ -131,6 +226,10 @@ class Feed:
     def state(self) -> Mapping[str, int]:
         """Where the next step starts; empty on ranks that do not load."""
         return asdict(self.source.loader.state()) if self.source else {}
+
+    def data_state(self) -> Mapping[str, Any]:
+        """What that place depends on; empty on ranks that do not load."""
+        return self.source.data_state() if self.source else {}
 
     def close(self) -> None:
         if self.source:

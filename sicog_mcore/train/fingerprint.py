@@ -1,7 +1,7 @@
 """What reference log-probabilities depend on, as one short text: rows, tokenizer, template, model, first weights.
 
-In: Experiment, the files it names   Out: a hash   Next: reference.py
-Rows and tokenizer count by content; shards and weights, which are large, by name, size and time of change.
+In: Experiment, DataMark of its rows   Out: a hash   Next: reference.py
+Rows, shards and tokenizer count as data/fingerprint.py says; weights, which are large, by name, size and time of change.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sicog_mcore.config import Experiment
+from sicog_mcore.data.fingerprint import TOKENIZER, DataMark
 
-ROW_FILES = (".json", ".jsonl")
 CHECKPOINTS = "checkpoints"
 
 
-def fingerprint(experiment: Experiment) -> str:
-    """Equal for equal inputs; independent of the layout, the packing and the optimiser."""
+def fingerprint(experiment: Experiment, mark: DataMark) -> str:
+    """Equal for equal inputs; independent of the layout, the packing and the optimiser.
+
+    Args:
+        mark: of the rows.
+    """
     data = experiment.data
     content = {
-        "rows": [_rows(Path(source.path)) for source in data.sources],
+        "rows": [[file.rows, file.ordered] for file in mark.files],
         "duplicate_ids": data.duplicate_ids,
-        "tokenizer": _digest(Path(data.tokenizer)),
+        "tokenizer": mark.settings[TOKENIZER],
         "template": [data.template, data.system_prompt],
         "model": asdict(experiment.model),
         "precision": experiment.train.precision,
@@ -32,12 +36,6 @@ def fingerprint(experiment: Experiment) -> str:
         "weights": {part: list(_weights(Path(path))) if path else [] for part, path in asdict(experiment.init).items()},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _rows(path: Path) -> object:
-    if path.suffix in ROW_FILES:
-        return _digest(path)
-    return [_stat(shard) for shard in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
 
 
 def _weights(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -51,8 +49,3 @@ def _weights(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def _stat(path: Path) -> tuple[str, int, int]:
     return path.name, path.stat().st_size, path.stat().st_mtime_ns
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

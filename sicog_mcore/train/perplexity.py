@@ -20,6 +20,7 @@ from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.loader import PackBuilder, WindowPlanner
 from sicog_mcore.data.packing import PackPlan
 from sicog_mcore.data.quarantine import Rejection
+from sicog_mcore.data.resume import EpochRows
 from sicog_mcore.data.sources import open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.model.loss import supervised_rows
@@ -118,7 +119,7 @@ class PackSource:
         self.ids: list[tuple[str, ...]] = []
         self.refused: list[Rejection] = []
         self._packs = iter(packs)
-        self._builder = PackBuilder(samples, encoder, experiment.model, experiment.data)
+        self._builder = PackBuilder(EpochRows(samples), encoder, experiment.model, experiment.data)
 
     def __next__(self) -> PackedBatch:
         batch, refused = self._builder[next(self._packs)]
@@ -142,8 +143,8 @@ def _plan_here(experiment: Experiment) -> tuple[list[PackPlan], list[Rejection]]
     except ConfigError as error:
         return error.problems
     encoder = Encoder(experiment.model, experiment.data)
-    planner = WindowPlanner(samples, encoder, experiment.data, experiment.train.seed)
-    windows = [planner.plan(0, window) for window in range(planner.num_windows)]
+    planner = WindowPlanner(EpochRows(samples), encoder, experiment.data, experiment.train.seed)
+    windows = [planner.plan(0, window) for window in range(planner.num_windows(0))]
     refused = [rejection for window in windows for rejection in window.rejected.values()]
     return [pack for window in windows for pack in window.packs], refused
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.errors import DataError, writing
 from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.parallel.topology import Topology
@@ -118,9 +119,12 @@ class ReferenceTable:
 
 
 def precompute_reference(
-    experiment: Experiment, model: TrainableModel, notice: Callable[[str], None]
+    experiment: Experiment, model: TrainableModel, opened: OpenRows | None, notice: Callable[[str], None]
 ) -> ReferenceTable:
     """Asks the model, with its weights as they are now, for all pairs, unless that was done before. Collective.
+
+    Args:
+        opened: the data sets, on ranks that load.
 
     Returns:
         all pairs on ranks that load data, none on others.
@@ -129,19 +133,25 @@ def precompute_reference(
     stamp = ""
     is_done = False
     if topology.is_main:
-        stamp = fingerprint(experiment)
+        assert opened is not None, "rank 0 loads data"
+        stamp = fingerprint(experiment, opened.mark)
         is_done = _fits(path, stamp)
     stamp, is_done = topology.broadcast_object((stamp, is_done))  # type: ignore[misc]  # what was put in
     if is_done:
         notice(f"reference log-probabilities: {path} fits this run")
     else:
         notice(f"reference log-probabilities: one forward pass over all pairs, into {path}")
-        _compute(experiment, model, path, stamp, notice)
+        _compute(experiment, model, path, stamp, opened, notice)
     return ReferenceTable(_read(path, stamp) if topology.loads_data else {}, path)
 
 
 def _compute(
-    experiment: Experiment, model: TrainableModel, path: Path, stamp: str, notice: Callable[[str], None]
+    experiment: Experiment,
+    model: TrainableModel,
+    path: Path,
+    stamp: str,
+    opened: OpenRows | None,
+    notice: Callable[[str], None],
 ) -> None:
     """One pass over the first epoch of the run's own stream of batches, which holds every usable pair."""
     topology, unfinished = model.topology, path.with_suffix(UNFINISHED)
@@ -152,7 +162,8 @@ def _compute(
     if topology.is_main:
         _write(unfinished, [{STAMP: stamp}, *_lines(known)], "w")
     # Its own folder: pairs that are refused here will be refused, and reported, in training too.
-    feed = Feed(replace(experiment, output=str(path.parent)), topology, {}, first_step=1)
+    begun = opened.from_the_start() if opened else None
+    feed = Feed(replace(experiment, output=str(path.parent)), topology, begun, first_step=1)
     num_written, told_at = len(known), time.monotonic()
     try:
         is_last = False

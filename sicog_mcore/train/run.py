@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, Part
+from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.memory import estimate_memory, estimate_text, fitting
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
@@ -26,7 +27,7 @@ from sicog_mcore.parallel.wrap import TrainableModel, wrap_model
 from sicog_mcore.sizes import decoder_params, resampler_params, tower_params
 from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
 from sicog_mcore.train.dpo import Preferences
-from sicog_mcore.train.feed import Complete, Feed
+from sicog_mcore.train.feed import Complete, Feed, open_data
 from sicog_mcore.train.reference import FrozenReference, precompute_reference
 from sicog_mcore.train.reporter import Reporter, device_name
 from sicog_mcore.train.step import NextToken, Objective
@@ -99,7 +100,11 @@ def build_chunks(build: Build, topology: Topology) -> list[VisionLanguageModel]:
 
 
 def build_objective(
-    build: Build, topology: Topology, model: TrainableModel, notice: Callable[[str], None]
+    build: Build,
+    topology: Topology,
+    model: TrainableModel,
+    opened: OpenRows | None,
+    notice: Callable[[str], None],
 ) -> tuple[Objective, Complete | None]:
     """What is minimised, and what its batches need beside their samples.
 
@@ -110,7 +115,7 @@ def build_objective(
         return NextToken(), None
     if experiment.dpo.reference == "frozen":
         return Preferences(experiment.dpo, FrozenReference(build_chunks(build, topology), model)), None
-    return Preferences(experiment.dpo), precompute_reference(experiment, model, notice).complete
+    return Preferences(experiment.dpo), precompute_reference(experiment, model, opened, notice).complete
 
 
 def run(experiment: Experiment, command: str) -> Path:
@@ -137,12 +142,14 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     console = Console(topology.is_main, experiment.train.log_every)
     store = CheckpointStore(experiment, topology)
     found = store.find()
+    saved = store.saved_state(found.step) if found.step is not None else None
+    opened = open_data(experiment, topology, saved.loader, saved.data) if saved else open_data(experiment, topology)
     # The first weights are also the reference of preferences, so these need them on a resumed run too.
     imports = found.step is None or experiment.objective == "dpo"
     model = build_model(build, topology, console.notice, imports)
-    objective, complete = build_objective(build, topology, model, console.notice)
+    objective, complete = build_objective(build, topology, model, opened, console.notice)
     state, notes = store.load(model, found.step) if found.step is not None else (RunState(), [])
-    feed = Feed(experiment, topology, state.loader, first_step=state.step + 1, complete=complete)
+    feed = Feed(experiment, topology, opened, first_step=state.step + 1, complete=complete)
     reporter = Reporter(experiment, topology, console, first_step=state.step + 1)
     trainer = Trainer(experiment, model, feed, store, reporter, state, objective)
     checkpoint = store.folder(state.step) if found.step is not None else None
@@ -150,7 +157,7 @@ def train(build: Build, topology: Topology, command: str) -> Path:
         console.start(start_lines(experiment, _facts(build, topology, feed)))
         of_tokenizer = tokenizer_notes(experiment.data) if topology.is_main else ()
         of_data = [f"data: {note}" for note in feed.notes]
-        for note in [*of_data, *doubts, *found.notes, *notes, *of_tokenizer]:
+        for note in [*of_data, *doubts, *found.notes, *notes, *(opened.notes if opened else ()), *of_tokenizer]:
             console.notice(note)
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()

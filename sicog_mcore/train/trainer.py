@@ -55,7 +55,7 @@ class Trainer:
             step = self.state.step + 1
             samples = self.reporter.report(step, lr, result, self.feed)
             self._require_finite(result, step)
-            self.state = RunState(step, self.feed.state(), self.state.samples + samples)
+            self.state = RunState(step, self.feed.state(), self.state.samples + samples, self.feed.data_state())
             if step % self.experiment.checkpoint.every_steps == 0 or step == steps:
                 sound = require_sound(self.model, sound, f"step {step}", self._last_good())
                 self.store.save(self.model, self.state)

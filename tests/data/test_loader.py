@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def experiment_on(folder: Path, **data: Any) -> Experiment:
-    return tiny_experiment(folder, data={"window_samples": 8, **data}, train={"packs_per_step": 2})
+    return tiny_experiment(folder, data={"window_samples": 8, "max_bad_rate": 1.0, **data}, train={"packs_per_step": 2})
 
 
 def open_loader(
@@ -208,9 +208,42 @@ def test_hole_of_a_bad_image_moves_nothing_else(tmp_path: Path) -> None:
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     write_dataset(tmp_path, NUM_SAMPLES)
     spoil(tmp_path)
-    loader = open_loader(experiment_on(tmp_path, max_bad_rate=0.02, bad_window=100), tmp_path / "q.jsonl")
-    with pytest.raises(DataError, match="3 of the last .* samples are bad, at most 2 of 100"):
-        consumed(loader, 20)
+    loader = open_loader(experiment_on(tmp_path, max_bad_rate=0.05, window_samples=20), tmp_path / "q.jsonl")
+    with pytest.raises(DataError) as caught:
+        next(loader)  # before anything is trained on: planning knows
+    first, *reasons, advice = str(caught.value).splitlines()
+    assert first == (
+        "too many bad rows: 2 of 20 rows are bad, a share of 0.1, in epoch 0; limit 0.05 (data.max_bad_rate): "
+        "at most 1 of the set's 20 rows"
+    )
+    places = {"image_missing": 4, "too_long": 9}
+    starts = [f"  - 1 x {code}, first met at {tmp_path}/data.jsonl:{line}: " for code, line in places.items()]
+    assert all(line.startswith(start) for line, start in zip(sorted(reasons), starts, strict=True))
+    assert advice == f"all are listed in {tmp_path}/q.jsonl; repair the data or raise data.max_bad_rate"
+    assert reported(tmp_path / "q.jsonl") == [("s3", "image_missing", 0), ("s8", "too_long", 0)]
+
+
+def test_few_bad_rows_end_no_long_run(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    spoil(tmp_path)
+    loader = open_loader(experiment_on(tmp_path, max_bad_rate=0.15, bad_window=10_000), tmp_path / "q.jsonl")
+    while loader.state().epoch < 12:
+        next(loader)
+        for plan, rejection in loader.found:
+            loader.bad_rows.add(plan.epoch, plan.window, rejection)
+        loader.found.clear()
+        assert loader.bad_rows.verdict() == ""  # 3 of 20 in every pass
+    assert len(reported(tmp_path / "q.jsonl")) >= 3 * 12
+
+
+def test_a_long_stream_of_bad_rows_is_not_read_to_its_end(tmp_path: Path) -> None:
+    row = {"image": "lost.jpg", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 3_000)
+    experiment = experiment_on(tmp_path, max_bad_rate=0.2, bad_window=1_000, window_samples=16)
+    with pytest.raises(DataError, match="too many bad rows: 1[0-9] of the last 1[0-9] rows are bad, a share of 1, "):
+        next(open_loader(experiment, tmp_path / "q.jsonl"))
+    assert len(reported(tmp_path / "q.jsonl")) == 16
 
 
 def test_nothing_usable_in_an_epoch_stops_the_run(tmp_path: Path) -> None:
@@ -224,7 +257,7 @@ def test_nothing_usable_in_an_epoch_stops_the_run(tmp_path: Path) -> None:
 def test_truncated_samples_are_kept_and_counted(tmp_path: Path) -> None:
     write_dataset(tmp_path, NUM_SAMPLES)
     spoil(tmp_path)
-    quarantine = Quarantine(tmp_path / "q.jsonl", 0.01, 10_000)
+    quarantine = Quarantine(tmp_path / "q.jsonl", 1.0, 10_000)
     loader = Loader(experiment_on(tmp_path, too_long="truncate"), 0, 1, quarantine)
     while loader.state().epoch < 1:
         next(loader)

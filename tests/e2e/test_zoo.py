@@ -124,7 +124,9 @@ def _write_mostly_bad(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_one_percent_of_ten_thousand_stops_the_run(zoo: tuple[Path, list[ZooCase]], tmp_path: Path) -> None:
+def test_more_than_one_percent_of_the_set_stops_the_run_before_it_is_trained_on(
+    zoo: tuple[Path, list[ZooCase]], tmp_path: Path
+) -> None:
     folder, _ = zoo
     _write_mostly_bad(folder)
     experiment = tiny_experiment(
@@ -136,10 +138,12 @@ def test_more_than_one_percent_of_ten_thousand_stops_the_run(zoo: tuple[Path, li
     ours = printed[: printed.index("torch/distributed/elastic")]  # what follows is the report of torchrun
     assert code != 0 and f"exitcode  : {EXIT_GIVE_UP} " in printed and "Traceback" not in ours
     message = ours[ours.index("error: ") :].splitlines()
-    assert printed.count("error: ") == 1 and message[0].startswith("error: 101 of the last ")
-    assert message[0].endswith("samples are bad, at most 100 of 10000 are allowed:")
-    reasons = [re.match(r"  - (\d+) x (\w+), for example .*/bad\.jsonl:\d+: ", line) for line in message[1:4]]
+    assert printed.count("error: ") == 1 and message[0] == (
+        "error: too many bad rows: 120 of 140 rows are bad, a share of 0.8571, in epoch 0; limit 0.01 (data.max_bad_rate): "
+        "at most 1 of the set's 140 rows"
+    )
+    reasons = [re.match(r"  - (\d+) x (\w+), first met at .*/bad\.jsonl:\d+: ", line) for line in message[1:4]]
     assert [match and match[2] for match in reasons] == ["image_missing", "json_invalid", "field_missing"]
     report = tmp_path / "run" / "quarantine-0.jsonl"
     assert message[4].startswith(f"all are listed in {report}; repair the data or raise data.max_bad_rate")
-    assert len(report.read_text().splitlines()) == 101
+    assert len(report.read_text().splitlines()) == 120 and not (tmp_path / "run" / "checkpoints").exists()

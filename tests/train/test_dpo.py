@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sicog_mcore.config import DpoConfig
+from sicog_mcore.config import DpoConfig, Experiment
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
 from sicog_mcore.data.packing import collate
+from sicog_mcore.data.resume import open_rows
 from sicog_mcore.train.dpo import GlobalTerms, Preferences, preference_losses
 from sicog_mcore.train.fingerprint import fingerprint
 from sicog_mcore.train.reference import ReferenceTable, answer_log_probs
@@ -158,18 +159,22 @@ def test_table_completes_a_batch_in_the_order_of_its_pairs_and_names_what_it_lac
         ReferenceTable(entries, tmp_path / "x").complete(batch)
 
 
+def _fingerprint(experiment: Experiment) -> str:
+    return fingerprint(experiment, open_rows(experiment).mark)
+
+
 def test_fingerprint_changes_with_what_scores_depend_on_and_with_nothing_else(tmp_path: Path) -> None:
     path = write_pairs(tmp_path, 3)
     (tmp_path / "weights").mkdir()
     weights = tmp_path / "weights" / "model.safetensors"
     weights.write_bytes(b"1")
     experiment = pair_experiment(tmp_path, init={"checkpoint": str(tmp_path / "weights")})
-    first = fingerprint(experiment)
+    first = _fingerprint(experiment)
     same = replace(experiment, output="x", parallel=replace(experiment.parallel, tensor=2))
-    assert fingerprint(replace(same, optim=replace(experiment.optim, lr=1.0))) == first
-    found = {first, fingerprint(replace(experiment, data=replace(experiment.data, system_prompt="Be kind.")))}
+    assert _fingerprint(replace(same, optim=replace(experiment.optim, lr=1.0))) == first
+    found = {first, _fingerprint(replace(experiment, data=replace(experiment.data, system_prompt="Be kind.")))}
     path.write_text(path.read_text().replace("No.", "Yes."))
-    found.add(fingerprint(experiment))
+    found.add(_fingerprint(experiment))
     weights.write_bytes(b"22")
-    found.add(fingerprint(experiment))
+    found.add(_fingerprint(experiment))
     assert len(found) == 4
