@@ -114,12 +114,12 @@ def _require_listed(manifest: Manifest, described: Any) -> None:
         name = place.relative_path
         if name not in manifest.files:
             raise CheckpointError(
-                f"{manifest.folder / METADATA} places {index.fqn[:80]} in {name[:200]!r}, which {commit.MANIFEST} does not "
-                f"list; {manifest.remedy}"
+                f"{manifest.folder / METADATA} places {index.fqn[:80]!r} in {name[:200]!r}, which {commit.MANIFEST} does "
+                f"not list; {manifest.remedy}"
             )
         if place.offset + place.length > manifest.size(name):
             raise CheckpointError(
-                f"{manifest.folder / METADATA} places {index.fqn[:80]} behind the end of {name[:200]!r}; {manifest.remedy}"
+                f"{manifest.folder / METADATA} places {index.fqn[:80]!r} behind the end of {name[:200]!r}; {manifest.remedy}"
             )
 
 

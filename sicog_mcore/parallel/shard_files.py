@@ -70,7 +70,7 @@ UNREADABLE = (
 def _layout(name: str) -> torch.layout:
     """Stands for the function that a pickled layout names."""
     if name != "torch.strided":
-        raise pickle.UnpicklingError(f"layout {name!r}")
+        raise pickle.UnpicklingError(f"layout {str(name)[:40]!r}")
     return torch.strided
 
 
@@ -93,7 +93,7 @@ class _ListedUnpickler(pickle._Unpickler):  # the one in Python, where an opcode
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"it names {f'{module}.{name}'[:100]!r}")
         return self._known[module, name]
 
     def load_build(self) -> None:

@@ -153,7 +153,7 @@ def in_an_object_among_the_shards(folder: Path, marker: Path) -> None:
 def as_megatron_019_writes_it(folder: Path, marker: Path) -> None:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-    (folder / "common.pt").unlink()
+    (folder / "common.pt").unlink(missing_ok=True)
     content, name = _metadata(folder), "common_state/shard_0_1"
     content.state_dict_metadata[name] = BytesStorageMetadata()
     content.storage_data[MetadataIndex(name)] = next(iter(content.storage_data.values()))
@@ -175,7 +175,7 @@ def outside_of_the_folder(folder: Path, marker: Path) -> None:
 
 def link_to_the_outside(folder: Path, marker: Path) -> None:
     torch.save({"a": Payload(marker)}, folder.parent.parent / "elsewhere.pt")
-    (folder / "common.pt").unlink()
+    (folder / "common.pt").unlink(missing_ok=True)
     (folder / "common.pt").symlink_to(folder.parent.parent / "elsewhere.pt")
 
 
