@@ -145,5 +145,6 @@ def test_more_than_one_percent_of_the_set_stops_the_run_before_it_is_trained_on(
     reasons = [re.match(r"  - (\d+) x (\w+), first met at .*/bad\.jsonl:\d+: ", line) for line in message[1:4]]
     assert [match and match[2] for match in reasons] == ["image_missing", "json_invalid", "field_missing"]
     report = tmp_path / "run" / "quarantine-0.jsonl"
-    assert message[4].startswith(f"all are listed in {report}; repair the data or raise data.max_bad_rate")
+    assert message[4] == "  - 5 x turns_order"
+    assert message[5].startswith(f"all are listed in {report}; repair the data or raise data.max_bad_rate")
     assert len(report.read_text().splitlines()) == 120 and not (tmp_path / "run" / "checkpoints").exists()
