@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from sicog_mcore.cognition.loop.config import read_loop
 from sicog_mcore.cognition.loop.graph import COMPARISON, REPORT, build_steps, rounds_of
 from sicog_mcore.cognition.loop.runner import StepRunner, interruptible
 from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, write_json
-from sicog_mcore.errors import EXIT_OK, SicogError
+from sicog_mcore.errors import EXIT_OK, SicogError, printable
+from sicog_mcore.launcher import say
+from sicog_mcore.lock import owned
 
 PROJECT = Path(__file__).parents[1]
 
@@ -49,14 +52,19 @@ def main(words: list[str] | None = None) -> int:
         planned = runner.plan(steps)
         if not options.only:
             console.print(loop_console.plan_table(planned))
-        console.print(loop_console.plan_summary(planned))
+        console.print(loop_console.plan_summary(planned), markup=False)
         if options.plan:
-            console.print("\n".join(loop_console.plan_commands(planned, runner.command)), markup=False, soft_wrap=True)
+            commands = "\n".join(loop_console.plan_commands(planned, runner.command))
+            console.print(printable(commands), markup=False, soft_wrap=True)
             return EXIT_OK
         with interruptible():
-            exit_code = runner.run_only(steps, options.only) if options.only else runner.run_all(steps)
+            if options.only:  # on several machines at the same time, maybe: each step has a lock of its own
+                exit_code = runner.run_only(steps, options.only)
+            else:
+                with owned(folder, shlex.join(sys.argv), say):
+                    exit_code = runner.run_all(steps)
     except SicogError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -66,8 +74,9 @@ def main(words: list[str] | None = None) -> int:
     console.print(loop_console.ledger_table(rows, "GPU" if Path("/dev/nvidiactl").exists() else "process"))
     for place in rounds_of(config) if exit_code == EXIT_OK and not options.only else []:
         comparison = json.loads((place / COMPARISON).read_text(encoding="utf-8"))
-        console.print(loop_console.comparison_line(place.name, comparison), soft_wrap=True)
-        console.print(f"report: {place / REPORT}", soft_wrap=True)
+        line = loop_console.comparison_line(place.name, comparison)
+        console.print(printable(line), markup=False, soft_wrap=True)
+        console.print(printable(f"report: {place / REPORT}"), markup=False, soft_wrap=True)
     return exit_code
 
 

@@ -27,6 +27,15 @@ class ConfigProblem:
         return f"{self.path} = {self.value!r}: {self.problem}; {self.fix}"
 
 
+def printable(text: object) -> str:
+    """The text as a terminal may get it.
+
+    Whatever would steer it (escape sequences, control and direction characters, halves of characters) is shown as its code,
+    the way Python writes it. Line ends and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
+
+
 class SicogError(Exception):
     """Base of all errors that are reported as one clear message, without a traceback."""
 

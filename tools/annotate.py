@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -31,7 +32,17 @@ from sicog_mcore.cognition.annotation.ledger import Ledger
 from sicog_mcore.cognition.annotation.llava_cot import convert
 from sicog_mcore.cognition.annotation.rows import build_captioned, open_rows
 from sicog_mcore.cognition.prompts import load_annotator_prompt
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, RecordError
+from sicog_mcore.errors import (
+    EXIT_CONFIG,
+    EXIT_GIVE_UP,
+    EXIT_OK,
+    ConfigError,
+    ConfigProblem,
+    MachineError,
+    RecordError,
+    printable,
+)
+from sicog_mcore.lock import owned
 
 INTERRUPTED = "interrupted"
 
@@ -40,18 +51,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = parse(arguments)
     try:
-        return describe(options) if options.command == "cod" else reason(options)
+        if options.command == "cod" and options.dry_run:
+            return describe(options)
+        with owned(options.out, shlex.join(sys.argv), lambda line: print(printable(line), file=sys.stderr)):
+            return describe(options) if options.command == "cod" else reason(options)
+    except MachineError as error:
+        print(printable(f"annotate: {error}"), file=sys.stderr)
+        return error.exit_code
     except (ConfigError, RecordError, OSError) as error:
-        print(f"annotate: {error}", file=sys.stderr)
+        print(printable(f"annotate: {error}"), file=sys.stderr)
         return EXIT_CONFIG
 
 
 def reason(options: argparse.Namespace) -> int:
     """The command cot."""
     result = convert(options.rows, options.images, options.out, options.take, options.seed)
-    print(
-        f"{options.out}: {result.written} rows each in cot.jsonl and direct.jsonl{listed('; refused', result.refused)}"
-    )
+    refused = listed("; refused", result.refused)
+    print(printable(f"{options.out}: {result.written} rows each in cot.jsonl and direct.jsonl{refused}"))
     return EXIT_OK
 
 
@@ -95,7 +111,7 @@ def describe(options: argparse.Namespace) -> int:
         end_progress()
         refused += annotator.refused
         outcomes = write_answers(samples, items, refused, ledger, options.images, options.out)
-        print(summary(options.out, outcomes, ledger))
+        print(printable(summary(options.out, outcomes, ledger)))
     return ended(annotator.halted_by)
 
 
@@ -121,7 +137,7 @@ def ended(halted_by: str) -> int:
     """The exit code; says why a run ended early."""
     if not halted_by:
         return EXIT_OK
-    print(f"annotate: stopped: {halted_by}; the same command goes on from here", file=sys.stderr)
+    print(printable(f"annotate: stopped: {halted_by}; the same command goes on from here"), file=sys.stderr)
     return 128 + signal.SIGINT if halted_by == INTERRUPTED else EXIT_GIVE_UP
 
 

@@ -43,7 +43,7 @@ from sicog_mcore.cli import load_experiment
 from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
-from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError
+from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError, printable
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options, rest))
     except SicogError as error:
         if options.is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_CONFIG
     finally:
         stop_topology()
@@ -200,9 +200,9 @@ def inspect_path(options: Any, rest: list[str]) -> int:
 
 
 def _print_rows(title: str, rows: Sequence[tuple[Part | None, str, tuple[int, ...], str]]) -> None:
-    print(title)
+    print(printable(title))
     for part, name, shape, dtype in rows:
-        print(f"  {part or '-':10} {name:80} {str(list(shape)):22} {dtype}")
+        print(printable(f"  {part or '-':10} {name:80} {str(list(shape)):22} {dtype}"))
     parameters: Counter[str] = Counter()
     for part, _, shape, _ in rows:
         parameters[part or "not used"] += torch.Size(shape).numel()
@@ -254,13 +254,13 @@ def unpickle(options: Any, rest: list[str]) -> int:
         raise CheckpointError(
             f"{options.path} cannot be read as tensors by name alone ({type(error).__name__}); ask for a safetensors file"
         ) from error
-    print(f"written: {options.out} ({len(tensors)} tensors)")
+    print(printable(f"written: {options.out} ({len(tensors)} tensors)"))
     return 0
 
 
 def _say(topology: Topology, *lines: str) -> None:
     if topology.is_main:
-        print("\n".join(lines))
+        print(printable("\n".join(lines)))
 
 
 # ---- comparison with transformers

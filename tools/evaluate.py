@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, RecordError, SicogError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, RecordError, SicogError, printable
 
 METRICS = ("auto", "exact", "numeric", "choice", "attributes")
 HEADER = ("", "n", "metric", "first", "second", "difference", "95 % interval", "wins", "losses", "p")
@@ -137,12 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         commands = {"prepare": prepare, "score": score, "compare": compare}
-        print(commands[options.command](options))
+        print(printable(commands[options.command](options)))
     except SicogError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(printable(f"evaluate: {error}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(printable(f"evaluate: {error}"), file=sys.stderr)
         return EXIT_CONFIG
     return EXIT_OK
 

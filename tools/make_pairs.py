@@ -25,7 +25,7 @@ from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.rows import parse_row
 from sicog_mcore.data.sample import Role, Sample
 from sicog_mcore.data.sources import open_sources
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SampleError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SampleError, printable
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 ROW_FILES = (".json", ".jsonl")
@@ -136,10 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             count = write_rows(options.out, pair_rows(options, refused))
     except (ConfigError, ValueError, OSError) as error:
-        print(f"make_pairs: {error}", file=sys.stderr)
+        print(printable(f"make_pairs: {error}"), file=sys.stderr)
         return EXIT_CONFIG
     left_out = ", ".join(f"{number} x {reason}" for reason, number in refused.most_common())
-    print(f"{options.out}: {count} rows" + (f"; left out: {left_out}" if left_out else ""))
+    print(printable(f"{options.out}: {count} rows" + (f"; left out: {left_out}" if left_out else "")))
     return EXIT_OK
 
 

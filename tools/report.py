@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, CheckpointError, SicogError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, CheckpointError, SicogError, printable
 from sicog_mcore.presets import PRESETS
 
 MEGABYTE = 1_000_000
@@ -99,16 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or options.round / "report.html"
         size = write_whole(out, report.html)
     except SicogError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(printable(f"report: {error}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(printable(f"report: {error}"), file=sys.stderr)
         return EXIT_CONFIG
     line = f"{out}: {report.shown} of {report.items} items, {size / MEGABYTE:.1f} MB"
     for drift in report.drifts:
         for name, verdict in drift.judged[-1:]:
             line += f"; {drift.task} in {name}: {verdict.level}"
-    print(line)
+    print(printable(line))
     return EXIT_OK
 
 

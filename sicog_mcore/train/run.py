@@ -121,9 +121,10 @@ def run(experiment: Experiment, command: str) -> Path:
         folder of the newest checkpoint.
     """
     build = plan_build(experiment)
-    topology = start_topology(experiment.parallel, experiment.train.seed)
+    topology = start_topology(experiment.parallel, experiment.train.seed, output=experiment.output)
     try:
-        return train(build, topology, command)
+        with topology.watch.explaining():
+            return train(build, topology, command)
     finally:
         stop_topology()
 
