@@ -91,7 +91,7 @@ def main(words: list[str], environment: MutableMapping[str, str]) -> int:
 
             run(options, place.world_size, place.rank)
     except SicogError as error:
-        return stop(f"error: {error}", error.exit_code, place.is_main or not error.same_on_all_ranks)
+        return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt:
         return stop("interrupted; the same command goes on with what is left", EXIT_INTERRUPTED, place.is_main)
     return EXIT_OK

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None, environment: MutableMapping[str, str]) -> 
             prepare(environment, options.tensor, place)
             line = measure(experiment, fingerprint, options.out)
     except SicogError as error:
-        return stop(f"error: {error}", error.exit_code, place.is_main or not error.same_on_all_ranks)
+        return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt:
         return stop("interrupted; nothing was written", EXIT_INTERRUPTED, place.is_main)
     if place.is_main:

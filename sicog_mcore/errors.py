@@ -41,6 +41,11 @@ class SicogError(Exception):
 
     exit_code = EXIT_CRASH
     same_on_all_ranks = True  # then only rank 0 prints it
+    said_elsewhere = False  # another rank prints it; set on an error, not on a class
+
+    def is_said_by(self, is_main: bool) -> bool:
+        """Whether the rank that has this error prints it."""
+        return (is_main or not self.same_on_all_ranks) and not self.said_elsewhere
 
 
 class ConfigError(SicogError):

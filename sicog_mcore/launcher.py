@@ -55,7 +55,7 @@ def start_training(
 
             run(experiment, command)
     except SicogError as error:
-        return stop(f"error: {error}", error.exit_code, place.is_main or not error.same_on_all_ranks)
+        return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt as interrupt:
         message = " ".join(["interrupted", *interrupt.args])
         return stop(f"{message}; the same command resumes from the newest checkpoint", EXIT_INTERRUPTED, place.is_main)

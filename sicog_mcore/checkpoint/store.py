@@ -81,6 +81,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be written; what was there before is untouched.
         """
+        self.topology.watch.beat(f"the save of step {state.step}")
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
         content = _sharded_state(model, is_loading=False)

@@ -141,16 +141,18 @@ class Watch:
         except Exception as error:
             if not is_peer_failure(error):
                 raise
-            raise self._failure(error) from error
+            raise self._failure(error) from error  # also where a save took it for an error of its own
 
     def _failure(self, error: BaseException) -> MachineError:
         with self._ends:  # the silence that the watch would end is over
-            speaks, missing = self._ask()
             where = self._write_stacks("".join(traceback.format_exception(error)))
+            speaks, missing = self._ask()
+            if not speaks:
+                time.sleep(SPEAKER_FIRST_S)  # this rank shows that it lives, as long as another finds out who does
             reason = " ".join(str(error).split())
             text = f"rank {self.rank} lost another rank in {self._phase}: {missing}{where}; {RESUME} ({reason})"
             failure = MachineError(text)
-            failure.same_on_all_ranks = not speaks
+            failure.said_elsewhere = not speaks
             return failure
 
     def _show_signs(self) -> None:
@@ -282,13 +284,17 @@ def _where(sign: Sign | None) -> tuple[str, str]:
     return (sign.phase, sign.place) if sign else ("", "")
 
 
-def is_peer_failure(error: BaseException) -> bool:
-    """Whether an exception says that a collective failed because of another rank or of the network."""
-    if any(parent.__name__ == "DistError" for parent in type(error).__mro__):
-        return True
-    text = str(error)
-    is_timeout = any(word in text for word in PEER_WORDS) and any(word in text for word in TRANSPORTS)
-    return isinstance(error, RuntimeError) and is_timeout
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, says that a collective failed because of another rank or of the network."""
+    while error is not None:
+        if any(parent.__name__ == "DistError" for parent in type(error).__mro__):
+            return True
+        text = str(error)
+        is_told = any(word in text for word in PEER_WORDS) and any(word in text for word in TRANSPORTS)
+        if is_told and isinstance(error, RuntimeError | OSError):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _key(rank: int) -> str:
