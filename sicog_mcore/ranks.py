@@ -69,7 +69,9 @@ def read_place(environment: Mapping[str, str], has_gpus: bool = False) -> Place:
         problems += _meeting_point(environment)
         if has_gpus and "LOCAL_RANK" not in numbers:
             fix = "export LOCAL_RANK, the number of this rank on its machine (SLURM calls it SLURM_LOCALID)"
-            problems.append(ConfigProblem("LOCAL_RANK", None, "is missing: which GPU is this rank's?", fix))
+            problems.append(
+                ConfigProblem("LOCAL_RANK", None, "is missing, so which GPU is this rank's cannot be known", fix)
+            )
     if problems:
         raise ConfigError(problems)
     return Place(
@@ -126,7 +128,11 @@ def _lonely(environment: Mapping[str, str], numbers: Mapping[str, int]) -> list[
         return [ConfigProblem("WORLD_SIZE", None, f"is missing, but RANK={numbers['RANK']}", fix)]
     fix = f"{USE_TORCHRUN}, {ONE_IS_MEANT}"
     if (size := numbers.get("WORLD_SIZE", 1)) > 1:
-        return [ConfigProblem("RANK", None, f"is missing, but WORLD_SIZE={size}: which of the {size} is this?", fix)]
+        return [
+            ConfigProblem(
+                "RANK", None, f"is missing, but WORLD_SIZE={size}, so which of them this is cannot be known", fix
+            )
+        ]
     for names in TASK_COUNTS:
         name = next((name for name in names if environment.get(name)), "")
         count = environment.get(name, "")

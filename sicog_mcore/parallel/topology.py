@@ -223,7 +223,8 @@ def _watch_world(timeout_s: float, output: str) -> Watch:
     """Watches this rank for as long as the world lasts that it has just joined."""
     world, size = dist.group.WORLD, dist.get_world_size()
     store = dist.distributed_c10d._get_default_store().clone() if size > 1 else None  # a connection of its own
-    watch = Watch(dist.get_rank(), size, timeout_s, store, Path(output) if output else None)
+    folder = Path(output) if output else None
+    watch = Watch(dist.get_rank(), size, timeout_s, store, folder, spins=torch.cuda.is_available())
     watch.start(lambda: dist.is_initialized() and dist.group.WORLD is world)
     return watch
 

@@ -2,8 +2,9 @@
 
 In: the store through which the ranks met   Out: a message, the stacks of the ranks that wait, exit code 75
 Used by: topology.py, launcher.py
-Progress is a beat (a phase of the run began, a collective of ours ended) or a main thread whose stack has moved since the
-last look. So a long compilation, a long write, a long forward pass all count, and one call that never returns does not.
+Progress is a beat (a phase of the run began, a collective of ours ended), a main thread whose stack has moved or that used
+its processor since the last look, or a disk that was read or written. So a long compilation, a long save, a long forward
+pass all count, and one call that waits for ever does not.
 Importing this file costs nothing; torch stays behind the store.
 """
 
@@ -28,6 +29,8 @@ from sicog_mcore.errors import EXIT_RETRY, MachineError, printable
 LOOK_EVERY_S = 1.0
 MARGIN_S = 10.0  # collectives fail by themselves after the timeout, with a better message; then comes this watch
 LOOKS_COUNT_S = 3.0  # most that one look adds to a silence: a machine that slept has not waited
+BUSY = 0.2  # share of a look's time on the processor that counts as progress
+BUSY_BYTES = 1 << 20  # between two looks; the beats of a lock are much less
 SIGNS_PER_S = 500  # of all ranks together, so that the store has time for others
 ASKING_S = 6.0  # most time to find out who is missing
 SPEAKER_FIRST_S = 5.0
@@ -94,6 +97,7 @@ class Watch:
         store: with ``set``, ``get``, ``check`` and ``compare_set``, common to all ranks; used by the watch's threads alone.
         folder: for the stacks; without it they go to standard error.
         end: called with the exit code, by a thread of the watch.
+        spins: whether waiting uses the processor, as waiting for a GPU does; then its use is no progress.
     """
 
     def __init__(
@@ -104,10 +108,12 @@ class Watch:
         store: Any = None,
         folder: Path | None = None,
         end: Callable[[int], object] = os._exit,
+        spins: bool = False,
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._store, self._folder, self._end = store, folder, end
         self._main = threading.get_ident()
+        self._clock = None if spins else time.pthread_getcpuclockid(self._main)
         self._beats, self._phase = 0, "start"
         self._is_active: Callable[[], bool] = lambda: False
         self._pid, self._host = os.getpid(), socket.gethostname()
@@ -172,12 +178,16 @@ class Watch:
     def _look_for_silence(self) -> None:
         seen: object = None
         silence_s, before = 0.0, time.monotonic()
+        worked, moved = self._work()
         while self._is_active():
             time.sleep(LOOK_EVERY_S)
             now = time.monotonic()
             silence_s, before = silence_s + min(now - before, LOOKS_COUNT_S), now
             found = (self._beats, self._place()[1])
-            if found != seen:
+            work, moves = self._work()
+            is_busy = work - worked > BUSY * LOOK_EVERY_S or moves - moved > BUSY_BYTES
+            worked, moved = work, moves
+            if found != seen or is_busy:
                 seen, silence_s = found, 0.0
             elif silence_s >= self.timeout_s + MARGIN_S and self._ends.acquire(blocking=False):
                 if self._is_active():
@@ -206,6 +216,15 @@ class Watch:
                 place = f"{file.rpartition(PACKAGE + os.sep)[2]}:{frame.f_lineno}, {frame.f_code.co_name}"
             frame = frame.f_back
         return place or "outside of its code", stack
+
+    def _work(self) -> tuple[float, int]:
+        """Seconds of the processor that the watched thread used so far, and bytes between this process and disks."""
+        seconds = time.clock_gettime(self._clock) if self._clock is not None else 0.0
+        try:
+            lines = Path("/proc/self/io").read_text().splitlines()
+        except OSError:
+            return seconds, 0
+        return seconds, sum(int(line.split()[1]) for line in lines if line.startswith(("read_bytes", "write_bytes")))
 
     def _write_stacks(self, failure: str) -> str:
         """Writes what all threads of this rank do; returns where, as part of a message."""

@@ -40,22 +40,23 @@ class Runs:
     def __init__(self, folder: Path, mark: str) -> None:
         self.folder, self.output, self.mark = folder, folder / "run", mark
 
-    def config(self, steps: int, tensor: int) -> str:
+    def config(self, parallel: dict[str, int], steps: int = 5000) -> str:
         experiment = tiny_experiment(
             self.folder,
             output=str(self.output),
-            train={"steps": steps, "packs_per_step": 1, "tensorboard": False},
+            train={"steps": steps, "packs_per_step": 2, "tensorboard": False},
             data={"token_budget": 256, "window_samples": 16, "workers": 1},
             checkpoint={"every_steps": 2},
-            parallel={"tensor": tensor, "timeout_s": TIMEOUT_S},
+            parallel={**parallel, "timeout_s": TIMEOUT_S},
         )
         file = self.folder / "run.yaml"
         file.write_text(yaml.safe_dump(experiment.to_dict()))
         return str(file)
 
-    def start(self, steps: int = 5000, ranks: int = 2) -> subprocess.Popen[str]:
+    def start(self, **parallel: int) -> subprocess.Popen[str]:
+        """Two ranks under torchrun that have trained a while."""
         before = self.steps
-        process = start_launcher(["--config", self.config(steps, max(1, ranks))], ranks)
+        process = start_launcher(["--config", self.config(parallel)], 2)
         # A save is done, and the run goes on behind it.
         if not wait_for(lambda: self.steps >= before + 4 or process.poll() is not None) or process.poll() is not None:
             process.kill()
@@ -105,13 +106,13 @@ def errors(text: str) -> list[str]:
 
 
 def test_a_second_start_is_refused_and_ranks_follow_their_torchrun(runs: Runs) -> None:
-    first = runs.start()
+    first = runs.start(tensor=2)
     names = [" ".join(process.cmdline()) for process in runs.alive()]
     # torchrun, two ranks, the loader's worker and the tracker of its memory: nobody else writes the checkpoint.
     assert sum("spawn_main" in name for name in names) == 1, names
     kept = (runs.output / "metrics.jsonl").read_text()
     second = subprocess.run(
-        [sys.executable, LAUNCHER, "--config", runs.config(5000, 1)], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, LAUNCHER, "--config", runs.config({})], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert second.returncode == 2 and second.stdout == ""
     assert f"is in use by another run: process {runs.ranks()[0].pid} on" in second.stderr
@@ -122,7 +123,7 @@ def test_a_second_start_is_refused_and_ranks_follow_their_torchrun(runs: Runs) -
     text = first.communicate()[0]
     assert errors(text)[-1].startswith(f"error: torchrun (process {first.pid}) is gone, so its ranks stop")
 
-    again = runs.start()
+    again = runs.start(tensor=2)
     ranks = runs.ranks()
     ranks[1].kill()
     assert again.wait(PATIENCE_S) == 1 and runs.all_gone(30), runs.alive()
@@ -134,24 +135,36 @@ def test_a_second_start_is_refused_and_ranks_follow_their_torchrun(runs: Runs) -
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_stopped_rank_is_noticed_named_and_ended(runs: Runs) -> None:
-    run = runs.start()
+@pytest.mark.parametrize(
+    ("parallel", "victim", "moment"),
+    [({"tensor": 2}, 1, "step"), ({"tensor": 2}, 0, "save"), ({"pipeline": 2}, 0, "step"), ({}, 1, "step")],
+    ids=["TP2", "TP2, first rank, in a save", "PP2, first stage", "DP2"],
+)
+def test_a_stopped_rank_is_noticed_named_and_ended(
+    runs: Runs, parallel: dict[str, int], victim: int, moment: str
+) -> None:
+    run = runs.start(**parallel)
     ranks = runs.ranks()
+    if moment == "save":
+        assert wait_for(lambda: any((runs.output / "checkpoints").glob("*.tmp")))
     began = time.monotonic()
-    ranks[1].send_signal(signal.SIGSTOP)
-    assert wait_for(lambda: not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE, NOTICED_S)
+    ranks[victim].send_signal(signal.SIGSTOP)
+    waits = ranks[1 - victim]
+    assert wait_for(lambda: not waits.is_running() or waits.status() == psutil.STATUS_ZOMBIE, NOTICED_S)
     assert time.monotonic() - began < NOTICED_S
-    assert run.wait(TORCHRUN_KILLS_S + 60) == 1 and runs.all_gone(10), runs.alive()
+    if parallel != {"tensor": 2} or moment == "save":
+        ranks[victim].send_signal(signal.SIGCONT)  # torchrun's first signal ends it; else its second one, after a while
+    assert run.wait(TORCHRUN_KILLS_S + 60) == 1 and runs.all_gone(20), runs.alive()
     text = run.communicate()[0]
     (said,) = errors(text)
-    assert "no sign of life from rank 1 (process" in said and "stopped, killed, or cut off" in said, said
-    assert re.search(r"exitcode +: 75", text), text
-    stacks = (runs.output / "stacks-0.txt").read_text()
-    assert "rank 0, process" in stacks and "sicog_mcore/train/run.py" in stacks.replace("\\", "/")
+    assert f"no sign of life from rank {victim} (process {ranks[victim].pid}" in said and "cut off" in said, said
+    assert re.search(rf"rank +: {1 - victim} .*\n +exitcode +: 75", text), text
+    stacks = (runs.output / f"stacks-{1 - victim}.txt").read_text()
+    assert f"rank {1 - victim}, process" in stacks and "sicog_mcore/train/run.py" in stacks
 
 
 def test_a_run_without_torchrun_outlives_its_shell_and_leaves_nothing_when_it_is_killed(runs: Runs) -> None:
-    config = runs.config(5000, 1)
+    config = runs.config({})
     words = f"{sys.executable} {LAUNCHER} --config {config} > {runs.folder}/log 2>&1 &"
     subprocess.run(["sh", "-c", words], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     assert wait_for(lambda: runs.steps >= 5), (runs.folder / "log").read_text()
