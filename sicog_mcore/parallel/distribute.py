@@ -62,6 +62,7 @@ class BatchDistributor:
         return self
 
     def __next__(self) -> PackedBatch:
+        batch: PackedBatch | None
         if self.topology.groups.mp.size() > 1:
             batch = self._share(*(self._load_while_others_wait() if self.loader is not None else (None, None)))
         else:

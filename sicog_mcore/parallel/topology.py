@@ -26,6 +26,7 @@ from sicog_mcore.parallel.watch import MARGIN_S, RESUME, Watch, watch_parent
 from sicog_mcore.parallel.writers import install_writers
 from sicog_mcore.ranks import read_place
 
+STARTS_APART = datetime.timedelta(seconds=30)  # beside the timeout of collectives
 WritersFailed = CheckpointException  # raised on every rank when Megatron's checkpoint writers fail on one
 
 
@@ -147,20 +148,39 @@ class Topology:
         return values
 
 
-def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_size: int) -> None:
+def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_size: int) -> Any:
+    """Joins the default group; returns the store through which the ranks met.
+
+    Raises:
+        MachineError: not all ranks came.
+    """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not init_method and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return None
     try:
-        if init_method:
-            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun, or like it
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        place = (init_method, rank, world_size) if init_method else ("env://", -1, -1)  # the environment knows the rest
+        store, rank, world_size = next(dist.rendezvous(*place, timeout=timeout + STARTS_APART))
+        _wait_for_all(store, rank, world_size, timeout + STARTS_APART)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
-        raise MachineError(
-            f"the ranks did not find each other: {reason}; see that all of them start, then {RESUME}"
-        ) from error
+        text = f"the ranks did not find each other: {reason}; see that all of them start, then {RESUME}"
+        raise MachineError(text) from error
+    return store
+
+
+def _wait_for_all(store: Any, rank: int, world_size: int, patience: datetime.timedelta) -> None:
+    """Returns as soon as all ranks are here: some import for longer than a collective may take."""
+    store.set(f"here/{rank}", "yes")
+    if store.add("here", 1) == world_size:
+        store.set("all here", "yes")
+    try:
+        store.wait(["all here"], patience)
+    except dist.DistStoreError:
+        missing = [str(other) for other in range(world_size) if not store.check([f"here/{other}"])]
+        text = f"rank {', '.join(missing)} of {world_size} did not start within {patience.total_seconds():.0f} s"
+        raise MachineError(f"{text}; look for its own message, then {RESUME}") from None
 
 
 def _group_timeout(config: ParallelConfig) -> datetime.timedelta:
@@ -200,8 +220,8 @@ def start_topology(
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     timeout = _group_timeout(config)
-    _join_world(timeout, init_method, rank, world_size)
-    watch = _watch_world(config.timeout_s, output)
+    store = _join_world(timeout, init_method, rank, world_size)
+    watch = _watch_world(store, config.timeout_s, output)
     with watch.explaining():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
@@ -219,10 +239,10 @@ def start_topology(
     return Topology(config, groups, tower_groups, device, dist.get_rank(), dist.get_world_size(), watch)
 
 
-def _watch_world(timeout_s: float, output: str) -> Watch:
+def _watch_world(store: Any, timeout_s: float, output: str) -> Watch:
     """Watches this rank for as long as the world lasts that it has just joined."""
     world, size = dist.group.WORLD, dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store().clone() if size > 1 else None  # a connection of its own
+    store = store.clone() if size > 1 else None  # a connection of its own: the main thread may wait on the other
     folder = Path(output) if output else None
     watch = Watch(dist.get_rank(), size, timeout_s, store, folder, spins=torch.cuda.is_available())
     watch.start(lambda: dist.is_initialized() and dist.group.WORLD is world)
