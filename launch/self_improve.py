@@ -12,6 +12,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from sicog_mcore.cognition.loop import console as loop_console
 from sicog_mcore.cognition.loop.config import read_loop
 from sicog_mcore.cognition.loop.graph import COMPARISON, REPORT, build_steps, rounds_of
 from sicog_mcore.cognition.loop.runner import StepRunner, interruptible
-from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, write_json
+from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, Planned, write_json
 from sicog_mcore.errors import EXIT_OK, SicogError, printable
 from sicog_mcore.launcher import say
 from sicog_mcore.lock import owned
@@ -41,6 +42,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def show_plan(planned: Sequence[Planned], console: Console, options: argparse.Namespace) -> None:
+    """What will run, step by step where all may."""
+    if not options.only:
+        console.print(loop_console.plan_table(planned))
+    console.print(loop_console.plan_summary(planned), markup=False)
+
+
 def main(words: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 wrong configuration, 130 interrupted, else that of the step that failed."""
     options, console = parse(words), Console(highlight=False)
@@ -48,21 +56,18 @@ def main(words: list[str] | None = None) -> int:
         config = read_loop(options.config)
         steps = build_steps(config, options.nproc)
         folder = Path(config.output)
-        runner = StepRunner(PROJECT, folder, options.nproc, loop_console.LiveLine(console))
-        planned = runner.plan(steps)
-        if not options.only:
-            console.print(loop_console.plan_table(planned))
-        console.print(loop_console.plan_summary(planned), markup=False)
-        if options.plan:
-            commands = "\n".join(loop_console.plan_commands(planned, runner.command))
-            console.print(printable(commands), markup=False, soft_wrap=True)
-            return EXIT_OK
-        with interruptible():
-            if options.only:  # on several machines at the same time, maybe: each step has a lock of its own
-                exit_code = runner.run_only(steps, options.only)
-            else:
-                with owned(folder, shlex.join(sys.argv), say):
-                    exit_code = runner.run_all(steps)
+        # Single steps may run on several machines at the same time: each has a lock of its own.
+        owns = not (options.plan or options.only)
+        with owned(folder, shlex.join(sys.argv), say, is_owner=owns):
+            runner = StepRunner(PROJECT, folder, options.nproc, loop_console.LiveLine(console))
+            planned = runner.plan(steps)
+            show_plan(planned, console, options)
+            if options.plan:
+                commands = "\n".join(loop_console.plan_commands(planned, runner.command))
+                console.print(printable(commands), markup=False, soft_wrap=True)
+                return EXIT_OK
+            with interruptible():
+                exit_code = runner.run_only(steps, options.only) if options.only else runner.run_all(steps)
     except SicogError as error:
         say(f"error: {error}")
         return error.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -285,3 +286,67 @@ def test_the_command_that_resumes_keeps_what_torchrun_was_told() -> None:
     two = start_command(["a.py"], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"})
     assert "--nnodes 2 --nproc-per-node 4 a.py  # on every node, with the --rdzv-*" in two
     assert "# on every rank, with RANK, WORLD_SIZE" in start_command(["a.py"], {"WORLD_SIZE": "8", "RANK": "1"})
+
+
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    heavy = [name for name in ("torch", "megatron") if name in sys.modules]
+    print("exit", end.code, heavy)
+"""
+GENERATE = (
+    "launch/generate.py --checkpoint x --rows y --images z --prompts cod=1 --temperature 0 --top-p 1 --top-k 0"
+    " --max-new-tokens 4 --seed 0 --batch 1 --out OUT"
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "launch/align_stage1.py --output OUT",
+        "launch/warmup_stage0.py perception --output OUT",
+        GENERATE,
+        "launch/perplexity.py --checkpoint x --rows y --out OUT",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_every_command_of_several_ranks_refuses_a_lonely_one(command: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    words = command.replace("OUT", str(tmp_path / "out")).split()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "PMI_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *words], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "exit 2 []\n", done
+    title, problem = done.stderr.splitlines()
+    assert title == "error: 1 configuration problem:" and "RANK = None: is missing, but PMI_SIZE=2" in problem
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tools/annotate.py cot --rows y --images z --out OUT",
+        "tools/annotate.py cod --endpoint http://127.0.0.1:9/v1 --model m --rows y --images z --out OUT",
+        "tools/curate.py --round OUT --images z --tau 0.8",
+    ],
+    ids=["cot", "cod", "curate"],
+)
+def test_every_command_that_owns_a_folder_is_refused_a_second_time(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = FolderLock(tmp_path / "out", "python first.py")
+    first.acquire()
+    script, *words = command.replace("OUT", str(tmp_path / "out")).split()
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(Path(__file__).parents[1] / script), run_name="__main__")
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "is in use by another run" in said and "python first.py" in said, said
+        assert [file.name for file in (tmp_path / "out").iterdir()] == [LOCK]
+    finally:
+        first.release()
