@@ -70,6 +70,7 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
 
     topology = start_topology(experiment.parallel, experiment.train.seed, output=experiment.output)
     try:
+        topology.watch.beat("the measurement")
         with topology.watch.explaining():
             losses = measure_losses(experiment, topology)
     finally:

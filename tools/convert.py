@@ -43,7 +43,7 @@ from sicog_mcore.cli import load_experiment
 from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
-from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError, printable
+from sicog_mcore.errors import CheckpointError, SicogError, printable
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SicogError as error:
         if options.is_main:
             print(printable(f"error: {error}"), file=sys.stderr)
-        return EXIT_CONFIG
+        return error.exit_code
     finally:
         stop_topology()
 

@@ -145,7 +145,7 @@ class Watch:
         try:
             yield
         except Exception as error:
-            if not is_peer_failure(error):
+            if self.world_size == 1 or not is_peer_failure(error):
                 raise
             raise self._failure(error) from error  # also where a save took it for an error of its own
 

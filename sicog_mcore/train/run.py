@@ -122,6 +122,7 @@ def run(experiment: Experiment, command: str) -> Path:
     """
     build = plan_build(experiment)
     topology = start_topology(experiment.parallel, experiment.train.seed, output=experiment.output)
+    topology.watch.beat("the building of the model")
     try:
         with topology.watch.explaining():
             return train(build, topology, command)

@@ -209,6 +209,12 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert caught.value is error
 
 
+def test_a_single_rank_has_no_peer_to_lose() -> None:
+    with pytest.raises(RuntimeError, match="gloo") as caught, Watch(0, 1, 1.0).explaining():
+        raise RuntimeError(CLOSED)
+    assert not isinstance(caught.value, MachineError)
+
+
 def test_who_is_missing_is_told_apart_from_who_differs() -> None:
     def sign(count: int, phase: str = "step 3", place: str = "train/step.py:9, f") -> Sign:
         return Sign(count, phase, place, "node1", 40 + count)

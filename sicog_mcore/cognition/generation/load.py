@@ -111,6 +111,7 @@ def joined(
     build = plan_build(checkpoint.experiment)
     topology = start_topology(parallel, checkpoint.experiment.train.seed, init_method, rank, world_size, output)
     try:
+        topology.watch.beat("generation")
         with topology.watch.explaining():
             yield build, topology
     finally:
