@@ -83,7 +83,9 @@ def main(words: list[str], environment: MutableMapping[str, str]) -> int:
         if is_dry:
             from sicog_mcore.cognition.generation.generate import estimate  # takes seconds to import
 
-            print(*(map(printable, estimate(options, place.world_size)) if place.is_main else ()), sep="\n", flush=True)
+            lines = estimate(options, place.world_size)
+            if place.is_main:
+                print(printable("\n".join(lines)))
             return EXIT_OK
         with owned(options.out, start_command([sys.argv[0], *words], environment), say, place.is_main):
             prepare(environment, options.tensor, place)

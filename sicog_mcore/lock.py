@@ -30,6 +30,7 @@ STALE_AFTER_S = 180.0  # silence by the file system's clock; shared file systems
 WATCHED_S = 1.0  # between two looks at the lock of another machine
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 MACHINE_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+SHOWN = 160  # characters of a command in a message
 DEAD_STATES = ("Z", "X")  # of a process that only its parent still knows
 
 
@@ -53,7 +54,8 @@ class Owner:
     token: str
 
     def __str__(self) -> str:
-        return printable(f"process {self.pid} on {self.host} since {self.since} UTC ({self.command})")
+        command = self.command if len(self.command) <= SHOWN else f"{self.command[:SHOWN]} ..."
+        return printable(f"process {self.pid} on {self.host} since {self.since} UTC ({command})")
 
     @property
     def is_gone(self) -> bool | None:
