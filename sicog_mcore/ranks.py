@@ -133,6 +133,10 @@ def _lonely(environment: Mapping[str, str], numbers: Mapping[str, int]) -> list[
                 "RANK", None, f"is missing, but WORLD_SIZE={size}, so which of them this is cannot be known", fix
             )
         ]
+    for name, least in (("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
+        if numbers.get(name, 0) >= least:
+            problem = f"is missing, but {name}={numbers[name]}: this is one of several processes"
+            return [ConfigProblem("RANK", None, problem, fix)]
     for names in TASK_COUNTS:
         name = next((name for name in names if environment.get(name)), "")
         count = environment.get(name, "")

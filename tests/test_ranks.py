@@ -18,6 +18,7 @@ ALONE: dict[str, dict[str, str]] = {
     "a step of one task in a job of four": {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
     "srun -n 1": {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
     "mpirun -n 1": {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    "alone on its machine": {"LOCAL_RANK": "0", "WORLD_SIZE": "1"},
     "a count that is no number": {"PMI_SIZE": "many"},
 }
 REFUSED: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -30,6 +31,11 @@ REFUSED: dict[str, tuple[dict[str, str], list[str]]] = {
     "fraction": ({**TWO, "LOCAL_RANK": "0.5"}, ["LOCAL_RANK = '0.5': is not a whole number from 0 on"]),
     "empty local size": ({**TWO, "LOCAL_WORLD_SIZE": ""}, ["LOCAL_WORLD_SIZE = '': is empty"]),
     "world without rank": ({"WORLD_SIZE": "2"}, ["RANK = None: is missing, but WORLD_SIZE=2"]),
+    "second on its machine without rank": ({"LOCAL_RANK": "1"}, ["RANK = None: is missing, but LOCAL_RANK=1"]),
+    "two on its machine without rank": (
+        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "1"},
+        ["RANK = None: is missing, but LOCAL_WORLD_SIZE=2"],
+    ),
     "rank without world": ({"RANK": "0"}, ["WORLD_SIZE = None: is missing, but RANK=0"]),
     "two tasks of srun": ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ["RANK = None: is missing, but SLURM_NTASKS=2"]),
     "a step of two": ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, ["but SLURM_STEP_NUM_TASKS=2"]),
