@@ -11,19 +11,16 @@ Next: tools/score.py.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import time
-import warnings
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.records import Sampling
-from sicog_mcore.errors import EXIT_OK, SicogError
-
-EXIT_INTERRUPTED = 130
-SPEAKER_FIRST_S = 5.0  # torchrun ends all ranks as soon as one has ended, maybe before another has spoken
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, SicogError, printable
+from sicog_mcore.launcher import EXIT_INTERRUPTED, find_place, prepare, say, start_command, stop
+from sicog_mcore.lock import owned
 
 
 def read_options(words: list[str]) -> tuple[GenerationOptions, bool]:
@@ -73,37 +70,34 @@ def _prompt_count(word: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def main(words: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 wrong options, rows or checkpoint, 17 do not retry, 130 interrupted."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def main(words: list[str], environment: MutableMapping[str, str]) -> int:
+    """Returns the exit code: 0 done, 2 wrong options, rows or checkpoint, 17 do not retry, 75 machine, 130 interrupted."""
     options, is_dry = read_options(words)
+    place = find_place(environment)
+    if place is None:
+        return EXIT_CONFIG
     try:
         options.check()
-        # Megatron warns of every package that is missing (tools/doctor.py explains them) and of its own plans.
-        warnings.simplefilter("ignore")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
-        from sicog_mcore.cognition.generation import (
-            generate,  # takes seconds to import; mistakes are reported before that
-        )
-
         if options.engine == "vllm":
-            os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+            environment.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
         if is_dry:
-            print("\n".join(generate.estimate(options, world_size)) if rank == 0 else "", end="\n" if rank == 0 else "")
-        else:
-            generate.run(options, world_size, rank)
+            from sicog_mcore.cognition.generation.generate import estimate  # takes seconds to import
+
+            lines = estimate(options, place.world_size)
+            if place.is_main:
+                print(printable("\n".join(lines)))
+            return EXIT_OK
+        with owned(options.out, start_command([sys.argv[0], *words], environment), say, place.is_main):
+            prepare(environment, options.tensor, place)
+            from sicog_mcore.cognition.generation.generate import run  # takes seconds to import
+
+            run(options, place.world_size, place.rank)
     except SicogError as error:
-        if rank == 0 or not error.same_on_all_ranks:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(SPEAKER_FIRST_S)
-        return error.exit_code
+        return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt:
-        if rank == 0:
-            print("interrupted; the same command goes on with what is left", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return stop("interrupted; the same command goes on with what is left", EXIT_INTERRUPTED, place.is_main)
     return EXIT_OK
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], os.environ))

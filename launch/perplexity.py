@@ -9,17 +9,17 @@ In: one of our checkpoints, LLaVA rows   Out: results.jsonl, results.json   Next
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 
 from sicog_mcore.config import Experiment, ParallelConfig, SourceConfig
 from sicog_mcore.data.preflight import check_inputs
-from sicog_mcore.errors import EXIT_OK, ConfigError, RecordError, SicogError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, RecordError, SicogError, printable
+from sicog_mcore.launcher import EXIT_INTERRUPTED, find_place, prepare, say, start_command, stop
+from sicog_mcore.lock import owned
 from sicog_mcore.validation import find_problems
 
 
@@ -68,9 +68,11 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
     from sicog_mcore.parallel.topology import start_topology, stop_topology
     from sicog_mcore.train.perplexity import measure_losses
 
-    topology = start_topology(experiment.parallel, experiment.train.seed)
+    topology = start_topology(experiment.parallel, experiment.train.seed, output=experiment.output)
     try:
-        losses = measure_losses(experiment, topology)
+        topology.watch.beat("the measurement")
+        with topology.watch.explaining():
+            losses = measure_losses(experiment, topology)
     finally:
         stop_topology()
     if not any(sample.tokens for sample in losses.samples):  # the same on all ranks
@@ -94,21 +96,24 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
     return f"{out}: {found}, {len(losses.samples)} items, {summary['tokens']:,} tokens{left_out}"
 
 
-def main(arguments: list[str] | None, environment: Mapping[str, str]) -> int:
+def main(arguments: list[str] | None, environment: MutableMapping[str, str]) -> int:
     """Runs the command; returns its exit code."""
     options = parse(arguments)
-    is_main = int(environment.get("RANK", 0)) == 0
-    warnings.simplefilter("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    place = find_place(environment)
+    if place is None:
+        return EXIT_CONFIG
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        experiment, fingerprint = evaluated(options, int(environment.get("WORLD_SIZE", 1)))
-        line = measure(experiment, fingerprint, options.out)
+        experiment, fingerprint = evaluated(options, place.world_size)
+        with owned(options.out, start_command([sys.argv[0], *words], environment), say, place.is_main):
+            prepare(environment, options.tensor, place)
+            line = measure(experiment, fingerprint, options.out)
     except SicogError as error:
-        if is_main or not error.same_on_all_ranks:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if is_main:
-        print(line)
+        return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
+    except KeyboardInterrupt:
+        return stop("interrupted; nothing was written", EXIT_INTERRUPTED, place.is_main)
+    if place.is_main:
+        print(printable(line))
     return EXIT_OK
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,8 +21,10 @@ from sicog_mcore.cognition.loop import console as loop_console
 from sicog_mcore.cognition.loop.config import read_loop
 from sicog_mcore.cognition.loop.graph import COMPARISON, REPORT, build_steps, rounds_of
 from sicog_mcore.cognition.loop.runner import StepRunner, interruptible
-from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, write_json
-from sicog_mcore.errors import EXIT_OK, SicogError
+from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, Planned, write_json
+from sicog_mcore.errors import EXIT_OK, SicogError, printable
+from sicog_mcore.launcher import say
+from sicog_mcore.lock import owned
 
 PROJECT = Path(__file__).parents[1]
 
@@ -38,6 +42,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def show_plan(planned: Sequence[Planned], console: Console, options: argparse.Namespace) -> None:
+    """What will run, step by step where all may."""
+    if not options.only:
+        console.print(loop_console.plan_table(planned))
+    console.print(loop_console.plan_summary(planned), markup=False)
+
+
 def main(words: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 wrong configuration, 130 interrupted, else that of the step that failed."""
     options, console = parse(words), Console(highlight=False)
@@ -45,18 +56,20 @@ def main(words: list[str] | None = None) -> int:
         config = read_loop(options.config)
         steps = build_steps(config, options.nproc)
         folder = Path(config.output)
-        runner = StepRunner(PROJECT, folder, options.nproc, loop_console.LiveLine(console))
-        planned = runner.plan(steps)
-        if not options.only:
-            console.print(loop_console.plan_table(planned))
-        console.print(loop_console.plan_summary(planned))
-        if options.plan:
-            console.print("\n".join(loop_console.plan_commands(planned, runner.command)), markup=False, soft_wrap=True)
-            return EXIT_OK
-        with interruptible():
-            exit_code = runner.run_only(steps, options.only) if options.only else runner.run_all(steps)
+        # Single steps may run on several machines at the same time: each has a lock of its own.
+        owns = not (options.plan or options.only)
+        with owned(folder, shlex.join(sys.argv), say, is_owner=owns):
+            runner = StepRunner(PROJECT, folder, options.nproc, loop_console.LiveLine(console))
+            planned = runner.plan(steps)
+            show_plan(planned, console, options)
+            if options.plan:
+                commands = "\n".join(loop_console.plan_commands(planned, runner.command))
+                console.print(printable(commands), markup=False, soft_wrap=True)
+                return EXIT_OK
+            with interruptible():
+                exit_code = runner.run_only(steps, options.only) if options.only else runner.run_all(steps)
     except SicogError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -70,8 +83,9 @@ def main(words: list[str] | None = None) -> int:
     console.print(loop_console.ledger_table(rows, "GPU" if Path("/dev/nvidiactl").exists() else "process"))
     for place in rounds_of(config) if exit_code == EXIT_OK and not options.only else []:
         comparison = json.loads((place / COMPARISON).read_text(encoding="utf-8"))
-        console.print(loop_console.comparison_line(place.name, comparison), soft_wrap=True)
-        console.print(f"report: {place / REPORT}", soft_wrap=True)
+        line = loop_console.comparison_line(place.name, comparison)
+        console.print(printable(line), markup=False, soft_wrap=True)
+        console.print(printable(f"report: {place / REPORT}"), markup=False, soft_wrap=True)
     return exit_code
 
 

@@ -8,18 +8,17 @@ import os
 import sys
 from collections.abc import Mapping
 
+from sicog_mcore.errors import printable
 from sicog_mcore.launcher import start_training
 from sicog_mcore.stages import PERCEPTION, REASONING, Stage
 
 KINDS: Mapping[str, Stage] = {"perception": PERCEPTION, "reasoning": REASONING}
 
 if __name__ == "__main__":
-    script, *words = sys.argv
+    words = sys.argv[1:]
     if not words or words[0] not in KINDS:
-        print(
-            f"error: found {words[:1] or 'nothing'}, expected perception or reasoning as the first word",
-            file=sys.stderr,
-        )
+        found = printable(words[0]) if words else "nothing"
+        print(f"error: found {found}, expected perception or reasoning as the first word", file=sys.stderr)
         sys.exit(2)
-    # The word is taken out of the arguments, but stays in the command that the summary prints.
-    sys.exit(start_training([f"{script} {words[0]}", *words[1:]], os.environ, KINDS[words[0]]))
+    # The word is none of the configuration's, but belongs to the command that the summary prints.
+    sys.exit(start_training(sys.argv, os.environ, KINDS[words[0]], script_words=2))

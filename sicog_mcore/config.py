@@ -218,7 +218,9 @@ class ParallelConfig:
         sequence: sequence parallelism (SP) of norms and embeddings over the TP ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         overlap_param_gather: gather updated parameters while the forward pass runs.
-        timeout_s: seconds after which a hanging collective fails.
+        timeout_s: seconds after which a hanging collective fails, and 10 s later whatever else keeps a rank waiting; the run
+            then ends with exit code 75, the stacks of the ranks that wait, and the name of the one that is missing. Ranks
+            may start 30 s further apart, and a slow loader counts against ``data.worker_timeout_s`` instead.
     """
 
     tensor: int = 1

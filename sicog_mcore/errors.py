@@ -37,11 +37,25 @@ class ConfigProblem:
         return f"{self.path} = {self.value!r}: {self.problem}; {self.fix}"
 
 
+def printable(text: object) -> str:
+    """The text as a terminal may get it.
+
+    Whatever would steer it (escape sequences, control and direction characters, halves of characters) is shown as its code,
+    the way Python writes it. Line ends and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in str(text))
+
+
 class SicogError(Exception):
     """Base of all errors that are reported as one clear message, without a traceback."""
 
     exit_code = EXIT_CRASH
     same_on_all_ranks = True  # then only rank 0 prints it
+    said_elsewhere = False  # another rank prints it; set on an error, not on a class
+
+    def is_said_by(self, is_main: bool) -> bool:
+        """Whether the rank that has this error prints it."""
+        return (is_main or not self.same_on_all_ranks) and not self.said_elsewhere
 
 
 class ConfigError(SicogError):

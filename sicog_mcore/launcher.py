@@ -1,66 +1,134 @@
-"""What every launch script does: read and check the configuration, train, turn errors into one message and an exit code.
+"""What every launch script does, until all that went wrong is one message and an exit code.
 
-In: argv and the environment that torchrun set   Out: exit code   Next: cli.py, train/run.py
+It finds its place among the ranks, reads and checks the configuration, owns the output folder, and trains.
+In: argv and the environment that torchrun set   Out: exit code   Next: ranks.py, cli.py, lock.py, train/run.py
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.data.preflight import check_inputs
-from sicog_mcore.errors import EXIT_OK, SicogError
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SicogError, printable
+from sicog_mcore.lock import owned
+from sicog_mcore.parallel.watch import watch_parent
+from sicog_mcore.ranks import Place, is_first_task, machine_has_gpus, prepare_environment, read_place
 from sicog_mcore.stages import Stage
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 SPEAKER_FIRST_S = 5.0
 
 
-def start_training(argv: Sequence[str], environment: Mapping[str, str], stage: Stage) -> int:
+def start_training(
+    argv: Sequence[str], environment: MutableMapping[str, str], stage: Stage, script_words: int = 1
+) -> int:
     """Trains what the command line describes.
 
     Args:
         argv: of the script, its own name first.
+        environment: of the process; RANK, WORLD_SIZE and their like are read, without them this is a single process.
+            What Megatron relies on is set in it.
         stage: what the training stage fixes, see stages.py.
-        environment: RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are read; without them this is a single process.
+        script_words: words at the front of ``argv`` that are not the configuration's.
 
     Returns:
-        exit code: 0 done, 2 wrong configuration or checkpoint, 17 do not retry, 130 interrupted; all others are crashes.
+        exit code: 0 done, 2 wrong configuration or checkpoint, 17 do not retry, 75 the machine failed, 130 interrupted; all
+        others are crashes.
     """
-    is_main = int(environment.get("RANK", 0)) == 0
+    place = find_place(environment)
+    if place is None:
+        return EXIT_CONFIG
     try:
-        experiment = load_experiment(list(argv[1:]), int(environment.get("WORLD_SIZE", 1)), check_inputs, stage)
-        # Megatron warns of every package that is missing (tools/doctor.py explains them) and of its own plans.
-        warnings.simplefilter("ignore")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
-        from sicog_mcore.train.run import run  # takes seconds to import; mistakes are reported before that
+        experiment = load_experiment(list(argv[script_words:]), place.world_size, check_inputs, stage)
+        command = start_command(argv, environment)
+        with owned(Path(experiment.output), command, say, place.is_main):
+            prepare(environment, experiment.parallel.tensor, place)
+            from sicog_mcore.train.run import run  # takes seconds to import; mistakes are reported before that
 
-        run(experiment, _command(argv, environment))
+            run(experiment, command)
     except SicogError as error:
-        return _stop(f"error: {error}", error.exit_code, is_main or not error.same_on_all_ranks)
+        return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt as interrupt:
         message = " ".join(["interrupted", *interrupt.args])
-        return _stop(f"{message}; the same command resumes from the newest checkpoint", EXIT_INTERRUPTED, is_main)
+        return stop(f"{message}; the same command resumes from the newest checkpoint", EXIT_INTERRUPTED, place.is_main)
     return EXIT_OK
 
 
-def _stop(message: str, exit_code: int, speaks: bool) -> int:
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """Where this process stands among its ranks; from now on it does not outlive the torchrun that started it.
+
+    Returns:
+        None, after a message, where the environment is one in which no run can start.
+    """
+    try:
+        place = read_place(environment, machine_has_gpus(environment))
+    except ConfigError as error:
+        stop(f"error: {error}", error.exit_code, is_first_task(environment))
+        return None
+    if place.by_torchrun:
+        watch_parent(speaks=place.is_main)
+    return place
+
+
+def prepare(environment: MutableMapping[str, str], tensor: int, place: Place) -> None:
+    """What has to be before Megatron is imported and before CUDA starts.
+
+    Args:
+        tensor: ranks that share a layer.
+    """
+    for note in prepare_environment(environment, tensor):
+        if place.is_main:
+            say(note)
+    # Megatron warns of every package that is missing (tools/doctor.py explains them) and of its own plans.
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def say(text: object) -> None:
+    """One message to standard error, without anything that would steer the terminal."""
+    sys.stderr.write(f"{printable(text)}\n")
+
+
+def stop(message: str, exit_code: int, speaks: bool) -> int:
+    """Says why this rank ends, or gives the rank that does the time to."""
     if speaks:
-        sys.stderr.write(f"{message}\n")
+        say(message)
     else:
         time.sleep(SPEAKER_FIRST_S)  # torchrun ends all ranks as soon as one has ended, maybe before another has spoken
     return exit_code
 
 
-def _command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What starts this run again from the current folder, also where no environment is activated."""
+def start_command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What starts this run again from the current folder, ready to be pasted, also where no environment is activated."""
     per_node = environment.get("LOCAL_WORLD_SIZE")
     program = Path(sys.executable).with_name("torchrun") if per_node else Path(sys.executable)
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
-    return " ".join([str(shown), *(["--nproc-per-node", per_node] if per_node else []), *argv])
+    words, note = [str(shown)], ""
+    nodes, restarts = environment.get("GROUP_WORLD_SIZE", "1"), environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if per_node:
+        words += ["--nnodes", nodes] if nodes != "1" else []
+        words += ["--nproc-per-node", per_node, *(["--max-restarts", restarts] if restarts != "0" else [])]
+        note = (
+            "  # on every node, with the --rdzv-* or --node-rank, --master-* options of this start"
+            if nodes != "1"
+            else ""
+        )
+    elif environment.get("WORLD_SIZE", "1") != "1":
+        note = "  # on every rank, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as in this start"
+    return " ".join(map(quote, [*words, *argv])) + note
+
+
+def quote(word: str) -> str:
+    """A word as a shell reads it, on one line and without control characters."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{printable(escaped).replace(chr(10), chr(92) + 'n').replace(chr(9), chr(92) + 't')}'"

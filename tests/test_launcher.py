@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -13,12 +16,14 @@ import pytest
 import yaml
 
 from sicog_mcore import launcher
-from sicog_mcore.errors import DataError, PeerError, SicogError, TrainingError
-from sicog_mcore.launcher import start_training
+from sicog_mcore.errors import DataError, MachineError, PeerError, SicogError, TrainingError
+from sicog_mcore.launcher import start_command, start_training
+from sicog_mcore.lock import LOCK, FolderLock
 from sicog_mcore.stages import PRETRAIN
 from tests.builders import TOKENIZER, write_dataset
 
 SCRIPT = "launch/pretrain_stage15.py"
+MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture
@@ -117,7 +122,7 @@ def test_a_mistake_is_one_message_and_leaves_nothing_behind(
     arguments, ranks, expected = MISTAKES[name]
     files = sorted(config.parent.iterdir())
     argv = [SCRIPT, "--config", str(config), *arguments(config.parent)]
-    assert start_training(argv, {"RANK": "0", "WORLD_SIZE": str(ranks)}, PRETRAIN) == 2
+    assert start_training(argv, {"RANK": "0", "WORLD_SIZE": str(ranks), **MEET}, PRETRAIN) == 2
     out, err = capsys.readouterr()
     title, *lines = err.splitlines()
     assert title == f"error: {len(expected)} configuration problem{'s' * (len(expected) > 1)}:" and not out
@@ -163,7 +168,7 @@ def test_other_ranks_are_silent_and_let_the_first_one_speak(
     config: Path, capsys: pytest.CaptureFixture[str], waited: list[float]
 ) -> None:
     argv = [SCRIPT, "--config", str(config), "--parallel.tensor", "3"]
-    assert start_training(argv, {"RANK": "2", "WORLD_SIZE": "3"}, PRETRAIN) == 2
+    assert start_training(argv, {"RANK": "2", "WORLD_SIZE": "3", **MEET}, PRETRAIN) == 2
     assert capsys.readouterr() == ("", "") and waited == [launcher.SPEAKER_FIRST_S]
 
 
@@ -182,6 +187,7 @@ def _trains_until(monkeypatch: pytest.MonkeyPatch, end: BaseException) -> None:
         (DataError("too many bad samples"), 17, "error: too many bad samples\n", "error: too many bad samples\n"),
         (PeerError("another rank says why"), 17, "error: another rank says why\n", ""),
         (TrainingError("step 7: loss nan"), 17, "error: step 7: loss nan\n", ""),
+        (MachineError("rank 1 is silent"), 75, "error: rank 1 is silent\n", "error: rank 1 is silent\n"),
         (SicogError("broken"), 1, "error: broken\n", ""),
         (
             KeyboardInterrupt("after step 7"),
@@ -203,8 +209,144 @@ def test_the_end_of_a_run_has_its_exit_code_and_its_speaker(
 ) -> None:
     _trains_until(monkeypatch, end)
     for rank, said in enumerate((said_by_first, said_by_second)):
-        assert (
-            start_training([SCRIPT, "--config", str(config)], {"RANK": str(rank), "WORLD_SIZE": "2"}, PRETRAIN) == code
-        )
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", **MEET}
+        assert start_training([SCRIPT, "--config", str(config)], environment, PRETRAIN) == code
         assert capsys.readouterr() == ("", said)
     assert len(waited) == (said_by_second == "")
+
+
+def test_a_lonely_rank_is_one_message_before_anything_heavy(
+    config: Path, capsys: pytest.CaptureFixture[str], waited: list[float]
+) -> None:
+    argv = [SCRIPT, "--config", str(config)]
+    assert start_training(argv, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, PRETRAIN) == 2
+    said = capsys.readouterr().err
+    assert "RANK = None: is missing, but SLURM_NTASKS=2" in said and "RANK=0 WORLD_SIZE=1 if one process" in said
+    assert start_training(argv, {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, PRETRAIN) == 2
+    assert capsys.readouterr().err == "" and waited == [launcher.SPEAKER_FIRST_S]
+    assert not (config.parent / "run").exists()
+
+
+def test_a_second_start_is_refused_and_the_lock_goes_with_the_run(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, folder = [SCRIPT, "--config", str(config)], config.parent / "run"
+    _trains_until(monkeypatch, SicogError("broken"))
+    first = FolderLock(folder, "python first.py")
+    assert first.acquire() == ""
+    assert start_training(argv, {}, PRETRAIN) == 2
+    said = capsys.readouterr().err
+    assert f"is in use by another run: process {os.getpid()} on" in said and "(python first.py)" in said
+    assert (folder / LOCK).exists()
+    first.release()
+    assert start_training(argv, {}, PRETRAIN) == 1 and capsys.readouterr().err == "error: broken\n"
+    assert not folder.exists()  # it was made for this run, and stayed empty
+
+
+def test_the_environment_is_prepared_before_training_begins(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _trains_until(monkeypatch, SicogError("broken"))
+    environment = {"RANK": "1", "WORLD_SIZE": "2", **MEET}
+    monkeypatch.setattr(launcher, "time", types.SimpleNamespace(sleep=lambda _: None))
+    assert start_training([SCRIPT, "--config", str(config), "--parallel.tensor", "2"], environment, PRETRAIN) == 1
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_escape_sequences_of_data_never_reach_the_terminal(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _trains_until(monkeypatch, DataError("bad rows:\n  evil\x1b]0;PWN\x07\x1b[2J\u202e.json"))
+    assert start_training([SCRIPT, "--config", str(config)], {}, PRETRAIN) == 17
+    assert capsys.readouterr().err == "error: bad rows:\n  evil\\x1b]0;PWN\\x07\\x1b[2J\\u202e.json\n"
+
+
+SOURCES = '[{"path": "a b.jsonl", "images": "it\'s $HOME"}]'
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [SCRIPT, "--data.sources", SOURCES],
+        [SCRIPT, "--data.sources=" + SOURCES.replace(", ", ",\n\t"), "--output", "run 1; echo no"],
+        [SCRIPT, "--output", "esc\x1b[2J\\n'quoted'", "--data.system_prompt", ""],
+        ["launch/warmup_stage0.py", "perception", "--output", "~/*"],
+    ],
+)
+def test_the_command_that_resumes_survives_being_pasted(argv: list[str]) -> None:
+    command = start_command(argv, {})
+    assert command.isprintable()
+    shown = command.partition(" ")[2]
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, text=True, check=True)
+    assert printed.stdout.split("\0")[:-1] == argv
+
+
+def test_the_command_that_resumes_keeps_what_torchrun_was_told() -> None:
+    one = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    assert shlex.split(start_command(["a.py"], one))[1:] == ["--nproc-per-node", "4", "--max-restarts", "3", "a.py"]
+    two = start_command(["a.py"], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"})
+    assert "--nnodes 2 --nproc-per-node 4 a.py  # on every node, with the --rdzv-*" in two
+    assert "# on every rank, with RANK, WORLD_SIZE" in start_command(["a.py"], {"WORLD_SIZE": "8", "RANK": "1"})
+
+
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    heavy = [name for name in ("torch", "megatron") if name in sys.modules]
+    print("exit", end.code, heavy)
+"""
+GENERATE = (
+    "launch/generate.py --checkpoint x --rows y --images z --prompts cod=1 --temperature 0 --top-p 1 --top-k 0"
+    " --max-new-tokens 4 --seed 0 --batch 1 --out OUT"
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "launch/align_stage1.py --output OUT",
+        "launch/warmup_stage0.py perception --output OUT",
+        GENERATE,
+        "launch/perplexity.py --checkpoint x --rows y --out OUT",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_every_command_of_several_ranks_refuses_a_lonely_one(command: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    words = command.replace("OUT", str(tmp_path / "out")).split()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "PMI_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *words], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "exit 2 []\n", done
+    title, problem = done.stderr.splitlines()
+    assert title == "error: 1 configuration problem:" and "RANK = None: is missing, but PMI_SIZE=2" in problem
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tools/annotate.py cot --rows y --images z --out OUT",
+        "tools/annotate.py cod --endpoint http://127.0.0.1:9/v1 --model m --rows y --images z --out OUT",
+        "tools/curate.py --round OUT --images z --tau 0.8",
+    ],
+    ids=["cot", "cod", "curate"],
+)
+def test_every_command_that_owns_a_folder_is_refused_a_second_time(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = FolderLock(tmp_path / "out", "python first.py")
+    first.acquire()
+    script, *words = command.replace("OUT", str(tmp_path / "out")).split()
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(Path(__file__).parents[1] / script), run_name="__main__")
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "is in use by another run" in said and "python first.py" in said, said
+        assert [file.name for file in (tmp_path / "out").iterdir()] == [LOCK]
+    finally:
+        first.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -40,7 +41,9 @@ from sicog_mcore.errors import (
     ConfigProblem,
     SicogError,
     exit_code,
+    printable,
 )
+from sicog_mcore.lock import owned
 
 INTERRUPTED = "interrupted"
 
@@ -49,9 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = parse(arguments)
     try:
-        return describe(options) if options.command == "cod" else reason(options)
+        if options.command == "cod" and options.dry_run:
+            return describe(options)
+        with owned(options.out, shlex.join(sys.argv), lambda line: print(printable(line), file=sys.stderr)):
+            return describe(options) if options.command == "cod" else reason(options)
     except (SicogError, OSError) as error:
-        print(f"annotate: {error}", file=sys.stderr)
+        print(printable(f"annotate: {error}"), file=sys.stderr)
         return exit_code(error)
 
 
@@ -64,9 +70,11 @@ def reason(options: argparse.Namespace) -> int:
     if long != short:
         counts = f"{long} rows in cot.jsonl, {short} in direct.jsonl"
     refused = listed("; refused", result.refused) + listed("; refused in cot.jsonl alone", result.only_direct)
-    print(f"{options.out}: {counts}{refused}")
+    print(printable(f"{options.out}: {counts}{refused}"))
     if not short:
-        print(f"annotate: no row can be used; {options.out / REFUSED_FILE} says why of each", file=sys.stderr)
+        print(
+            printable(f"annotate: no row can be used; {options.out / REFUSED_FILE} says why of each"), file=sys.stderr
+        )
         return EXIT_GIVE_UP
     return EXIT_OK
 
@@ -113,7 +121,7 @@ def describe(options: argparse.Namespace) -> int:
         end_progress()
         refused += annotator.refused
         outcomes = write_answers(samples, items, refused, ledger, options.images, options.out)
-        print(summary(options.out, outcomes, ledger))
+        print(printable(summary(options.out, outcomes, ledger)))
     return ended(annotator.halted_by, outcomes)
 
 
@@ -151,14 +159,14 @@ def ended(halted_by: str, outcomes: Mapping[str, Counter[str]]) -> int:
     elif failed:
         fix = "ask again with --retry-failed, maybe another model or more --max-tokens in another --out"
     what = f"0 of {reasons.total()} rows were answered{listed(' (', reasons)})" if reasons else "there are no rows"
-    print(f"annotate: {what.replace('(: ', '(')}; {fix}", file=sys.stderr)
+    print(printable(f"annotate: {what.replace('(: ', '(')}; {fix}"), file=sys.stderr)
     return EXIT_RETRY if is_dead else EXIT_GIVE_UP
 
 
 def tell(lines: Iterable[str]) -> None:
     """Says what the user should know of the rows before anything is asked or written."""
     for line in lines:
-        print(f"annotate: {line}", file=sys.stderr)
+        print(printable(f"annotate: {line}"), file=sys.stderr)
 
 
 class Progress:

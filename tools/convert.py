@@ -47,7 +47,7 @@ from sicog_mcore.config import Experiment, ParallelConfig, Part
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.packing import collate
 from sicog_mcore.data.tokenizer_files import compare_tokenizers, tokenizer_notes
-from sicog_mcore.errors import CheckpointError, MachineError, SicogError, exit_code
+from sicog_mcore.errors import CheckpointError, MachineError, SicogError, exit_code, printable
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options, rest))
     except SicogError as error:
         if options.is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
         return exit_code(error)
     finally:
         stop_topology()
@@ -220,9 +220,9 @@ def inspect_path(options: Any, rest: list[str]) -> int:
 
 
 def _print_rows(title: str, rows: Sequence[tuple[Part | None, str, tuple[int, ...], str]]) -> None:
-    print(title)
+    print(printable(title))
     for part, name, shape, dtype in rows:
-        print(f"  {part or '-':10} {name:80} {str(list(shape)):22} {dtype}")
+        print(printable(f"  {part or '-':10} {name:80} {str(list(shape)):22} {dtype}"))
     parameters: Counter[str] = Counter()
     for part, _, shape, _ in rows:
         parameters[part or "not used"] += torch.Size(shape).numel()
@@ -285,13 +285,13 @@ def unpickle(options: Any, rest: list[str]) -> int:
             write_tensors(new, tensors)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{options.out} cannot be written: {error}") from error
-    print(f"written: {options.out} ({len(tensors)} tensors)")
+    print(printable(f"written: {options.out} ({len(tensors)} tensors)"))
     return 0
 
 
 def _say(topology: Topology, *lines: str) -> None:
     if topology.is_main and lines:
-        print("\n".join(lines))
+        print(printable("\n".join(lines)))
 
 
 # ---- comparison with transformers

@@ -8,6 +8,7 @@ Exit code 17: the funnel let too little through, or suspiciously much; its table
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ from sicog_mcore.cognition.curation.filters import Limits, parse_per_prompt
 from sicog_mcore.cognition.curation.funnel import StarvedFunnel
 from sicog_mcore.cognition.curation.selection import Curation, Kind, ScoreFile, Source
 from sicog_mcore.cognition.reporting.rounds import record_file
-from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, SicogError, exit_code
+from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, SicogError, exit_code, printable
+from sicog_mcore.lock import owned
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PER_PROMPT = ("NUMBER", "PROMPT=NUMBER")
@@ -144,18 +146,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
     try:
-        funnel = curate(read_options(options), options.round)
+        settings = read_options(options)
+        with owned(options.round, shlex.join(sys.argv), lambda line: print(printable(line), file=sys.stderr)):
+            funnel = curate(settings, options.round)
     except StarvedFunnel as error:
         console.print(error.funnel.table())
-        print(f"curate: {error}", file=sys.stderr)
+        print(printable(f"curate: {error}"), file=sys.stderr)
         return EXIT_GIVE_UP
     except (SicogError, OSError) as error:
-        print(f"curate: {error}", file=sys.stderr)
+        print(printable(f"curate: {error}"), file=sys.stderr)
         return exit_code(error)
     console.print(funnel.table())
     rows = ", ".join(f"{count} {form}" for form, count in sorted(funnel.rows.items()))
     pairs = ", ".join(f"{count} {what}" for what, count in sorted(funnel.pairs.items()))
-    print(f"{options.round / CURATED}: {funnel.rows.total()} rows ({rows}); pairs: {pairs or 'none'}")
+    print(printable(f"{options.round / CURATED}: {funnel.rows.total()} rows ({rows}); pairs: {pairs or 'none'}"))
     return EXIT_OK
 
 

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sicog_mcore.errors import EXIT_CRASH, EXIT_OK, ConfigError
+from sicog_mcore.errors import EXIT_CRASH, EXIT_OK, ConfigError, printable
+from sicog_mcore.ranks import ALLOCATOR, ALLOCATOR_BEFORE, MAX_CONNECTIONS, SEGMENTS, read_place
 
 if TYPE_CHECKING:
     from sicog_mcore.model.capability import Capabilities  # imports torch
@@ -36,6 +37,7 @@ TESTED: Mapping[str, tuple[str, ...]] = {"torch": ("2.11", "2.12", "2.13"), "meg
 ESSENTIAL = ("torch", "megatron.core", "tokenizers", "PIL", "xxhash", "jsonargparse", "safetensors")
 SMALL_SHM_GIB = 1.0
 USUAL_HEAD_DIM = 128  # of the decoders from 1.5 B parameters on
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 GIB = 2**30
 
 
@@ -128,6 +130,34 @@ def machine_warnings() -> list[str]:
     return []
 
 
+def environment_facts(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """What the environment says that a run depends on, and warnings about it.
+
+    Args:
+        environment: of the process that asks; a run from the same shell has it too.
+    """
+    connections = environment.get(MAX_CONNECTIONS)
+    allocator = next((name for name in (ALLOCATOR, ALLOCATOR_BEFORE) if environment.get(name)), "")
+    facts = {
+        MAX_CONNECTIONS: connections or "unset; launchers set 1 where parallel.tensor is more than 1",
+        "allocator": f"{allocator}={environment[allocator]}"
+        if allocator
+        else f"unset; launchers set {ALLOCATOR}={SEGMENTS}",
+    }
+    told = [f"{MAX_CONNECTIONS}={connections}: with parallel.tensor more than 1, Megatron expects 1; unset it"]
+    told = told if connections not in (None, "", "1") else []
+    try:
+        read_place(environment)
+    except ConfigError as error:
+        told += [f"a run here would be refused: {printable(problem)}" for problem in error.problems]
+    if "SLURM_JOB_ID" in environment:
+        told.append(
+            "this is a SLURM job: torchrun dies of USR1 and USR2, which sbatch --signal may send, and its ranks with it, "
+            f"without a checkpoint, unless it is told {SIGNALS}"
+        )
+    return facts, told
+
+
 def installed_versions() -> dict[str, str]:
     versions = {}
     for name in TESTED:
@@ -187,7 +217,9 @@ def named_te(can: Capabilities) -> tuple[str, str]:
 def examine() -> Report:
     python = ".".join(platform.python_version_tuple()[:2])
     report = Report(machine_facts(), problems=import_problems())
-    report.warnings = version_warnings(python, installed_versions()) + machine_warnings()
+    facts, told = environment_facts(psutil.Process().environ())
+    report.machine |= facts
+    report.warnings = version_warnings(python, installed_versions()) + machine_warnings() + told
     if not any(problem.startswith(("torch ", "megatron.core ")) for problem in report.problems):
         report.packages, report.features = packages_and_features()
     return report
@@ -204,7 +236,7 @@ def show(report: Report, screen: Console) -> None:
     machine = grid("Machine", "", "")
     machine.show_header = False
     for name, fact in report.machine.items():
-        machine.add_row(name, Text(fact))
+        machine.add_row(name, Text(printable(fact)))
     packages = grid("Packages and devices", "", "present", "version", "remark")
     for item in report.packages:
         mark = Text("yes", style="green") if item.present else Text("no", style="yellow")
@@ -217,7 +249,7 @@ def show(report: Report, screen: Console) -> None:
             screen.print(table, "")
     for style, word, lines in (("yellow", "warning", report.warnings), ("red", "problem", report.problems)):
         for line in lines:
-            screen.print(Text(f"{word}: ", style=style) + Text(line))
+            screen.print(Text(f"{word}: ", style=style) + Text(printable(line)))
     verdict = ("green", "Ready: a run can start here.") if not report.problems else ("red", "A run cannot start here.")
     screen.print(Text(verdict[1], style=f"bold {verdict[0]}"))
 

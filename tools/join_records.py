@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sicog_mcore.cognition.records import Generation, Scores, read_records, write_records
-from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code
+from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code, printable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Joins; returns the exit code."""
     options = parse(arguments)
     try:
-        print(f"{options.out}: {join(options)} items of {len(options.generations)} runs")
+        print(printable(f"{options.out}: {join(options)} items of {len(options.generations)} runs"))
     except (SicogError, OSError) as error:
-        print(f"join_records: {error}", file=sys.stderr)
+        print(printable(f"join_records: {error}"), file=sys.stderr)
         return exit_code(error)
     return EXIT_OK
 

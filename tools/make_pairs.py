@@ -27,7 +27,7 @@ from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.rows import parse_row
 from sicog_mcore.data.sample import Role, Sample
 from sicog_mcore.data.sources import open_sources
-from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, SampleError, SicogError, exit_code
+from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, SampleError, SicogError, exit_code, printable
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 ROW_FILES = (".json", ".jsonl")
@@ -153,12 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             count = write_rows(options.out, pair_rows(options, refused))
     except (SicogError, ValueError, OSError) as error:
-        print(f"make_pairs: {error}", file=sys.stderr)
+        print(printable(f"make_pairs: {error}"), file=sys.stderr)
         return exit_code(error)
     left_out = ", ".join(f"{number} x {reason}" for reason, number in refused.most_common())
-    print(f"{options.out}: {count} rows" + (f"; left out: {left_out}" if left_out else ""))
+    print(printable(f"{options.out}: {count} rows" + (f"; left out: {left_out}" if left_out else "")))
     if not count:
-        print("make_pairs: no row could be made; correct what they were left out for", file=sys.stderr)
+        print(printable("make_pairs: no row could be made; correct what they were left out for"), file=sys.stderr)
         return EXIT_GIVE_UP
     return EXIT_OK
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import EXIT_OK, CheckpointError, SicogError, exit_code
+from sicog_mcore.errors import EXIT_OK, CheckpointError, SicogError, exit_code, printable
 from sicog_mcore.presets import PRESETS
 
 MEGABYTE = 1_000_000
@@ -97,13 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or options.round / "report.html"
         size = write_whole(out, report.html)
     except (SicogError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(printable(f"report: {error}"), file=sys.stderr)
         return exit_code(error)
     line = f"{out}: {report.shown} of {report.items} items, {size / MEGABYTE:.1f} MB"
     for drift in report.drifts:
         for name, verdict in drift.judged[-1:]:
             line += f"; {drift.task} in {name}: {verdict.level}"
-    print(line)
+    print(printable(line))
     return EXIT_OK
 
 

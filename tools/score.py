@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sicog_mcore.errors import EXIT_OK, ConfigError, ConfigProblem, DataError, SicogError, exit_code
+from sicog_mcore.errors import EXIT_OK, ConfigError, ConfigProblem, DataError, SicogError, exit_code, printable
 
 if TYPE_CHECKING:
     from sicog_mcore.cognition.scoring.embed import Embedder
@@ -168,9 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check(options)
         for line in run(options):
-            print(line)
+            print(printable(line))
     except (SicogError, OSError) as error:
-        print(f"score: {error}", file=sys.stderr)
+        print(printable(f"score: {error}"), file=sys.stderr)
         return exit_code(error)
     return EXIT_OK
 

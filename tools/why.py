@@ -25,7 +25,7 @@ from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import ask, load_prompts
 from sicog_mcore.cognition.records import Candidate, Decision, Generation, Scores, read_records
 from sicog_mcore.cognition.reporting.rounds import record_file
-from sicog_mcore.errors import EXIT_OK, RecordError, SampleError, SicogError, exit_code
+from sicog_mcore.errors import EXIT_OK, RecordError, SampleError, SicogError, exit_code, printable
 
 CONSUMED = "consumed-*.jsonl"  # of train/feed.py, which would import Megatron
 PAIR_SUFFIX, TEXT_SUFFIX = "#pair", "#text"
@@ -205,7 +205,7 @@ def show_steps(run: Path, steps: dict[str, list[int]], console: Console) -> None
 
 def _text(text: str) -> Text:
     """Text as it is, without markup; what would steer a terminal is shown as its code."""
-    return Text("".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text))
+    return Text(printable(text))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         origin = find_origin(options)
         steps = {run: consumed_steps(run, origin.row_ids) for run in options.run}
     except (SicogError, OSError) as error:
-        print(f"why: {error}", file=sys.stderr)
+        print(printable(f"why: {error}"), file=sys.stderr)
         return exit_code(error)
     show(origin, console, options.images)
     for run, found in steps.items():

@@ -92,6 +92,7 @@ class CheckpointStore:
             CheckpointError: the folder may not be written to.
             MachineError: another rank or the network failed.
         """
+        self.topology.watch.beat(f"the save of step {state.step}")
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
         content = _sharded_state(model, is_loading=False)

@@ -2,11 +2,13 @@
 
 In: PackedBatch on the loading rank   Out: the same PackedBatch on all ranks of the copy   Next: train/step.py
 Pixels go to the first pipeline stage only, as uint8. A failure of the loader reaches every rank as the same error instead
-of leaving the others to wait.
+of leaving the others to wait. As long as the loader takes, the others are told so again and again: a slow loader has a time
+limit of its own (``data.worker_timeout_s``) and is no collective that hangs.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,7 +20,11 @@ from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.errors import DataError, PeerError
 from sicog_mcore.parallel.topology import Topology
 
-HEADER_FIELDS = 11  # failed, ends_step, t, n + 1, p, k, m, length of pair_reference, num_tokens, num_images, num_pairs
+HEADER_FIELDS = (
+    11  # what it is, ends_step, t, n + 1, p, k, m, length of pair_reference, num_tokens, num_images, num_pairs
+)
+BATCH, FAILED, NOT_YET = 0, 1, 2  # what a header announces
+NOT_YET_EVERY_S = 5.0  # or more often, where collectives may not take long
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,14 @@ class BatchDistributor:
         return self
 
     def __next__(self) -> PackedBatch:
-        batch, error = self._load() if self.loader is not None else (None, None)
+        batch: PackedBatch | None
         if self.topology.groups.mp.size() > 1:
-            batch = self._share(batch, error)
-        elif error is not None:
-            raise error
+            batch = self._share(*(self._load_while_others_wait() if self.loader is not None else (None, None)))
+        else:
+            batch, error = self._load()
+            if error is not None:
+                raise error
+        self.topology.watch.beat()
         assert batch is not None, "a rank without a loader must be in a group with one"
         return batch
 
@@ -73,19 +82,52 @@ class BatchDistributor:
         except DataError as error:
             return None, error
 
+    def _load_while_others_wait(self) -> tuple[PackedBatch | None, DataError | None]:
+        """The same, and the ranks that wait for the batch are told that it takes time."""
+        loaded = threading.Event()
+        failures: list[RuntimeError] = []
+
+        def tell() -> None:
+            device = self.topology.device
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)  # a new thread starts on device 0
+                while not loaded.wait(min(NOT_YET_EVERY_S, self.topology.config.timeout_s / 3)):
+                    header = torch.zeros(HEADER_FIELDS, dtype=torch.int64, device=device)
+                    header[0] = NOT_YET
+                    self._broadcast(header, self.topology.groups.mp)
+                    self.topology.watch.beat()
+            except RuntimeError as error:
+                failures.append(error)
+
+        # The loader stays in the main thread, where torch reports the death of one of its workers.
+        teller = threading.Thread(target=tell, name="not yet", daemon=True)
+        teller.start()
+        try:
+            batch, error = self._load()
+        finally:
+            loaded.set()
+        teller.join()
+        if failures:
+            raise failures[0]
+        return batch, error
+
     def _share(self, batch: PackedBatch | None, error: DataError | None) -> PackedBatch:
         header = torch.zeros(HEADER_FIELDS, dtype=torch.int64, device=self.topology.device)
         if error is not None:
-            header[0] = 1
+            header[0] = FAILED
         if batch is not None:
             rows = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots, batch.pair_reference)
             counts = [batch.num_tokens, batch.num_images, batch.num_pairs]
             header[1] = self.ends_step
             header[2:] = torch.tensor([x.shape[0] for x in rows] + counts)
         self._broadcast(header, self.topology.groups.mp)
-        failed, ends_step, t, n, p, k, m, references, num_tokens, num_images, num_pairs = header.tolist()
+        while header[0] == NOT_YET:
+            self.topology.watch.beat()
+            self._broadcast(header, self.topology.groups.mp)
+        kind, ends_step, t, n, p, k, m, references, num_tokens, num_images, num_pairs = header.tolist()
         self.ends_step = bool(ends_step)
-        if failed:
+        if kind == FAILED:
             raise error or PeerError("the data loader of this model copy failed; its own rank says why")
         new = self._empty
         batch = batch or PackedBatch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed.checkpoint import CheckpointException
 
 from sicog_mcore.config import ParallelConfig
+from sicog_mcore.errors import MachineError
 from sicog_mcore.parallel.cpu import install_cpu_support
+from sicog_mcore.parallel.watch import MARGIN_S, RESUME, Watch, watch_parent
+from sicog_mcore.parallel.writers import install_writers
+from sicog_mcore.ranks import read_place
 
+STARTS_APART = datetime.timedelta(seconds=30)  # beside the timeout of collectives
 WritersFailed = CheckpointException  # raised on every rank when Megatron's checkpoint writers fail on one
 
 
@@ -47,6 +53,7 @@ class Topology:
         groups: Megatron's groups of the decoder.
         tower_groups: the same with a tensor-parallel group of one rank: the tower's weights are replicated, and its
             slices, not its matrices, are shared out over the tensor-parallel ranks.
+        watch: notices that the ranks get no further; told of every collective here.
     """
 
     config: ParallelConfig
@@ -55,6 +62,7 @@ class Topology:
     device: torch.device
     rank: int
     world_size: int
+    watch: Watch
 
     @property
     def tensor_rank(self) -> int:
@@ -97,11 +105,13 @@ class Topology:
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a small tensor over all ranks, in place."""
         dist.all_reduce(values)
+        self.watch.beat()
         return values
 
     def sum_over_copy(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a small tensor over the ranks that share this copy of the model, in place."""
         dist.all_reduce(values, group=self.groups.mp)
+        self.watch.beat()
         return values
 
     def max_over_world(self, values: torch.Tensor) -> torch.Tensor:
@@ -112,6 +122,7 @@ class Topology:
         """Sends a small picklable object from rank 0 to all ranks."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
+        self.watch.beat()
         return box[0]
 
     def share_object(self, value: Any) -> Any:
@@ -120,6 +131,7 @@ class Topology:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=dist.get_process_group_ranks(self.groups.mp)[0], group=self.groups.mp)
+        self.watch.beat()
         return box[0]
 
     def share_over_tensor(self, values: torch.Tensor) -> torch.Tensor:
@@ -132,48 +144,109 @@ class Topology:
         """Small picklable objects of all ranks, in rank order, on every rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
+        self.watch.beat()
         return values
 
 
-def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_size: int) -> None:
+def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_size: int) -> Any:
+    """Joins the default group; returns the store through which the ranks met.
+
+    Raises:
+        MachineError: not all ranks came.
+    """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if init_method:
-        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
-    elif "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if not init_method and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return None
+    try:
+        place = (init_method, rank, world_size) if init_method else ("env://", -1, -1)  # the environment knows the rest
+        store, rank, world_size = next(dist.rendezvous(*place, timeout=timeout + STARTS_APART))
+        _wait_for_all(store, rank, world_size, timeout + STARTS_APART)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        text = f"the ranks did not find each other: {reason}; see that all of them start, then {RESUME}"
+        raise MachineError(text) from error
+    return store
+
+
+def _wait_for_all(store: Any, rank: int, world_size: int, patience: datetime.timedelta) -> None:
+    """Returns as soon as all ranks are here: some import for longer than a collective may take."""
+    store.set(f"here/{rank}", "yes")
+    if store.add("here", 1) == world_size:
+        store.set("all here", "yes")
+    try:
+        store.wait(["all here"], patience)
+    except dist.DistStoreError:
+        missing = [str(other) for other in range(world_size) if not store.check([f"here/{other}"])]
+        text = f"rank {', '.join(missing)} of {world_size} did not start within {patience.total_seconds():.0f} s"
+        raise MachineError(f"{text}; look for its own message, then {RESUME}") from None
+
+
+def _group_timeout(config: ParallelConfig) -> datetime.timedelta:
+    """How long collectives wait. NCCL kills the process where it gives up, so there the watch, which explains, is first."""
+    last_resort_s = 2 * MARGIN_S if torch.cuda.is_available() else 0
+    return datetime.timedelta(seconds=config.timeout_s + last_resort_s)
 
 
 def start_topology(
-    config: ParallelConfig, seed: int, init_method: str = "", rank: int = 0, world_size: int = 1
+    config: ParallelConfig,
+    seed: int,
+    init_method: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+    output: str = "",
 ) -> Topology:
     """Joins the process group and builds every parallel group. Ends with a seeded random state on every rank.
 
     Args:
         init_method: a rendezvous URL with explicit ``rank`` and ``world_size``; empty reads torchrun's environment, or
             makes a world of one rank where there is none.
+        output: folder for the stacks of ranks that wait in vain; without it they go to standard error.
+
+    Raises:
+        ConfigError: the environment does not say which rank this is.
+        MachineError: a rank is missing, or was lost.
     """
+    if not init_method:
+        place = read_place(os.environ, torch.cuda.is_available())
+        if place.by_torchrun:
+            watch_parent(speaks=place.is_main)
     install_cpu_support()
+    install_writers()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    _join_world(datetime.timedelta(seconds=config.timeout_s), init_method, rank, world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor,
-        pipeline_model_parallel_size=config.pipeline,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
-        create_gloo_process_groups=False,
-    )
+    timeout = _group_timeout(config)
+    store = _join_world(timeout, init_method, rank, world_size)
+    watch = _watch_world(store, config.timeout_s, output)
+    with watch.explaining():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,  # it makes a timedelta of them, seconds and all
+        )
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tower_groups = ProcessGroupCollection.use_mpu_process_groups()
     # Only this rank takes part in making the group: no handshake with thousands of others.
-    tower_groups.tp = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return Topology(config, groups, tower_groups, device, dist.get_rank(), dist.get_world_size())
+    tower_groups.tp = dist.new_group([dist.get_rank()], use_local_synchronization=True, timeout=timeout)
+    return Topology(config, groups, tower_groups, device, dist.get_rank(), dist.get_world_size(), watch)
+
+
+def _watch_world(store: Any, timeout_s: float, output: str) -> Watch:
+    """Watches this rank for as long as the world lasts that it has just joined."""
+    world, size = dist.group.WORLD, dist.get_world_size()
+    store = store.clone() if size > 1 else None  # a connection of its own: the main thread may wait on the other
+    folder = Path(output) if output else None
+    watch = Watch(dist.get_rank(), size, timeout_s, store, folder, spins=torch.cuda.is_available())
+    watch.start(lambda: dist.is_initialized() and dist.group.WORLD is world)
+    return watch
 
 
 def stop_topology() -> None:

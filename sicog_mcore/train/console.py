@@ -22,12 +22,14 @@ from rich.text import Text
 
 from sicog_mcore import __version__
 from sicog_mcore.config import Experiment, Part
+from sicog_mcore.errors import printable
 from sicog_mcore.train.flops import CONVENTION
 from sicog_mcore.train.metrics import METRICS_FILE, TENSORBOARD_FOLDER, StepStats, Summary
 from sicog_mcore.train.schedule import warmup_steps
 
 ETA_WINDOW_STEPS = 20
 LABEL_WIDTH = 11
+RESUME = "resume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +178,7 @@ def finish_lines(summary: Summary, experiment: Experiment, checkpoint: Path, com
     places = [
         _labelled("checkpoint", str(checkpoint)),
         _labelled("logs", ", ".join(files)),
-        _labelled("resume", command),
+        _labelled(RESUME, command),
     ]
     first, last = summary.first, summary.last
     if first is None or last is None:
@@ -250,7 +252,7 @@ class Console:
 
     def _write(self, text: str) -> None:
         # A log file must not be wrapped at the 80 columns that a missing terminal is taken for.
-        self._screen.print(Text(text), soft_wrap=not self._screen.is_terminal)
+        self._screen.print(Text(printable(text)), soft_wrap=not self._screen.is_terminal)
 
     def _show_block(self, lines: Sequence[str], colour: str) -> None:
         if not self._is_main:
@@ -259,9 +261,13 @@ class Console:
             self._write("\n".join(lines))
             return
         table = Table.grid()
-        for line in lines[1:]:
+        whole = [line for line in lines[1:] if line.startswith(RESUME)]  # it must stay one line to be pasted
+        for line in (printable(line) for line in lines[1:] if line not in whole):
             table.add_row(Text(line[:LABEL_WIDTH], style="dim"), Text(line[LABEL_WIDTH:]))
-        self._screen.print(Rule(Text(lines[0], style=f"bold {colour}"), align="left", style=colour), table)
+        title = Text(printable(lines[0]), style=f"bold {colour}")
+        self._screen.print(Rule(title, align="left", style=colour), table)
+        for line in whole:
+            self._screen.print(Text(printable(line)), soft_wrap=True)
 
     def _move_bar(self, stats: StepStats, steps_total: int, text: str) -> None:
         if self._progress is None:

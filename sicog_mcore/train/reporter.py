@@ -43,6 +43,7 @@ class Reporter:
         self._peak = peak_tflops(device_name(topology.device), experiment.train)
         self._started = time.perf_counter()
         self._waited_s = 0.0
+        self._next = first_step
 
     def report(self, step: int, lr: float, result: StepResult, feed: Feed) -> int:
         """Gathers and writes one step. Collective. Returns the samples that all ranks consumed in it."""
@@ -83,11 +84,14 @@ class Reporter:
         self.console.step(stats, self.experiment.train.steps)
         if warning := self._spikes.see(step, result.loss):
             self.console.notice(warning)
+        self._next = step + 1
+        self.topology.watch.beat(f"step {self._next}")
         return counts.samples
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step (a checkpoint) out of the next step's time."""
         self._started = time.perf_counter()
+        self.topology.watch.beat(f"step {self._next}")
 
     def close(self) -> None:
         if self._log:

@@ -128,9 +128,11 @@ def run(experiment: Experiment, command: str) -> Path:
         folder of the newest checkpoint.
     """
     build = plan_build(experiment)
-    topology = start_topology(experiment.parallel, experiment.train.seed)
+    topology = start_topology(experiment.parallel, experiment.train.seed, output=experiment.output)
+    topology.watch.beat("the building of the model")
     try:
-        return train(build, topology, command)
+        with topology.watch.explaining():
+            return train(build, topology, command)
     finally:
         stop_topology()
 

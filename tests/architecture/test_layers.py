@@ -23,6 +23,7 @@ VERSION = "sicog_mcore.__version__"
 CONTRACTS = ("sicog_mcore.config", "sicog_mcore.errors")
 BATCH = (*CONTRACTS, "sicog_mcore.data.batch", "sicog_mcore.sizes", "sicog_kernels")
 BELOW_CHECKPOINT = (*BATCH, "sicog_mcore.cli", "sicog_mcore.data", "sicog_mcore.model", "sicog_mcore.parallel")
+STARTING = ("sicog_mcore.ranks", "sicog_mcore.lock")
 BELOW_TRAIN = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.memory", "sicog_mcore.presets")
 TRAINING = ("torch", "megatron.core", "numpy")
 COGNITION = (
@@ -37,6 +38,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sicog_mcore/__init__.py", Rule((), ())),
     ("sicog_mcore/config.py", Rule((), ())),
     ("sicog_mcore/errors.py", Rule((), ())),
+    ("sicog_mcore/ranks.py", Rule(CONTRACTS, ())),
+    ("sicog_mcore/lock.py", Rule(CONTRACTS, ())),
     ("sicog_mcore/sizes.py", Rule(CONTRACTS, ())),
     ("sicog_mcore/memory.py", Rule((*CONTRACTS, "sicog_mcore.sizes"), ())),
     ("sicog_mcore/presets.py", Rule(CONTRACTS, ())),
@@ -58,7 +61,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
         "sicog_mcore/model/",
         Rule((*BATCH, "sicog_mcore.model"), (*TRAINING, "transformer_engine", "flash_attn", "safetensors", "xxhash")),
     ),
-    ("sicog_mcore/parallel/", Rule((*BATCH, "sicog_mcore.parallel"), TRAINING)),
+    ("sicog_mcore/parallel/", Rule((*BATCH, "sicog_mcore.parallel", "sicog_mcore.ranks"), TRAINING)),
     (
         "sicog_mcore/checkpoint/",
         Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
@@ -70,7 +73,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
             (*BELOW_TRAIN, "sicog_mcore.stages", "sicog_mcore.train", "sicog_mcore.cognition"), (*TRAINING, *COGNITION)
         ),
     ),
-    ("sicog_mcore/launcher.py", Rule((*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.stages"), ())),
+    ("sicog_mcore/launcher.py", Rule((*BELOW_TRAIN, *STARTING, "sicog_mcore.train", "sicog_mcore.stages"), ())),
     ("kernels/sicog_kernels/triton/", Rule(("sicog_kernels",), ("torch", "triton"))),
     ("kernels/sicog_kernels/", Rule(("sicog_kernels",), ("torch",))),
     # An experiment on top of everything, like a tool, but of several files.

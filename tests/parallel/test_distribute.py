@@ -79,6 +79,30 @@ def test_every_rank_gets_equal_batches_and_the_loaders_error() -> None:
             assert (MESSAGE in message) == (rank == 0)
 
 
+SLOW = {"parallel": {"tensor": 2, "timeout_s": 2}, "data": {"token_budget": 512}}
+
+
+class SlowLoader(FailingLoader):
+    """Its batches take longer than any collective may."""
+
+    def __next__(self) -> PackedBatch:
+        time.sleep(7)
+        return super().__next__()
+
+
+def _receive_late(rank: Rank, experiment: Experiment) -> dict[str, Any]:
+    topology = rank.start(experiment.parallel)
+    loader = SlowLoader(experiment) if topology.loads_data else None
+    return plain(next(BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)))
+
+
+@pytest.mark.slow
+def test_a_slow_loader_is_no_collective_that_hangs() -> None:
+    expected = plain(random_batches(EXPERIMENT, COUNT)[0])
+    for rank, received in enumerate(run_ranks(_receive_late, 2, tiny_experiment(Path("unused"), **SLOW))):
+        assert_equal(received, expected, loads=rank == 0, has_pixels=True)
+
+
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], loads: bool, has_pixels: bool) -> None:
     for name, expected in theirs.items():
         if name == "sample_ids":

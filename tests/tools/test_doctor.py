@@ -13,7 +13,7 @@ from rich.console import Console
 from sicog_mcore.model import capability
 from sicog_mcore.model.capability import Item
 from tools import doctor
-from tools.doctor import Feature, Package, Report, main, show, version_warnings
+from tools.doctor import Feature, Package, Report, environment_facts, main, show, version_warnings
 
 
 def test_json_names_every_package_and_the_path_of_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,3 +100,22 @@ def test_versions_outside_the_tested_range_are_warnings(
 ) -> None:
     warnings = version_warnings(python, versions)
     assert [warning.split(" is untested")[0] for warning in warnings] == untested
+
+
+def test_the_environment_is_told_and_warned_of() -> None:
+    facts, told = environment_facts({})
+    assert facts["CUDA_DEVICE_MAX_CONNECTIONS"].startswith("unset; launchers set 1") and told == []
+    assert facts["allocator"] == "unset; launchers set PYTORCH_ALLOC_CONF=expandable_segments:True"
+    facts, told = environment_facts(
+        {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+            "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+            "SLURM_JOB_ID": "7",
+            "SLURM_NTASKS": "4",
+        }
+    )
+    assert facts["allocator"] == "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64"
+    assert ["Megatron expects 1" in told[0], "SLURM_NTASKS=4" in told[1], "--signals-to-handle" in told[2]] == [
+        True
+    ] * 3
+    assert len(told) == 3

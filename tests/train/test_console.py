@@ -172,3 +172,25 @@ def test_other_ranks_are_silent(terminal: bool) -> None:
     console.step(stats(1), 1)
     console.finish(["title", "a line"])
     assert text.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_in_a_message_steers_the_terminal_or_is_taken_for_markup(terminal: bool) -> None:
+    target, text = screen(terminal)
+    console = Console(is_main=True, screen=target)
+    console.start(["\x1b]0;PWN\x07", "output     \x1b[2Jruns/[bold]x[/bold]\u202e"])
+    console.notice("ignored [red]step_1\x9b31m\r: its save was\n  interrupted")
+    shown = text.getvalue()
+    for raw in ("\x1b]", "\x1b[2J", "\x9b", "\u202e", "\x07"):
+        assert raw not in shown
+    for code in ("\\x1b]0;PWN\\x07", "\\x1b[2Jruns/[bold]x[/bold]\\u202e", "[red]step_1\\x9b31m\\r: its save was"):
+        assert code in shown
+    assert [line.rstrip() for line in shown.splitlines()][-1] == "  interrupted"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_command_that_resumes_stays_one_line(terminal: bool, experiment: Experiment) -> None:
+    command = 'python launch/a.py --data.sources \'[{"path": "' + "long/" * 30 + "rows.jsonl\"}]'"
+    target, text = screen(terminal, width=60)
+    Console(is_main=True, screen=target).finish(finish_lines(Summary(), experiment, CHECKPOINT, command))
+    assert any(line.endswith(command) for line in text.getvalue().splitlines())

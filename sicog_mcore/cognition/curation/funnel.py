@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from rich.table import Table
+from rich.text import Text
 
 from sicog_mcore.cognition.curation.filters import Drop, Stage
 from sicog_mcore.cognition.records import Task
-from sicog_mcore.errors import DataError
+from sicog_mcore.errors import DataError, printable
 
 FORMAT = 1
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -106,7 +107,9 @@ class Funnel:
         for stage, reason, dropped in self.steps():
             left -= sum(dropped.values())
             counts = [-dropped[task] for task in TASKS]
-            table.add_row(stage, reason, *(str(count or "") for count in counts), str(sum(counts)), str(left))
+            table.add_row(
+                stage, Text(printable(reason)), *(str(count or "") for count in counts), str(sum(counts)), str(left)
+            )
         table.add_section()
         table.add_row("kept", f"{self.share:.1%} agreed", *(str(self.kept(task)) for task in TASKS), str(left), "")
         return table

@@ -131,7 +131,7 @@ def run(options: GenerationOptions, world_size: int = 1, rank: int = 0, init_met
     told: list[str] = []  # by the rank that reads the rows
     items, done = _prepare(options, checkpoint, task, told) if rank == 0 else ([], frozenset())
     failures: Counter[str] = Counter()
-    with joined(checkpoint, world_size, init_method, rank) as (build, topology):
+    with joined(checkpoint, world_size, init_method, rank, str(options.out)) as (build, topology):
         items, done = topology.broadcast_object((items, done))  # type: ignore[misc]  # as they were sent
         pending = [item for item in items if item.id not in done]
         own = pending[topology.data_rank :: topology.data_size]

@@ -92,14 +92,16 @@ def _find(path: Path) -> Path:
 
 @contextmanager
 def joined(
-    checkpoint: Checkpoint, world_size: int, init_method: str = "", rank: int = 0
+    checkpoint: Checkpoint, world_size: int, init_method: str = "", rank: int = 0, output: str = ""
 ) -> Iterator[tuple[Build, Topology]]:
     """Checks the layout, joins the other ranks, and leaves them at the end.
 
     Args:
         init_method: see ``start_topology``; empty under torchrun and in a single process.
+        output: folder for the stacks of ranks that wait in vain.
 
     Raises:
+        MachineError: a rank is missing, or was lost.
         ConfigError: the ranks cannot be shared out, or Megatron refuses the layout.
     """
     parallel = checkpoint.experiment.parallel
@@ -107,9 +109,11 @@ def joined(
         problem = f"does not divide the {world_size} ranks"
         raise ConfigError([ConfigProblem("tensor", parallel.tensor, problem, "start as many ranks, or a multiple")])
     build = plan_build(checkpoint.experiment)
-    topology = start_topology(parallel, checkpoint.experiment.train.seed, init_method, rank, world_size)
+    topology = start_topology(parallel, checkpoint.experiment.train.seed, init_method, rank, world_size, output)
     try:
-        yield build, topology
+        topology.watch.beat("generation")
+        with topology.watch.explaining():
+            yield build, topology
     finally:
         stop_topology()
 

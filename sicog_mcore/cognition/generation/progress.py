@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from sicog_mcore.cognition.generation.engine import Counters
+from sicog_mcore.errors import printable
 from sicog_mcore.train.console import duration_text
 
 LINE_EVERY_S = 30.0
@@ -43,7 +44,7 @@ class GenerationProgress:
 
     def notice(self, text: str) -> None:
         if self._speaks:
-            self._screen.print(Text(text), soft_wrap=not self._screen.is_terminal)
+            self._screen.print(Text(printable(text)), soft_wrap=not self._screen.is_terminal)
 
     def restart(self) -> None:
         """The clock of speeds and estimates starts now, after the model is loaded."""

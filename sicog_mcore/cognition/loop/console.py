@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sicog_mcore.cognition.loop.steps import Planned, State, Step
+from sicog_mcore.errors import printable
 from sicog_mcore.train.console import duration_text
 
 LINE_EVERY_S = 60.0
@@ -40,12 +41,12 @@ class LiveLine:
             now = time.monotonic()
             line = f"{title}  {duration_text(now - start)}  {text}"
             if status:
-                status.update(Text(line[: self._console.width - 4], no_wrap=True))
+                status.update(Text(printable(line)[: self._console.width - 4], no_wrap=True))
             elif now - said >= LINE_EVERY_S:
                 said = now
                 self.say(line)
 
-        status = self._console.status(Text(title)) if self._console.is_terminal else None
+        status = self._console.status(Text(printable(title))) if self._console.is_terminal else None
         if status is None:
             yield show
             return
@@ -63,7 +64,7 @@ class LiveLine:
 
     def say(self, text: str) -> None:
         """Prints a line as it is."""
-        self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
+        self._console.print(Text(printable(text)), soft_wrap=not self._console.is_terminal)
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
@@ -75,7 +76,8 @@ def plan_table(planned: Sequence[Planned]) -> Table:
         step, stamp = entry.step, entry.stamp
         state = f"{STATES[entry.state]}{f': {entry.why}' if entry.why else ''}"
         took = duration_text(stamp.seconds) if stamp and stamp.seconds else ""
-        table.add_row(*map(Text, (step.name, state, step.size, took, ", ".join(step.needs))))
+        words = (step.name, state, step.size, took, ", ".join(step.needs))
+        table.add_row(*(Text(printable(word)) for word in words))
     return table
 
 
@@ -119,7 +121,7 @@ def ledger_table(rows: Sequence[dict[str, Any]], device: str) -> Table:
         table.add_column(column, duration_text(total) if name == "seconds" else f"{total:,.0f}", justify="right")
     for row in rows:
         tokens, devices = (f"{row[name]:,.0f}" if row[name] else "" for name in ("tokens", "device_seconds"))
-        table.add_row(row["step"], duration_text(row["seconds"]), tokens, devices)
+        table.add_row(Text(printable(row["step"])), duration_text(row["seconds"]), tokens, devices)
     return table
 
 
