@@ -16,7 +16,7 @@ from typing import Any
 
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, RecordError, SicogError
 
-METRICS = ("auto", "exact", "numeric", "choice", "attributes")
+METRICS = ("auto", "exact", "numeric", "choice", "yes_no", "attributes")
 HEADER = ("", "n", "metric", "first", "second", "difference", "95 % interval", "wins", "losses", "p")
 
 
@@ -29,7 +29,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     score = commands.add_parser("score", help="judge generations against the references")
     score.add_argument("--generations", type=Path, required=True, help="generations.jsonl or .parquet")
     score.add_argument("--prompt", help="whose answers are judged; needed where several were asked")
-    score.add_argument("--metric", choices=METRICS, default="auto", help="auto: choice with options, else exact")
+    score.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="auto",
+        help="auto: choice with options, yes_no by the reference, else exact",
+    )
     score.add_argument("--tolerance", type=float, default=0.05, help="of numeric, relative (default: %(default)s)")
     score.add_argument("--vocabulary", type=Path, help='of attributes, a JSON file: {"colour": ["red", ...], ...}')
     for command in (prepare, score):
@@ -81,9 +86,10 @@ def score(options: argparse.Namespace) -> str:
     write_results(options.out, outcomes, summary)
     low, high = summary["interval"]
     failures = "".join(f"; {count} x {reason}" for reason, count in summary["failures"].items())
+    rules = "".join(f"{count} read by {rule}, " for rule, count in summary["rules"].items())
     cut = f"; {about['cut']} cut at the longest length" if about["cut"] else ""
     mean = f"mean {summary['mean']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
-    return f"{options.out}: {mean}, {summary['n']} items{failures}{cut}"
+    return f"{options.out}: {mean}, {rules}{summary['n']} items{failures}{cut}"
 
 
 def read_vocabulary(path: Path) -> dict[str, list[str]]:

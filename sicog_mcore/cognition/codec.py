@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sicog_mcore.cognition.answer_grammar import spoken
 from sicog_mcore.cognition.prompts import Style
 from sicog_mcore.cognition.records import Task
 from sicog_mcore.errors import SampleError
@@ -91,10 +92,14 @@ def parse(text: str, kind: Kind) -> Parsed:
 
 
 def final_clause(text: str, prompt_style: Style, task: Task) -> str | None:
-    """The part of an answer that is compared: of steps the last one, otherwise all of it; None where there is none."""
-    if prompt_style == "plain":
-        return text.strip() or None
-    steps = parse(text, KINDS[task]).steps
+    """The part of an answer that is compared: of steps the last one, otherwise all of it; None where there is none.
+
+    What a model thinks aloud before is no part of it; where a thought does not end, there is none.
+    """
+    said = spoken(text)
+    if said is None or prompt_style == "plain":
+        return (said or "").strip() or None
+    steps = parse(said, KINDS[task]).steps
     return steps[-1] if steps else None
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from sicog_mcore.errors import ConfigError, ConfigProblem
 
-Metric = Literal["auto", "exact", "numeric", "choice", "attributes"]
+Metric = Literal["auto", "exact", "numeric", "choice", "yes_no", "attributes"]
 SAME_WORD = 0.6
 
 
