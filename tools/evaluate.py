@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def prepare(options: argparse.Namespace) -> str:
     """Writes rows and images."""
     from sicog_mcore.cognition.evaluation.benchmark import write_rows
+    from sicog_mcore.cognition.evaluation.cells import Unread
 
-    count = write_rows(options.benchmark, options.images, options.out)
+    unread = Unread()
+    count = write_rows(options.benchmark, options.images, options.out, unread)
+    notes(unread.lines())
     return f"{options.out / 'rows.jsonl'}: {count} rows, images relative to {options.out}"
 
 
@@ -64,6 +68,7 @@ def score(options: argparse.Namespace) -> str:
     if not 0 <= options.tolerance < 1:
         raise RecordError(f"--tolerance {options.tolerance}: expected a share from 0 to below 1")
     from sicog_mcore.cognition.evaluation.benchmark import benchmark_hash, read_items
+    from sicog_mcore.cognition.evaluation.cells import Unread
     from sicog_mcore.cognition.evaluation.evaluate import (
         Judging,
         judge,
@@ -78,7 +83,10 @@ def score(options: argparse.Namespace) -> str:
     generations = read_by_id(options.generations, Generation)
     prompt = options.prompt or only_prompt(generations.values())
     judging = Judging(options.metric, options.tolerance, vocabulary)
-    outcomes = judge(read_items(options.benchmark), generations, prompt, judging)
+    unread = Unread()
+    items = read_items(options.benchmark, unread)
+    notes(unread.lines())
+    outcomes = judge(items, generations, prompt, judging)
     about = provenance(generations.values(), prompt)
     about |= {"benchmark": options.benchmark, "benchmark_hash": benchmark_hash(options.benchmark)}
     about |= {"judging": asdict(judging)}
@@ -90,6 +98,12 @@ def score(options: argparse.Namespace) -> str:
     cut = f"; {about['cut']} cut at the longest length" if about["cut"] else ""
     mean = f"mean {summary['mean']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
     return f"{options.out}: {mean}, {rules}{summary['n']} items{failures}{cut}"
+
+
+def notes(lines: Iterable[str]) -> None:
+    """What a user should know though it stops nothing, on the second stream."""
+    for line in lines:
+        print("evaluate: note: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 
 
 def read_vocabulary(path: Path) -> dict[str, list[str]]:
@@ -114,6 +128,10 @@ def compare(options: argparse.Namespace) -> str:
 
     first, second = evaluate.read_outcomes(options.first), evaluate.read_outcomes(options.second)
     comparisons = [asdict(entry) for entry in evaluate.compare(first, second, options.seed)]
+    ruled = [any(outcome.rule for outcome in outcomes) for outcomes in (first, second)]
+    if ruled[0] != ruled[1]:
+        older = options.second if ruled[0] else options.first
+        notes([f"{older} does not say which rules read its answers, so older ones did; score its generations again"])
     if options.out:
         options.out.write_text(json.dumps(comparisons, indent=1) + "\n", encoding="utf-8")
     unmeasured = len([outcome for outcome in first if outcome.weight == 0])

@@ -344,7 +344,7 @@ def read_text(text: str) -> Reading[str]:
         if not REJECTED.search(said[max(0, match.start() - NEARBY) : match.start()])
     ]
     if not cues:
-        return Reading(part.value, part.rule or "whole")
+        return Reading(said if part.rule == "boxed" else part.value, part.rule or "whole")
     stated = said[cues[-1].end() :].strip()
     return Reading(REASON.split(stated, maxsplit=1)[0].strip() or part.value, part.rule or "cue")
 

@@ -160,6 +160,15 @@ def test_plain_answers_are_compared_whole() -> None:
     assert final_clause(" \n", "plain", "answer") is None
 
 
+def test_what_is_thought_aloud_is_no_part_of_an_answer() -> None:
+    steps = render(FOUR, "cot")
+    assert final_clause(f"<think>Step 1: 3?\nStep 4: 3</think>\n{steps}", "steps", "answer") == "2"
+    assert final_clause("<think>3?</think> 2", "plain", "answer") == "2"
+    assert final_clause("3? </think>\n2", "plain", "answer") == "2"
+    assert final_clause("<think>2", "plain", "answer") is None
+    assert final_clause(f"<think>{steps}", "steps", "answer") is None
+
+
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [(FIVE[:4], "step_count"), ((*FIVE[:4], " "), "step_empty"), ((*FIVE[:4], "a\nStep 1: b"), "step_ambiguous")],
