@@ -36,11 +36,11 @@ Value = TypeVar("Value")
 
 NEARBY = 48  # characters around a letter that decide whether it is meant
 THOUGHT = re.compile(r"(?:<|◁|\[(?=/?THINK\]))(?P<close>/?)(?i:think|thinking|thoughts?|reasoning|reflection)[>▷\]]")
-TAG = re.compile(r"<(?P<close>/?)(?i:answer|final_answer|conclusion)>")
+TAG = re.compile(r"<(?P<close>/?)(?i:answer|final_answer|conclusion)>|<\|(?:begin|(?P<end>end))_of_box\|>")
 JSON = re.compile(
     r"[\"'](?i:(?:final|correct)?[_ ]?answer|choice|答案)[\"']\s?:\s?(?:\"([^\"\n]*)\"|'([^'\n]*)'|(-?[\d.]+))"
 )
-BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s?(?=\{)")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s?(?=\{)|\s(?P<bare>\w+))")
 JOINED = re.compile(r"[\s$,.;&/]*(?:and|or|和|或|与)?[\s$]*")  # between two answers that are given side by side
 
 NOUN = r"(?:option|choice|letter|answer|figure|image|picture|statement|选项|選択肢)"
@@ -80,7 +80,7 @@ REFUSED = re.compile(  # behind a letter
 )
 AFTER_LETTER = re.compile(  # words that follow a letter, and no article
     r"\s(?:because|since|as|for|and|or|is|are|was|but|which|that|with|in|on|over|not|rather|instead|here|based|given|due|from|by"
-    r"|shows?|matches|fits|seems|looks|must|would|should|has|describes?|depicts?|represents?)\b"
+    r"|shows?|matches|fits|seems|looks|must|would|should|has|describes?|depicts?|represents?|it\sis)\b"
 )
 LEADS_TO_LETTER = re.compile(
     r"(?:^|[.!?;:,\n=→(\[\"'{$>]\s?|(?:\b(?i:is|was|be|are|shows?|depicts?|displays?|match|matches|fits?|describes?"
@@ -95,6 +95,7 @@ VERDICT = re.compile(
     r"|(?P<good>(?i:\b(?:correct|true|yes|accurate)\b|\bright\s(?:answer|option|choice|one)\b"
     r"|(?<!the\s)(?<!to\s)(?<!on\s)(?<!top\s)(?<!bottom\s)\bright\b"
     r"(?!\s(?:side|hand|of|corner|arm|leg|half|part|end|to|now|next|above))"
+    r"|\b(?:fits|matches)\b(?=\s?(?:$|[.,;!\n]|best\b|the\s(?:picture|image|description)\b))"
     r"|\b(?:is|as)\sthe\s(?:best\s)?(?:answer|match)\b)|正确|正しい|符合|对(?!于|比|应|面|称|象)|✓|✔|✅|☑|√)"
 )
 
@@ -106,7 +107,8 @@ NO = (
 NO_ANSWER = re.compile(  # a negation that says nothing about the question
     r"\bnot\s(?:sure|certain|clear|possible|enough|only|just|able)|\bno\s(?:doubt|question|idea|way\sto|information|image|picture)"
     r"|\b(?:do|does|did)(?:n't|\snot)\s(?:know|have|provide)|\b(?:cannot|can't|can\snot|unable|could\snot|couldn't)\b|\bno\.?\s?\d"
-    r"|不(?:知道|确定|清楚|能|一定|仅|但|错)|无法|看不清|\bunclear\b|\bsorry\b",
+    r"|不(?:知道|确定|清楚|能|一定|仅|但|错)|无法|看不清|\bunclear\b|\bsorry\b"
+    r"|,\snot\b|\b(?:says?|saying|reads?|reading)\s\W{0,2}no\b",
     re.I,
 )
 FIRST_WORD = re.compile(rf"\W*(?:(?i:well|sure|ok|okay|oh|so)\b[\s,.!]*)?(?i:(?P<yes>{YES})|(?P<no>{NO}))(?![a-z])")
@@ -123,7 +125,7 @@ UNITS = (  # that stand right behind a number; any may stand behind a space
     r"|[km]v|ma|[kmg]?hz|[kmgt]b|kj|k?cal|k?pa|kn|mol|deg|rad|usd|eur|rmb))"
 )
 GROUPED = r"\d{1,3}(?:[,']\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?: \d{3})+(?! ?\d)"
-WHOLE = rf"(?:\d{{1,3}}(?:\.\d{{3}})+,\d+(?![\d,])|(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
+WHOLE = rf"(?:\d{{1,3}}(?:[. ]\d{{3}})+,\d+(?![\d,])|(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
 SPELLED = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True))
 TO_99 = (
     rf"(?:(?:(?:{TENS.replace(' ', '|')})[- ](?:one|two|three|four|five|six|seven|eight|nine)|{SPELLED}"
@@ -200,7 +202,7 @@ def unwrap(text: str) -> Reading[str]:
 def _tagged(text: str) -> list[tuple[int, int, str]]:
     found, start = [], None
     for match in TAG.finditer(text):
-        if not match["close"]:
+        if not (match["close"] or match["end"]):
             start = match
         elif start is not None:
             found.append((start.start(), match.end(), text[start.end() : match.start()]))
@@ -223,8 +225,12 @@ def _boxed(text: str) -> list[tuple[int, int, str]]:
             opened.append(match.start())
         elif match[0] == "}" and opened:
             ends[opened.pop()] = match.start()
-    boxes = [(match.start(), match.end()) for match in BOX.finditer(text)]
-    return [(start, ends[at] + 1, text[at + 1 : ends[at]]) for start, at in boxes if at in ends]
+    boxes = [(match.start(), match.end(), match["bare"]) for match in BOX.finditer(text)]
+    return [
+        (start, at, bare) if bare else (start, ends[at] + 1, text[at + 1 : ends[at]])
+        for start, at, bare in boxes
+        if bare or at in ends
+    ]
 
 
 def lone_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
@@ -247,7 +253,7 @@ def stated_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     cued = [match for match in cue.finditer(said) if _is_meant(said, match, options)]
     if not cued:
         return Reading(None, "", "no_choice")
-    if _has_second(said, cued[-1], options):
+    if _has_second(said, cued[-1], among):
         return Reading(None, "", "several_answers")
     return Reading(cued[-1]["letter"].upper(), "cue")
 
@@ -280,7 +286,7 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         if rule == "only_letter":
             matches = [match for match in matches if _stands_alone(said, match)]
         found = {match["letter"] for match in matches}
-        if any(_has_second(said, match, options) for match in matches):
+        if any(_has_second(said, match, among) for match in matches):
             return Reading(None, "", "several_answers")
         if len(found) == 1 and not found & listed:
             return Reading(found.pop(), rule)
@@ -367,14 +373,13 @@ def _is_meant(text: str, match: re.Match[str], options: Mapping[str, str]) -> bo
     )
 
 
-def _has_second(text: str, match: re.Match[str], options: Mapping[str, str]) -> bool:
+def _has_second(text: str, match: re.Match[str], among: str) -> bool:
     """Whether another letter is named in the same breath: "A or B", "A, B"."""
-    among = _among(options)
     second = re.compile(
         rf"[)\]\"']*(?:,?\s?(?:or\b|and\b|/|&|或|和|与|及)\s?|(?P<comma>,)\s?)(?i:{NOUN}\s)?[(\[]?(?P<letter>[{among}])"
         rf"{NOT_IN_WORD}(?(comma)(?=[)\]\"'.]*\s?(?:$|\n|,|and\b|or\b)))"
     ).match(text, match.end("letter"))
-    return second is not None and second["letter"] != match["letter"].upper() and _is_meant(text, second, options)
+    return second is not None and second["letter"] != match["letter"].upper() and _is_meant(text, second, {})
 
 
 def _stands_alone(text: str, match: re.Match[str]) -> bool:
@@ -391,15 +396,20 @@ def _heads(text: str, among: str) -> list[re.Match[str]]:
         "is|are|was|shows?|matches|fits|seems|looks|must|would|should|has|can|cannot|can't|does|doesn't|isn't|describes?|depicts?"
         "|represents?|contains?"
     )
-    return list(
-        re.finditer(
-            rf"(?:^|\n|[.;,!?]\s?|\b(?:and|but|while|whereas)\s|-\s)[(\[\"'-]?\s?(?:(?i:{NOUN})\s?)?[(\[\"']?"
-            rf"(?P<letter>[{among}]|[{among.lower()}](?=[).:](?!\w\.)))[)\]\"']*(?:选项|项|項)?"
-            rf"(?=\s?(?P<sign>[:.)=→-])|\s(?:{verb})\b|\s?(?:right|wrong|correct|incorrect|true|false|yes|no)\s?(?:[.,;\n]|$)"
-            rf"|[{CJK}]|\s?[✓✔✅☑√✗✘❌×☒])",
-            text,
-        )
+    found = re.finditer(
+        rf"(?:^|\n|[.;,!?]\s?|\b(?:and|but|while|whereas|only)\s|-\s|只有|仅有|仅)[(\[\"'-]?\s?(?:(?i:{NOUN})\s?)?[(\[\"']?"
+        rf"(?P<letter>[{among}]|[{among.lower()}](?=[).:](?!\w\.)))[)\]\"']*(?:选项|项|項)?"
+        rf"(?=\s?(?P<sign>[:.)=→-])|\s(?:{verb})\b|\s?(?:right|wrong|correct|incorrect|true|false|yes|no)\s?(?:[.,;\n]|$)"
+        rf"|[{CJK}]|\s?[✓✔✅☑√✗✘❌×☒])",
+        text,
     )
+    joined = re.compile(rf"(?<!\w)[{among}][)\]\"']*,?\s?$")  # "B and C are right" judges two at once
+    return [
+        match
+        for match in found
+        if not _has_second(text, match, among)
+        and not (match[0].startswith("and") and joined.search(text[max(0, match.start() - NEARBY) : match.start()]))
+    ]
 
 
 def _is_list(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) -> bool:
@@ -413,7 +423,8 @@ def _is_list(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) 
 
 def _judged_right(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) -> set[str]:
     """The letters whose verdict is good; an option's own words ("right", "yes") are no verdict."""
-    good, bad = set(), set()
+    good: set[str] = set()
+    bad: set[str] = set()
     ends = [match.start() for match in heads[1:]] + [len(text)]
     for head, end in zip(heads, ends, strict=False):
         letter, body = head["letter"].upper(), text[head.end() : end].lstrip(" :.)]-=→\"'")
@@ -453,7 +464,9 @@ def _written(match: re.Match[str]) -> float | None:
     """Digits with all that may stand around them."""
     digits = match["digits"]
     digits = (
-        digits.replace(".", "").replace(",", ".") if re.search(r"\.\d{3},", digits) else re.sub(r"[, ']", "", digits)
+        re.sub("[. ]", "", digits).replace(",", ".")
+        if re.search(r"[. ]\d{3},", digits)
+        else re.sub(r"[, ']", "", digits)
     )
     value = float(digits + (f"e{match['e']}" if match["e"] else ""))
     if match["under"]:
@@ -470,7 +483,7 @@ def _written(match: re.Match[str]) -> float | None:
     if after == "%" or after.startswith("per"):
         return value / 100
     money = {"m": 1e6}.get(unit, 1.0) if match["currency"] else 1.0
-    return value * (SCALES | CJK_SCALES).get(after, 1.0) * SUFFIXES.get(match["suffix"] or "", 1.0) * money
+    return value * SCALES.get(after, CJK_SCALES.get(after, 1.0)) * SUFFIXES.get(match["suffix"] or "", 1.0) * money
 
 
 def _cjk(match: re.Match[str]) -> float | None:
