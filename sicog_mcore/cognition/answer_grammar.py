@@ -53,6 +53,7 @@ STATED = (  # what the answer stands behind, in any kind of answer
     r"\b(?:answer|(?:correct|right|best|final)\s(?:choice|option|letter|answer|one)|(?:my|the)\s(?:choice|pick|guess)|antwort"
     r"|r[ée]ponse|respuesta)(?:\s(?:choice|option|letter))?(?:\s(?:to|for|of|here)\b[^.:?!\n]{0,60}?)?"
     rf"(?:\s{BE}(?![^\W{CJK}])\s?:?|\s?(?:[:=]|->|→))"
+    r"|(?:^|\n)#{0,6}\s?(?:the\s)?(?:final\s)?answer\s?\n|(?:^|\n)#{4}\s"
     r"|(?:答案|正解|答え|解答)(?:选项)?(?:应该|应当|应|就|只能)?(?:选择|选|是|为|為|は|[:=])\s?:?"
     r"|正确(?:的)?(?:选项|答案|的)?(?:应该|应|就)?(?:是|为|為|:)\s?:?|(?:정답|답)(?:은|는|\s?:)"
 )
@@ -151,6 +152,9 @@ NUMBER_CUE = re.compile(
     r"(?:(?i:about|approximately|around|roughly|only|exactly)\s|[~≈]\s?)?[(]?"
 )
 PRONOUN_ONE = re.compile(r"(?i:\b(?:the|this|that|which|each|no|any|some|every|another|first|last)\s(?:\w+\s)?)$")
+SENTENCE_END = re.compile(
+    r"\n|(?<!\b[A-Z])(?<!\b[A-Z][a-z])(?<!\bMrs)[.!?](?:\s(?=[A-Z])|(?=[" + CJK + "]))"
+)  # no "Dr. No"
 REASON = re.compile(r"[\s,;(-]*(?:\b(?i:because|since)\b|因为|由于)|[,;]\s(?i:as|for)\s")
 
 
@@ -282,9 +286,8 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         ("bracketed", rf"[(\[](?P<letter>[{among}])[)\]]"),
         ("only_letter", rf"{STANDING}(?P<letter>[{among}]){NOT_IN_WORD}"),
     ):
-        matches = [match for match in re.finditer(pattern, said) if _is_meant(said, match, options)]
-        if rule == "only_letter":
-            matches = [match for match in matches if _stands_alone(said, match)]
+        named = (match for match in re.finditer(pattern, said) if rule == "bracketed" or _stands_alone(said, match))
+        matches = [match for match in named if _is_meant(said, match, options)]
         found = {match["letter"] for match in matches}
         if any(_has_second(said, match, among) for match in matches):
             return Reading(None, "", "several_answers")
@@ -339,20 +342,19 @@ def read_quantity(text: str) -> Reading[float]:
 
 
 def read_text(text: str) -> Reading[str]:
-    """What a wrapper holds, or stands behind the last "answer is" up to its reason; or else all that is spoken."""
+    """What a wrapper holds, or what is announced up to its reason or the sentence's end; or else all that is spoken."""
     part = unwrap(text)
     if part.value is None:
         return part
     said = plain(part.value)
-    cues = [
-        match
-        for match in re.finditer(rf"(?i:{STATED})(?:\s?(?i:{FILLER}))?", said)
-        if not REJECTED.search(said[max(0, match.start() - NEARBY) : match.start()])
-    ]
+    announced = re.finditer(rf"(?i:{STATED})(?:\s?(?i:{FILLER}))?", said)
+    cues = [m for m in announced if not REJECTED.search(said[max(0, m.start() - NEARBY) : m.start()])]
     if not cues:
         return Reading(said if part.rule == "boxed" else part.value, part.rule or "whole")
     stated = said[cues[-1].end() :].strip()
-    return Reading(REASON.split(stated, maxsplit=1)[0].strip() or part.value, part.rule or "cue")
+    for end in (REASON, SENTENCE_END):
+        stated = end.split(stated, maxsplit=1)[0].strip() or stated
+    return Reading(stated or part.value, part.rule or "cue")
 
 
 def _among(options: Mapping[str, str]) -> str:

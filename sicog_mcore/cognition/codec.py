@@ -2,7 +2,7 @@
 
 In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read   Next: annotate.py, score.py
 Reading is tolerant in form (markup, blank lines, titles) and strict in content: each step once, in order, with text.
-Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty.
+Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty, think_not_closed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def render(steps: Sequence[str], kind: Kind) -> str:
     """The answer as it is trained on. ``parse`` gives the steps back, less white space around them.
 
     Raises:
-        SampleError: step_count; step_empty; step_ambiguous (a text holds what reads like a header).
+        SampleError: step_count; step_empty; step_ambiguous (a text holds what reads like a header or a thought).
     """
     texts = tuple(_clean(step) for step in steps)
     if len(texts) != len(TITLES[kind]):
@@ -72,13 +72,18 @@ def render(steps: Sequence[str], kind: Kind) -> str:
         raise SampleError("step_empty", f"step {texts.index('') + 1} has no text")
     text = "\n\n".join(f"{header(kind, number)}\n{step}" for number, step in enumerate(texts, 1))
     if parse(text, kind).steps != texts:
-        raise SampleError("step_ambiguous", "a step has a line that reads like the header of a step; reword it")
+        raise SampleError(
+            "step_ambiguous", "a step has a line that reads like the header of a step, or a tag of thoughts; reword it"
+        )
     return text
 
 
 def parse(text: str, kind: Kind) -> Parsed:
-    """Reads an answer in steps. What stands before the first header is no part of any step."""
-    text = _unix(text)
+    """Reads an answer in steps. What is thought aloud (<think>) or stands before the first header is no part of any step."""
+    said = spoken(text)
+    if said is None:
+        return Parsed(None, "think_not_closed")
+    text = _unix(said)
     headers = list(HEADER.finditer(text))
     numbers = [int(match["number"]) for match in headers]
     if problem := _order_problem(numbers, len(TITLES[kind])):
@@ -96,10 +101,9 @@ def final_clause(text: str, prompt_style: Style, task: Task) -> str | None:
 
     What a model thinks aloud before is no part of it; where a thought does not end, there is none.
     """
-    said = spoken(text)
-    if said is None or prompt_style == "plain":
-        return (said or "").strip() or None
-    steps = parse(said, KINDS[task]).steps
+    if prompt_style == "plain":
+        return (spoken(text) or "").strip() or None
+    steps = parse(text, KINDS[task]).steps
     return steps[-1] if steps else None
 
 

@@ -213,10 +213,16 @@ def test_long_runs_are_read_in_linear_time() -> None:
         "9" * 100_000 + "x",
         "((((" * 25_000,
         "1,000," * 20_000,
+        r"\boxed{" * 10_000,
+        "<think>" * 10_000,
+        "A: wrong. " * 5_000,
+        "one hundred thousand, " * 2_000,
+        "No, \n" * 10_000,
     ):
         extract_choice(run, "ABCD")
         read_number(run)
         normalise(run)
+    match_choice("a red ball " * 5_000, {"A": "a red ball", "B": "ball"})
     assert time.process_time() - start < LINEAR_LIMIT_S
 
 

@@ -43,8 +43,8 @@ IRRELEVANT = frozenset(  # that say where a row comes from, and nothing that is 
     " comment difficulty subject subfield topic l2-category l2_category pid bench".split()
 )
 LIKE_OPTIONS = re.compile(
-    r"(?:options?|opts?|choices?|distractors?|candidates?|alternatives|multiple_choice\w*|mc\d?_\w+|[a-j])"
-    r"|(?:options?|opts?|choices?|answers?|distractors?)[ _-]?(?:[a-j]|\d{1,2}|list|text|texts)",
+    r".*(?:option|choice|distractor|candidate|alternative|possible_answer).*|opts?|endings|mc\d?_\w+"
+    r"|[a-j]|(?:opt|answer)[ _-]?(?:[a-j]|\d{1,2})",
     re.I,
 )
 LIKE_PICTURES = re.compile(
@@ -118,7 +118,7 @@ def unread_keys(row: Mapping[str, Any]) -> list[str]:
         (LIKE_OPTIONS, "options (a list or an object by letter), or A, B, ...", not has_options),
         (LIKE_PICTURES, "image", True),
     ):
-        if lost and (found := [key for key in keys if looks.fullmatch(key)]):
+        if lost and (found := [key for key in keys if looks.fullmatch(key) and not isinstance(row[key], int)]):
             raise SampleError(
                 "field_unknown", f"nothing reads {', '.join(map(repr, found))!s:.80}; name it {name}, or remove it"
             )

@@ -32,6 +32,7 @@ from sicog_mcore.cognition.evaluation.benchmark import Item
 from sicog_mcore.cognition.evaluation.intervals import bootstrap_interval, mcnemar_p, weighted_mean
 from sicog_mcore.cognition.prompts import Prompt, find_prompt
 from sicog_mcore.cognition.records import Candidate, Generation
+from sicog_mcore.cognition.spelling import plain
 from sicog_mcore.errors import RecordError
 
 FORMAT = 2  # 1 had no rules
@@ -294,7 +295,7 @@ def _exact(clause: str, item: Item) -> Judged:
     if stated.value is None:
         return Judged(0.0, "", "", stated.failure)
     wanted = {normalise(answer) for answer in item.answers}
-    if normalise(stated.value) in wanted:
+    if {normalise(stated.value), normalise(plain(stated.value))} & wanted:
         return Judged(1.0, stated.value, stated.rule)
     if normalise(clause) in wanted:
         return Judged(1.0, clause, "whole")

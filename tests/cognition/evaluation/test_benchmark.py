@@ -191,6 +191,8 @@ def test_options_and_their_answer_in_every_form(tmp_path: Path, fields: dict, le
         ({"option_a": "x", "option_b": "y", "answer": "A"}, "nothing reads 'option_a', 'option_b'"),
         ({"a": "x", "b": "y", "answer": "A"}, "nothing reads 'a', 'b'"),
         ({"distractors": ["x"], "answer": "A"}, "nothing reads 'distractors'"),
+        ({"answer_choices": ["x", "y"], "answer": "A"}, "nothing reads 'answer_choices'"),
+        ({"multi_choice_options": ["x", "y"], "answer": "A"}, "nothing reads 'multi_choice_options'"),
         ({"images": ["x.png"], "answer": "A"}, "nothing reads 'images'; name it image"),
         ({"image_1": "x.png", "answer": "A"}, "nothing reads 'image_1'"),
         ({"video": "x.mp4", "answer": "A"}, "nothing reads 'video'"),
