@@ -239,17 +239,17 @@ def _boxed(text: str) -> list[tuple[int, int, str]]:
 
 def lone_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     """The letter that is all of a text: "(b).", "Option B"."""
-    alone = re.fullmatch(rf"(?i:{NOUN}\s?)?[^\w+]*(?P<letter>(?i:[{_among(options)}]))[^\w+#]*", plain(text))
+    alone = re.fullmatch(rf"(?i:{NOUN}\s?)?[^\w+]*(?P<letter>(?i:[{_among(options)}]))[^\w+#✗✘❌×☒]*", plain(text))
     return Reading(alone["letter"].upper(), "whole") if alone else Reading(None, "", "no_choice")
 
 
 def stated_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     """The letter that stands alone in the last line, or behind the last words that announce it."""
     said, among = plain(text), _among(options)
-    lines = {line: lone_letter(line, options).value for line in said.split("\n")[-len(options) - 1 :]}
-    found = [letter for letter in lines.values() if letter]
-    if found and lines[said.split("\n")[-1]] and len(set(found)) == 1:
-        return Reading(found[0], "last_line")
+    alone = [lone_letter(line, options).value for line in said.split("\n")[-2:]]
+    if alone[-1]:
+        echoed = alone[0] not in (None, alone[-1])  # lines of letters are the options again
+        return Reading(None, "", "several_answers") if echoed else Reading(alone[-1], "last_line")
     cue = re.compile(
         rf"(?:(?i:{STATED}{CHOSEN})|(?P<so>(?i:{SO})))(?:\s?(?i:{FILLER}))?(?:\s?(?i:(?:the\s)?{NOUN}))?{OPEN}"
         rf"(?P<letter>(?i:[{among}])){NOT_IN_WORD}(?(so)(?=[)\]\"'}}$>]*\s?(?:$|[.,;!\n]|because\b|since\b)))"
@@ -267,16 +267,17 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     said, among = plain(text), _among(options)
     heads = _heads(said, among)
     listed = {match["letter"].upper() for match in heads} if _is_list(said, heads, options) else set()
-    right = _judged_right(said, heads, options)
+    right, wrong = _judged(said, heads, options)
     if len(right) == 1:
         return Reading(right.pop(), "verdict")
     concluded = _concluded(said, among, options)
     lead = re.compile(
         rf"[(\[\"']?(?i:{NOUN}\s)?[(\[]?(?P<letter>[{among}]|[{among.lower()}](?=[)\].:]))"
-        rf"(?:[)\]]|[.:](?=\s|$|[{CJK}])|\s?[,;-](?=\s|[{CJK}])(?!\s?[{among}]{NOT_IN_WORD})|(?=\s(?:because|since)\b)|(?=因))"
+        rf"(?:[)\]]|[.:](?=\s|$|[{CJK}])|\s?[,;-](?=\s|[{CJK}])(?!\s?[{among}]{NOT_IN_WORD})|(?=\s(?:because|since)\b)|(?=因|\n))"
     ).match(said)
-    if lead and not (listed and heads[0].start("letter") == lead.start("letter")) and _is_meant(said, lead, options):
-        letter = lead["letter"].upper()
+    letter = lead["letter"].upper() if lead and _is_meant(said, lead, options) else ""
+    alone = set(re.findall(rf"(?m)^\W*([{among}])\W*$", said))
+    if letter and alone <= {letter} and (letter not in listed or listed - {letter} <= wrong):
         if concluded not in (None, letter):
             return Reading(None, "", "several_answers")
         return Reading(letter, "leading_letter")
@@ -419,12 +420,12 @@ def _is_list(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) 
     if len({match["letter"].upper() for match in heads}) < 2:
         return False
     body = text[heads[0].end() : heads[1].start()].strip(" :.)-")
-    in_turn = bool(heads[0]["sign"] and heads[1]["sign"]) or heads[0]["letter"].upper() == min(options)
-    return bool(body) and in_turn
+    signs = [bool(match["sign"]) for match in heads[:2]]  # "A. a cat. Option B is no cat." explains a choice
+    return bool(body) and (all(signs) or (not any(signs) and heads[0]["letter"].upper() == min(options)))
 
 
-def _judged_right(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) -> set[str]:
-    """The letters whose verdict is good; an option's own words ("right", "yes") are no verdict."""
+def _judged(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """The letters whose verdict is good, and is bad; an option's own words ("right", "yes") are no verdict."""
     good: set[str] = set()
     bad: set[str] = set()
     ends = [match.start() for match in heads[1:]] + [len(text)]
@@ -435,7 +436,7 @@ def _judged_right(text: str, heads: list[re.Match[str]], options: Mapping[str, s
         verdict = VERDICT.search(body if len(heads) > 1 else re.split(r"[.,;\n]", body, maxsplit=1)[0])
         if verdict:
             (good if verdict["good"] else bad).add(letter)
-    return good - bad
+    return good - bad, bad
 
 
 def _concluded(text: str, among: str, options: Mapping[str, str]) -> str | None:

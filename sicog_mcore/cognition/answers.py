@@ -130,7 +130,7 @@ def _chosen(text: str, options: Mapping[str, str]) -> Reading[str]:
     if (alone := lone_letter(text, options)).value:
         return alone
     # An answer in an option's own words is no letter, even if it begins with one: "A cat".
-    lettered = re.match(r"\s*\(?[Aa][).:]", text)  # what plain form drops as an article
+    lettered = re.match(r"[\W_]*[Aa][).:*]", text)  # what plain form drops as an article
     if not lettered and (own := _equal_words(text, options)).value:
         return own
     if (stated := stated_letter(text, options)).value or stated.failure == "several_answers":
