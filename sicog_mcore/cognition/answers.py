@@ -10,8 +10,10 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from sicog_mcore.cognition import spelling
 from sicog_mcore.cognition.answer_grammar import (
     NEARBY,
+    QUANTITY,
     REJECTED,
     Reading,
     lone_letter,
@@ -78,10 +80,11 @@ def same_number(answer: str, reference: str, relative: float = 0.0) -> bool:
 
 
 def is_bare_number(text: str) -> bool:
-    """Whether a text is nothing but a number: "12.0", "twelve", "$12"; not "007", which is a name, nor "12 apples"."""
-    plain = normalise(text)
-    spelled = re.fullmatch(r"[-+]?(?:0|[1-9]\d*)?(?:\.\d+)?%?", plain) and any(map(str.isdigit, plain))
-    return bool(spelled) and read_number(text) is not None
+    """Whether a text is nothing but a number: "12.0", "twenty-one", "$12"; not "007", a name, nor "12 cm" or "3/4"."""
+    whole = QUANTITY.fullmatch(spelling.plain(text).strip("$ .!"))
+    if whole is None or any(whole[part] for part in ("unit", "suffix", "under", "mixed", "counted")):
+        return False
+    return re.match(r"0\d", whole["digits"] or "") is None and read_number(text) is not None
 
 
 def extract_choice(text: str, letters: Collection[str]) -> str | None:
