@@ -53,8 +53,8 @@ STATED = (  # what the answer stands behind, in any kind of answer
     r"\b(?:answer|(?:correct|right|best|final)\s(?:choice|option|letter|answer|one)|(?:my|the)\s(?:choice|pick|guess)|antwort"
     r"|r[ée]ponse|respuesta)(?:\s(?:choice|option|letter))?(?:\s(?:to|for|of|here)\b[^.:?!\n]{0,60}?)?"
     rf"(?:\s{BE}(?![^\W{CJK}])\s?:?|\s?(?:[:=]|->|→))"
-    r"|(?:^|\n)#{0,6}\s?(?:the\s)?(?:final\s)?answer\s?\n|(?:^|\n)#{4}\s"
-    r"|(?:答案|正解|答え|解答)(?:选项)?(?:应该|应当|应|就|只能)?(?:选择|选|是|为|為|は|[:=])\s?:?"
+    r"|(?:^|\n)#{0,6}\s?(?:the\s)?(?:final\s)?answer\s?\n|(?:^|\n)#{4}\s(?=[^\n]*$)"
+    r"|\[(?:答案|正解)\]|(?:答案|正解|答え|解答)(?:选项)?(?:应该|应当|应|就|只能)?(?:选择|选|是|为|為|は|[:=])\s?:?"
     r"|正确(?:的)?(?:选项|答案|的)?(?:应该|应|就)?(?:是|为|為|:)\s?:?|(?:정답|답)(?:은|는|\s?:)"
 )
 CHOSEN = (  # what only a letter stands behind
@@ -86,7 +86,7 @@ AFTER_LETTER = re.compile(  # words that follow a letter, and no article
 LEADS_TO_LETTER = re.compile(
     r"(?:^|[.!?;:,\n=→(\[\"'{$>]\s?|(?:\b(?i:is|was|be|are|shows?|depicts?|displays?|match|matches|fits?|describes?"
     r"|choose|chose|pick|select|take|say|guess|think|believe|with|to|option|choice|letter|figure|image|picture|photo|panel|diagram"
-    r"|graph|statement|answer|but|so|thus|therefore|hence|then|see|sees|means?|definitely|probably|clearly|likely|maybe|perhaps"
+    r"|graph|statement|answer|but|so|thus|therefore|hence|then|see|sees|means?|leaves|definitely|probably|clearly|likely|maybe|perhaps"
     r"|only|just|both|either|ist|est|es)|'s)\s)[(\[\"']*$"
 )
 NAMED_IN_CJK = re.compile(r"[是为為选選择擇项項取即于应為は](?:[(\[\"'\s]*)$")
