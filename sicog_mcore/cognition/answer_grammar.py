@@ -272,7 +272,7 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         return Reading(right.pop(), "verdict")
     concluded = _concluded(said, among, options)
     lead = re.compile(
-        rf"[(\[\"']?(?i:{NOUN}\s)?[(\[]?(?P<letter>[{among}]|[{among.lower()}](?=[)\].:]))"
+        rf"[(\[\"'#>•-]{{0,6}}\s?(?i:{NOUN}\s)?[(\[]?(?P<letter>[{among}]|[{among.lower()}](?=[)\].:]))"
         rf"(?:[)\]]|[.:](?=\s|$|[{CJK}])|\s?[,;-](?=\s|[{CJK}])(?!\s?[{among}]{NOT_IN_WORD})|(?=\s(?:because|since)\b)|(?=因|\n))"
     ).match(said)
     letter = lead["letter"].upper() if lead and _is_meant(said, lead, options) else ""
@@ -400,7 +400,7 @@ def _heads(text: str, among: str) -> list[re.Match[str]]:
         "|represents?|contains?"
     )
     found = re.finditer(
-        rf"(?:^|\n|[.;,!?]\s?|\b(?:and|but|while|whereas|only)\s|-\s|只有|仅有|仅)[(\[\"'-]?\s?(?:(?i:{NOUN})\s?)?[(\[\"']?"
+        rf"(?:^|\n|[.;,!?]\s?|\b(?:and|but|while|whereas|only)\s|-\s|只有|仅有|仅)[(\[\"'#>•-]{{0,6}}\s?(?:(?i:{NOUN})\s?)?[(\[\"']?"
         rf"(?P<letter>[{among}]|[{among.lower()}](?=[).:](?!\w\.)))[)\]\"']*(?:选项|项|項)?"
         rf"(?=\s?(?P<sign>[:.)=→-])|\s(?:{verb})\b|\s?(?:right|wrong|correct|incorrect|true|false|yes|no)\s?(?:[.,;\n]|$)"
         rf"|[{CJK}]|\s?[✓✔✅☑√✗✘❌×☒])",
