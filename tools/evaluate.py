@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sicog_mcore.errors import EXIT_OK, DataError, RecordError, SicogError, exit_code, printable
 
-METRICS = ("auto", "exact", "numeric", "choice", "attributes")
+METRICS = ("auto", "exact", "numeric", "choice", "yes_no", "attributes")
 HEADER = ("", "n", "metric", "first", "second", "difference", "95 % interval", "wins", "losses", "p")
 
 
@@ -29,7 +30,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     score = commands.add_parser("score", help="judge generations against the references")
     score.add_argument("--generations", type=Path, required=True, help="generations.jsonl or .parquet")
     score.add_argument("--prompt", help="whose answers are judged; needed where several were asked")
-    score.add_argument("--metric", choices=METRICS, default="auto", help="auto: choice with options, else exact")
+    score.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="auto",
+        help="auto: choice with options, yes_no by the reference, else exact",
+    )
     score.add_argument("--tolerance", type=float, default=0.05, help="of numeric, relative (default: %(default)s)")
     score.add_argument("--vocabulary", type=Path, help='of attributes, a JSON file: {"colour": ["red", ...], ...}')
     for command in (prepare, score):
@@ -47,8 +53,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def prepare(options: argparse.Namespace) -> str:
     """Writes rows and images."""
     from sicog_mcore.cognition.evaluation.benchmark import write_rows
+    from sicog_mcore.cognition.evaluation.cells import Unread
 
-    count = write_rows(options.benchmark, options.images, options.out)
+    unread = Unread()
+    count = write_rows(options.benchmark, options.images, options.out, unread)
+    notes(unread.lines())
     return f"{options.out / 'rows.jsonl'}: {count} rows, images relative to {options.out}"
 
 
@@ -59,6 +68,7 @@ def score(options: argparse.Namespace) -> str:
     if not 0 <= options.tolerance < 1:
         raise RecordError(f"--tolerance {options.tolerance}: expected a share from 0 to below 1")
     from sicog_mcore.cognition.evaluation.benchmark import benchmark_hash, read_items
+    from sicog_mcore.cognition.evaluation.cells import Unread
     from sicog_mcore.cognition.evaluation.evaluate import (
         Judging,
         judge,
@@ -73,7 +83,10 @@ def score(options: argparse.Namespace) -> str:
     generations = read_by_id(options.generations, Generation)
     prompt = options.prompt or only_prompt(generations.values())
     judging = Judging(options.metric, options.tolerance, vocabulary)
-    outcomes = judge(read_items(options.benchmark), generations, prompt, judging)
+    unread = Unread()
+    items = read_items(options.benchmark, unread)
+    notes(unread.lines())
+    outcomes = judge(items, generations, prompt, judging)
     about = provenance(generations.values(), prompt)
     about |= {"benchmark": options.benchmark, "benchmark_hash": benchmark_hash(options.benchmark)}
     about |= {"judging": asdict(judging)}
@@ -84,9 +97,16 @@ def score(options: argparse.Namespace) -> str:
         raise DataError(f"{options.out}: 0 of {summary['n']} items have an answer to judge ({reasons}); generate again")
     low, high = summary["interval"]
     failures = "".join(f"; {count} x {reason}" for reason, count in summary["failures"].items())
+    rules = "".join(f"{count} read by {rule}, " for rule, count in summary["rules"].items())
     cut = f"; {about['cut']} cut at the longest length" if about["cut"] else ""
     mean = f"mean {summary['mean']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
-    return f"{options.out}: {mean}, {summary['n']} items{failures}{cut}"
+    return f"{options.out}: {mean}, {rules}{summary['n']} items{failures}{cut}"
+
+
+def notes(lines: Iterable[str]) -> None:
+    """What a user should know though it stops nothing, on the second stream."""
+    for line in lines:
+        print("evaluate: note: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 
 
 def read_vocabulary(path: Path) -> dict[str, list[str]]:
@@ -112,6 +132,10 @@ def compare(options: argparse.Namespace) -> str:
 
     first, second = evaluate.read_outcomes(options.first), evaluate.read_outcomes(options.second)
     comparisons = [asdict(entry) for entry in evaluate.compare(first, second, options.seed)]
+    ruled = [any(outcome.rule for outcome in outcomes) for outcomes in (first, second)]
+    if ruled[0] != ruled[1]:
+        older = options.second if ruled[0] else options.first
+        notes([f"{older} does not say which rules read its answers, so older ones did; score its generations again"])
     if options.out:
         with whole_file(options.out) as aside:
             aside.write_text(json.dumps(comparisons, indent=1) + "\n", encoding="utf-8")

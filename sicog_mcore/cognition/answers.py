@@ -1,23 +1,33 @@
 """What an answer says, apart from how it is written: plain form, number, choice, attributes. Pure functions of text.
 
-In: text of a model or a data set, never evaluated   Out: text, number, letter, attributes, or None where there is none
-Used by: score.py (votes), evaluate.py (metrics). Equality is wanted, not understanding: a negation is not seen.
+In: text of a model or a data set, never evaluated   Out: text, number, letter, attributes; each Reading names its rule
+Used by: score.py (votes), evaluate.py (metrics). Which rules there are, and in which order: answer_grammar.py.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-ARTICLES = frozenset(("a", "an", "the"))
-TO_TEN = "zero one two three four five six seven eight nine ten"
-TO_TWENTY = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
-NUMBER_WORDS: Mapping[str, str] = {word: str(value) for value, word in enumerate(f"{TO_TEN} {TO_TWENTY}".split())}
-SCALES: Mapping[str, float] = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-DASHES = str.maketrans({"\u2212": "-", "\u2010": "-", "\u2011": "-"})  # minus and hyphens that look like "-"
+from sicog_mcore.cognition import spelling
+from sicog_mcore.cognition.answer_grammar import (
+    NEARBY,
+    QUANTITY,
+    REJECTED,
+    Reading,
+    lone_letter,
+    named_letter,
+    read_quantity,
+    read_text,
+    read_yes_no,
+    spoken,
+    stated_letter,
+    unwrap,
+)
+from sicog_mcore.cognition.spelling import CJK, DASHES, NUMBER_WORDS, narrow
 
+ARTICLES = frozenset(("a", "an", "the"))
 # A sign counts only where it cannot be a hyphen; commas only where they group three digits.
 NUMBER = re.compile(
     r"(?:(?<!\w)[-+][$€£¥]?)?(?:(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:\s?%)?"
@@ -25,22 +35,6 @@ NUMBER = re.compile(
     re.A,
 )
 NOT_PLAIN = re.compile(r"[+,\s$€£¥]")  # what a number loses
-# What read_number takes as one number: with currency, exponent, percent or scale around it.
-WHOLE = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?|[-+]?\.\d+(?:e[-+]?\d{1,3})?"
-QUANTITY = re.compile(
-    rf"(?<![\w.,])(?<!\d[:/])(?P<minus>-?)(?:[$€£¥]\s?)?(?P<digits>{WHOLE})(?!\w|[.,:/]\d)"
-    rf"(?:\s?(?P<after>%|(?:percent|{'|'.join(SCALES)})\b))?"
-    rf"|\b(?P<word>{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})\b(?:\s(?P<scale>{'|'.join(SCALES)})\b)?",
-    re.A,
-)
-CUE = re.compile(r"\b(?:answer|result|total)(?:\s+(?:is|are|equals|would be|should be))?\s*[:=]?\s*|=\s*")
-CHOICE_CUE = (
-    r"\b(?:answer|(?:correct|right|best|final)\s+(?:choice|option|letter))"
-    r"(?:\s+(?:is|would be|must be|should be)\s*:?|\s*[:=])\s*(?:option\s+)?\(?[\"'“]?"
-)
-STATEMENT = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)", re.I)
-NEARBY = 40  # characters around a letter that decide whether it is meant
-EMPHASIS = re.compile(r"[*_`]+")
 
 
 def normalise(text: str) -> str:
@@ -57,24 +51,17 @@ def normalise(text: str) -> str:
         words.append(NOT_PLAIN.sub("", match[0]))
         start = match.end()
     words += _words(plain[start:])
-    words = [NUMBER_WORDS.get(word, word) for word in words]
+    words = [str(NUMBER_WORDS.get(word, word)) for word in words]
     return " ".join([word for word in words if word not in ARTICLES] or words or plain.split())
 
 
 def read_number(text: str) -> float | None:
     """The number that an answer gives; None if there is none, or none that stands out.
 
-    It is, in this order: the one behind the last "answer is", "total", "result" or "="; the only one in the text. Several
-    equal ones count as one. "50%" is 0.5, as in ChartQA's metric; "3 million" is 3e6; "three" is 3.
+    It is, in this order: the one in a wrapper such as a box; the one behind the last "answer is", "total", "result" or "=";
+    the only one in the text. Several equal ones count as one. "50%" is 0.5, as in ChartQA's metric; "3 million" is 3e6.
     """
-    plain = EMPHASIS.sub("", _fold(text))
-    numbers = [(match.start(), value) for match in QUANTITY.finditer(plain) if (value := _value(match)) is not None]
-    ends = {match.end() for match in CUE.finditer(plain)}
-    cued = [value for start, value in numbers if start in ends]
-    if cued:
-        return cued[-1]
-    values = {value for _, value in numbers}
-    return values.pop() if len(values) == 1 else None
+    return read_quantity(text).value
 
 
 def same_number(answer: str, reference: str, relative: float = 0.0) -> bool:
@@ -92,44 +79,21 @@ def same_number(answer: str, reference: str, relative: float = 0.0) -> bool:
     return found == wanted or abs(found - wanted) <= relative * abs(wanted) * (1 + 1e-12)
 
 
-def stated_answer(text: str) -> str:
-    """What stands behind the last "answer is" or "answer:"; all of the text where that is nowhere."""
-    plain = EMPHASIS.sub("", text)
-    cues = list(STATEMENT.finditer(plain))
-    return (plain[cues[-1].end() :] if cues else plain).strip() or text.strip()
+def is_bare_number(text: str) -> bool:
+    """Whether a text is nothing but a number: "12.0", "twenty-one", "$12"; not "007", a name, nor "12 cm" or "3/4"."""
+    whole = QUANTITY.fullmatch(spelling.plain(text).strip("$ .!"))
+    if whole is None or any(whole[part] for part in ("unit", "suffix", "under", "mixed", "counted")):
+        return False
+    return re.match(r"0\d", whole["digits"] or "") is None and read_number(text) is not None
 
 
 def extract_choice(text: str, letters: Collection[str]) -> str | None:
     """The letter of the option that an answer chooses, in upper case; None if it chooses none, or more than one.
 
-    Looked for in this order: the whole answer or its last line is a letter; behind the last "answer is", "answer:", "right
-    option is"; at the start before a delimiter; the only letter in brackets; the only letter standing alone. "A" and "I"
-    before a word in lower case are an article and a pronoun, and a letter behind "not" or "than" is none that is chosen.
-
     Args:
         letters: of the options, one character each, e.g. "ABCD".
     """
-    among = "".join(re.escape(letter) for letter in sorted({letter.upper() for letter in letters}))
-    lines = [" ".join(line.split()) for line in EMPHASIS.sub("", text).splitlines() if line.strip()]
-    if not lines or not among:
-        return None
-    for line in (" ".join(lines), lines[-1]):
-        if alone := re.fullmatch(rf"(?:option\s+)?[\W_]*([{among}])[\W_]*", line, re.I):
-            return alone[1].upper()
-    plain = "\n".join(lines)
-    letter = rf"(?P<letter>[{among}])"
-    standing = rf"{letter}(?!\w|['’]\w)"
-    second = rf"(?P<second>\)?\s*(?:or|and|/|&|,)\s*\(?[{among}]\b)?"
-    cued = _meant(rf"(?i:{CHOICE_CUE}{letter})(?!\w|['’]\w){second}", plain)
-    if cued:
-        return None if cued[-1]["second"] else cued[-1]["letter"].upper()
-    if first := re.match(rf"\(?{letter}(?:\)|[.:](?=\s|$)|\s*[,;-]\s)", plain):
-        return first["letter"]
-    for pattern in (rf"\({letter}\)", rf"(?<![\w'’]){standing}"):
-        found = {match["letter"] for match in _meant(pattern, plain)}
-        if found:
-            return found.pop() if len(found) == 1 else None
-    return None
+    return read_choice(text, dict.fromkeys(letters, "")).value
 
 
 def match_choice(text: str, options: Mapping[str, str]) -> str | None:
@@ -138,15 +102,96 @@ def match_choice(text: str, options: Mapping[str, str]) -> str | None:
     Args:
         options: text of each option by its letter.
     """
+    return read_choice(text, options).value
+
+
+def read_choice(text: str, options: Mapping[str, str]) -> Reading[str]:
+    """The option that an answer chooses by its letter, or in the option's own words, and the rule that read it.
+
+    "A" and "I" before a word in lower case are an article and a pronoun, and a letter that is denied is not chosen. A
+    letter alone is that letter, even where another option's words are "B".
+
+    Args:
+        options: text of each option by its letter.
+
+    Returns:
+        a letter in upper case; failures are no_choice, several_answers and think_not_closed.
+    """
+    options = {letter.upper(): words for letter, words in options.items()}
+    part = unwrap(text)
+    if part.value is None or not options:
+        return Reading(None, "", part.failure or "no_choice")
+    reading = _chosen(part.value, options)
+    if reading.value and part.rule:
+        return Reading(reading.value, part.rule)
+    if part.rule == "boxed" and reading.failure == "no_choice":  # a step of the calculation may be boxed
+        return stated_letter(spoken(text) or "", options)
+    return reading
+
+
+def _chosen(text: str, options: Mapping[str, str]) -> Reading[str]:
+    if (alone := lone_letter(text, options)).value:
+        return alone
     # An answer in an option's own words is no letter, even if it begins with one: "A cat".
-    own_words = [letter for letter, option in options.items() if normalise(option) == normalise(text)]
-    if len(own_words) == 1:
-        return own_words[0].upper()
-    if (letter := extract_choice(text, options.keys())) is not None:
-        return letter
-    words = f" {normalise(text)} "
-    held = [letter for letter, option in options.items() if option.strip() and f" {normalise(option)} " in words]
-    return held[0].upper() if len(held) == 1 else None
+    lettered = re.match(r"[\W_]*[Aa][).:*]", text)  # what plain form drops as an article
+    if not lettered and (own := _equal_words(text, options)).value:
+        return own
+    if (stated := stated_letter(text, options)).value or stated.failure == "several_answers":
+        return stated
+    told = read_text(text)
+    if told.rule == "cue" and (own := _own_words(told.value or "", options)).value:
+        return own
+    named = named_letter(text, options)
+    if named.value:
+        return named
+    if {normalise(words) for words in options.values()} >= {"yes", "no"}:
+        answer = read_yes_no(text)
+        chosen = [letter for letter, words in options.items() if normalise(words) == answer.value]
+        return Reading(chosen[0], answer.rule) if len(chosen) == 1 else Reading(None, "", named.failure)
+    own = _own_words(text, options)
+    return own if own.value or own.failure == "several_answers" else named
+
+
+def _equal_words(text: str, options: Mapping[str, str]) -> Reading[str]:
+    plain = normalise(text)
+    found = [letter for letter, words in options.items() if words.strip() and normalise(words) == plain]
+    return Reading(found[0], "own_words") if len(found) == 1 else Reading(None, "", "no_choice")
+
+
+def _own_words(text: str, options: Mapping[str, str]) -> Reading[str]:
+    """The only option whose words stand in a text undenied; longer ones come first: "blue circle" before "circle"."""
+    said = _spaced(text)
+    found: set[str] = set()
+    for letter, words in sorted(options.items(), key=lambda option: -len(normalise(option[1]))):
+        wanted = _spaced(words) if words.strip() else ""
+        wanted = wanted.strip() if re.search(f"[{CJK}]", wanted) else wanted
+        start = said.find(wanted) if wanted.strip() else -1
+        while start >= 0 and letter not in found:
+            if not _denied(" ".join(said[max(0, start - NEARBY) : start].split())):
+                found.add(letter)
+            start = said.find(wanted, start + len(wanted))
+        said = said.replace(wanted, " | ") if wanted.strip() else said  # a mark that no plain form holds
+    if not found and (number := read_quantity(text).value) is not None:
+        values = {letter: read_number(words) for letter, words in options.items()}
+        if None not in values.values() and len(set(values.values())) == len(values):
+            found = {letter for letter, value in values.items() if value == number}
+            return Reading(found.pop(), "own_number") if found else Reading(None, "", "no_choice")
+    if len(found) == 1:
+        return Reading(found.pop(), "own_words")
+    return Reading(None, "", "several_answers" if found else "no_choice")
+
+
+def _spaced(text: str) -> str:
+    """Plain form with two spaces between words, so that each word has its own on either side."""
+    return f" {normalise(text).replace(' ', '  ')} "
+
+
+def _denied(before: str) -> bool:
+    """Whether the words before an option's say that it is not the one."""
+    denials = (
+        r"\b(?:not|no|isnt|arent|wasnt|neither|nor|than|except|without|never|wrong|incorrect)|(?:不是|没有|并非|不|非)"
+    )
+    return bool(REJECTED.search(f"{before} ") or re.search(rf"(?:{denials})\s?$", before))
 
 
 def attributes(text: str, vocabulary: Mapping[str, Sequence[str]]) -> frozenset[tuple[str, str]]:
@@ -173,7 +218,7 @@ def attribute_f1(found: Collection[tuple[str, str]], expected: Collection[tuple[
 
 
 def _fold(text: str) -> str:
-    folded = unicodedata.normalize("NFC", text).translate(DASHES).casefold()
+    folded = unicodedata.normalize("NFC", narrow(text)).translate(DASHES).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
@@ -182,31 +227,3 @@ def _words(text: str) -> Iterator[str]:
     joined = re.sub(r"(?<=\w)['’](?=\w)", "", text)
     kept = (" " if unicodedata.category(character)[0] in "PSCZ" else character for character in joined)
     return iter("".join(kept).split())
-
-
-def _value(match: re.Match[str]) -> float | None:
-    scale = SCALES.get(match["scale"] or match["after"] or "", 1.0)
-    if match["word"]:
-        return float(NUMBER_WORDS[match["word"]]) * scale
-    value = float(match["digits"].replace(",", "")) * scale
-    value = value / 100 if match["after"] in ("%", "percent") else value
-    value = -value if match["minus"] else value
-    return value if math.isfinite(value) else None
-
-
-def _meant(pattern: str, text: str) -> list[re.Match[str]]:
-    """Matches whose letter is meant as an option: not rejected by the words before it, no article, no pronoun."""
-    return [
-        match for match in re.finditer(pattern, text) if not _is_rejected(text, match) and not _is_word(text, match)
-    ]
-
-
-def _is_rejected(text: str, match: re.Match[str]) -> bool:
-    before = text[max(0, match.start() - NEARBY) : match.start()]
-    return re.search(r"(?i)(?:\bnot|n't|n’t|\bnor|\bneither|\bthan|\bexcept)(?:\s+\w+)?\s+$", before) is not None
-
-
-def _is_word(text: str, match: re.Match[str]) -> bool:
-    after = text[match.end() : match.end() + NEARBY]
-    goes_on = re.match(r"\s+(?!(?:because|since|as|for|and|or|is|but)\b)[^\W\d_A-Z]", after)
-    return match["letter"].upper() in "AI" and match[0][-1] == match["letter"] and goes_on is not None

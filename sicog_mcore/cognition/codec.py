@@ -2,7 +2,7 @@
 
 In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read   Next: annotate.py, score.py
 Reading is tolerant in form (markup, blank lines, titles) and strict in content: each step once, in order, with text.
-Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty.
+Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty, think_not_closed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sicog_mcore.cognition.answer_grammar import spoken
 from sicog_mcore.cognition.prompts import Style
 from sicog_mcore.cognition.records import Task
 from sicog_mcore.errors import SampleError
@@ -64,7 +65,7 @@ def render(steps: Sequence[str], kind: Kind) -> str:
     """The answer as it is trained on. ``parse`` gives the steps back, less white space around them.
 
     Raises:
-        SampleError: step_count; step_empty; step_ambiguous (a text holds what reads like a header).
+        SampleError: step_count; step_empty; step_ambiguous (a text holds what reads like a header or a thought).
     """
     texts = tuple(_clean(step) for step in steps)
     if len(texts) != len(TITLES[kind]):
@@ -73,7 +74,9 @@ def render(steps: Sequence[str], kind: Kind) -> str:
         raise SampleError("step_empty", f"step {texts.index('') + 1} has no text")
     text = "\n\n".join(f"{header(kind, number)}\n{step}" for number, step in enumerate(texts, 1))
     if parse(text, kind).steps != texts:
-        raise SampleError("step_ambiguous", "a step has a line that reads like the header of a step; reword it")
+        raise SampleError(
+            "step_ambiguous", "a step has a line that reads like the header of a step, or a tag of thoughts; reword it"
+        )
     return text
 
 
@@ -90,8 +93,11 @@ def quote_headers(text: str) -> str:
 
 
 def parse(text: str, kind: Kind) -> Parsed:
-    """Reads an answer in steps. What stands before the first header is no part of any step."""
-    text = _unix(text)
+    """Reads an answer in steps. What is thought aloud (<think>) or stands before the first header is no part of any step."""
+    said = spoken(text)
+    if said is None:
+        return Parsed(None, "think_not_closed")
+    text = _unix(said)
     headers = list(HEADER.finditer(text))
     numbers = [int(match["number"]) for match in headers]
     if problem := _order_problem(numbers, len(TITLES[kind])):
@@ -105,9 +111,12 @@ def parse(text: str, kind: Kind) -> Parsed:
 
 
 def final_clause(text: str, prompt_style: Style, task: Task) -> str | None:
-    """The part of an answer that is compared: of steps the last one, otherwise all of it; None where there is none."""
+    """The part of an answer that is compared: of steps the last one, otherwise all of it; None where there is none.
+
+    What a model thinks aloud before is no part of it; where a thought does not end, there is none.
+    """
     if prompt_style == "plain":
-        return text.strip() or None
+        return (spoken(text) or "").strip() or None
     steps = parse(text, KINDS[task]).steps
     return steps[-1] if steps else None
 

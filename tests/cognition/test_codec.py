@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = ("cod", "cot")
 # Pieces that look like what the codec itself writes and reads, between ordinary text.
 PIECES = st.sampled_from(
     ["Step ", "step 2", "1", "5", ":", ".", "-", "**", "#", "_", " ", "\n", "\r", "\n\n", "---", "\u2028", "a", "Red."]
-    + [*COD_STEPS, *COT_STEPS, "<SUMMARY>", "</CAPTION>", "<"]
+    + [*COD_STEPS, *COT_STEPS, "<SUMMARY>", "</CAPTION>", "<", "<think>", "</think>"]
 )
 TEXTS = st.lists(PIECES | st.text(max_size=5), max_size=8).map("".join)
 
@@ -174,6 +174,19 @@ def test_a_step_without_text_fails(last: str) -> None:
 def test_plain_answers_are_compared_whole() -> None:
     assert final_clause(" A Step 5: plain text.\n", "plain", "caption") == "A Step 5: plain text."
     assert final_clause(" \n", "plain", "answer") is None
+
+
+def test_what_is_thought_aloud_is_no_part_of_an_answer() -> None:
+    steps = render(FOUR, "cot")
+    assert final_clause(f"<think>Step 1: 3?\nStep 4: 3</think>\n{steps}", "steps", "answer") == "2"
+    assert final_clause("<think>3?</think> 2", "plain", "answer") == "2"
+    assert final_clause("3? </think>\n2", "plain", "answer") == "2"
+    assert final_clause("<think>2", "plain", "answer") is None
+    assert final_clause(f"<think>{steps}", "steps", "answer") is None
+    assert parse(f"<think>Step 1: 3?</think>{steps}", "cot").steps == FOUR
+    assert parse(f"<think>{steps}", "cot") == Parsed(None, "think_not_closed")
+    with pytest.raises(SampleError, match="tag of thoughts"):
+        render(("a <think>b</think>", *FOUR[1:]), "cot")
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,36 @@ def test_attributes_take_their_vocabulary_from_a_file(benchmark: str, tmp_path: 
     assert json.loads((tmp_path / "o" / "results.json").read_text())["mean"] == 0.5
     vocabulary.write_text('{"colour": "red"}')
     assert score(benchmark, made, tmp_path / "o", "--metric", "attributes", "--vocabulary", str(vocabulary)) == 2
+
+
+def test_keys_that_nothing_reads_are_named_and_nothing_else_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(i), "question": "q", "answer": "red", "context": "c\x1b[2J"} for i in range(NUM_ITEMS)]
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["prepare", "--benchmark", str(path), "--out", str(tmp_path / "rows")]) == 0
+    note = f"evaluate: note: {path}:1: the key 'context' is not read (6 rows have it); rename it if it matters\n"
+    assert capsys.readouterr().err == note
+    assert score(str(path), generations(tmp_path / "g.jsonl", range(3)), tmp_path / "o") == 0
+    caught = capsys.readouterr()
+    assert caught.err == note
+    assert "5 read by whole, 6 items; 1 x no_generation" in caught.out
+    outcomes = [json.loads(line) for line in (tmp_path / "o" / "results.jsonl").read_text().splitlines()]
+    assert [row["rule"] for row in outcomes] == ["whole"] * 5 + [""]
+
+
+def test_results_of_an_older_grammar_are_compared_with_a_note(
+    benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = generations(tmp_path / "g.jsonl", range(3))
+    assert score(benchmark, made, tmp_path / "new") == 0
+    rows = [json.loads(line) for line in (tmp_path / "new" / "results.jsonl").read_text().splitlines()]
+    old = tmp_path / "old.jsonl"
+    old.write_text("".join(json.dumps({key: row[key] for key in row if key != "rule"}) + "\n" for row in rows))
+    capsys.readouterr()
+    for files in ([str(old), str(tmp_path / "new")], [str(tmp_path / "new"), str(old)]):
+        assert main(["compare", *files]) == 0
+        assert f"note: {old} does not say which rules" in capsys.readouterr().err
+    assert main(["compare", str(old), str(old)]) == 0
+    assert capsys.readouterr().err == ""

@@ -7,14 +7,12 @@ A row that cannot be used stops everything: a benchmark with fewer items is anot
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import csv
 import importlib.util
 import json
 import os
-import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Literal
 
 import xxhash
 
+from sicog_mcore.cognition.evaluation.cells import Unread, is_missing, read_letter, read_options, texts, unread_keys
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import read_bytes, read_size
@@ -31,7 +30,6 @@ from sicog_mcore.errors import RecordError, SampleError
 
 EASY_VQA = "easy-vqa:"  # followed by "test" or "train"
 MAX_CELL = 1 << 28  # characters; images stand inside cells
-MAX_LIST = 1 << 20  # characters of a cell that holds a list
 MIN_BASE64 = 65  # a shorter cell is the index of the row that has the same image, as in VLMEvalKit
 PROBLEMS_SHOWN = 5
 HARMLESS_IMAGE = "<image >"  # what a placeholder inside a text becomes
@@ -79,16 +77,17 @@ class Item:
     origin: str = ""
 
 
-def read_items(benchmark: str) -> list[Item]:
+def read_items(benchmark: str, unread: Unread | None = None) -> list[Item]:
     """All items, without their pictures.
 
     Args:
         benchmark: path of a .tsv or .jsonl file, "easy-vqa:test", or "easy-vqa:train".
+        unread: is told the keys that nothing reads.
 
     Raises:
         RecordError: no such benchmark, no items, or rows that cannot be used.
     """
-    return [replace(item, pictures=()) for item in _checked(benchmark)]
+    return [replace(item, pictures=()) for item in _checked(benchmark, unread)]
 
 
 def benchmark_hash(benchmark: str) -> str:
@@ -114,12 +113,13 @@ def prompt_text(item: Item) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def write_rows(benchmark: str, images: Path | None, out: Path) -> int:
+def write_rows(benchmark: str, images: Path | None, out: Path, unread: Unread | None = None) -> int:
     """Writes ``rows.jsonl`` (LLaVA form) and ``images/`` (named by content). The rows appear last, whole or not at all.
 
     Args:
         images: folder that image paths are relative to; nothing outside it is read.
         out: folder to write to.
+        unread: is told the keys that nothing reads.
 
     Returns:
         number of rows.
@@ -127,7 +127,7 @@ def write_rows(benchmark: str, images: Path | None, out: Path) -> int:
     Raises:
         RecordError: as ``read_items``; an image that is missing, unsafe, no image, or not base64.
     """
-    for _ in _checked(benchmark):  # before anything is written
+    for _ in _checked(benchmark, unread):  # before anything is written
         pass
     root = os.path.realpath(_easy_vqa_images(benchmark) if benchmark.startswith(EASY_VQA) else images or ".")
     names: dict[str, list[str]] = {}  # by id of the item
@@ -180,7 +180,7 @@ def _decode(text: str) -> bytes:
         raise SampleError("image_unidentified", f"{text[:40]!r}... is not base64: {error}") from error
 
 
-def _checked(benchmark: str) -> Iterator[Item]:
+def _checked(benchmark: str, unread: Unread | None = None) -> Iterator[Item]:
     """All items; the bad rows are reported at the end, all together."""
     problems: list[str] = []
     seen: dict[str, str] = {}
@@ -188,13 +188,17 @@ def _checked(benchmark: str) -> Iterator[Item]:
         try:
             if isinstance(row, SampleError):
                 raise row
-            item = _item(row, origin)
+            item, by_index = _item(row, origin)
+            keys = unread_keys(row)
             if item.id in seen:
                 raise SampleError("duplicate_id", f"{item.id!r} stands in {seen[item.id]} already")
         except SampleError as error:
             problems.append(f"{origin}: {error}")
             continue
         seen[item.id] = origin
+        if unread is not None:
+            unread.add(keys, origin)
+            unread.indices += by_index
         yield item
     _refuse(problems, len(problems) + len(seen))
     if not seen:
@@ -245,6 +249,9 @@ def _tsv_rows(path: Path) -> Iterator[tuple[str, Row | SampleError]]:
                 return
             if not header:
                 header = cells
+                if len(set(header)) < len(header):
+                    doubled = sorted({name for name in header if header.count(name) > 1})
+                    raise RecordError(f"{origin}: two columns {', '.join(doubled)!r:.80}; rename or remove one of them")
                 if missing := {"index", "question", "answer"} - set(header):
                     found = ", ".join(header)
                     raise RecordError(f"{origin}: no column {', '.join(sorted(missing))}; found {found[:200]}")
@@ -263,34 +270,37 @@ def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
             raise RecordError(f"{path}:{number}: not UTF-8 ({error}); convert the file") from error
 
 
-def _item(row: Row, origin: str) -> Item:
-    """A row of either format as an item.
+def _item(row: Row, origin: str) -> tuple[Item, bool]:
+    """A row of either format as an item, and whether its answer is the index of an option.
 
     Raises:
         SampleError: field_missing, field_type, answer_empty, options.
     """
     if "conversations" in row:
         row = _of_conversation(row, origin)
-    name = str(row.get("id", row.get("index", ""))).strip()
+    name = next((str(row[key]).strip() for key in ("id", "index") if not is_missing(row.get(key))), "")
     if not name:
         raise SampleError("field_missing", f"found {sorted(row)}, expected id or index")
-    options = _options(row)
-    answers = tuple(text.strip() for text in _texts(row.get("answer")))
-    if not answers or not all(answers):
-        raise SampleError("answer_empty", "no reference answer to judge with; use a split that has answers")
-    if options and not (len(options) > 1 and len(answers) == 1 and answers[0] in options):
-        found = f"options {', '.join(options)} and answer {', '.join(answers)!r:.80}"
-        raise SampleError("options", f"found {found}, expected two or more, and the letter of one")
+    options, keys = read_options(row)
+    answers = () if is_missing(row.get("answer")) else tuple(text.strip() for text in texts(row["answer"]))
+    if not answers or any(map(is_missing, answers)):
+        raise SampleError(
+            "answer_empty", f"found {row.get('answer')!r:.80}, no reference answer; use a split that has answers"
+        )
+    by_index = False
+    if options:
+        letter, by_index = read_letter(row["answer"], options, keys)
+        answers = (letter,)
     question = row.get("question")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str) or is_missing(question):
         raise SampleError("field_missing", f"question is {question!r:.80}, expected a text")
-    hint, category = (str(row.get(key) or "").strip() for key in ("hint", "category"))
-    return Item(name, question.strip(), answers, options, hint, category, _pictures(row), origin)
+    hint, category = ("" if is_missing(row.get(key)) else str(row[key]).strip() for key in ("hint", "category"))
+    return Item(name, question.strip(), answers, options, hint, category, _pictures(row), origin), by_index
 
 
 def _of_conversation(row: Row, origin: str) -> Row:
     """A LLaVA row of one question and its answer."""
-    paths = _texts(row.get("image"))
+    paths = texts(row.get("image"))
     sample = build_sample(row, [ImageRef(path) for path in paths], "", origin)
     turns = [turn for turn in sample.turns if turn.role != "system"]
     if len(turns) != 2:
@@ -299,46 +309,12 @@ def _of_conversation(row: Row, origin: str) -> Row:
     return {**row, "id": sample.id, "question": question, "answer": turns[1].text, "image": paths}
 
 
-def _options(row: Row) -> dict[str, str]:
-    """From columns A, B, ..., or from a list or object of options."""
-    given = row.get("options")
-    if isinstance(given, list):
-        given = dict(zip(string.ascii_uppercase, given, strict=False))
-    if not isinstance(given, dict):
-        given = {letter: row.get(letter) for letter in string.ascii_uppercase}
-    options = {str(letter).strip().upper(): " ".join(_texts(text)).strip() for letter, text in given.items()}
-    if odd := [letter for letter in options if letter not in string.ascii_uppercase or len(letter) != 1]:
-        raise SampleError("options", f"found the letters {', '.join(odd)!r:.80}, expected A to Z")
-    return {letter: text for letter, text in options.items() if text}
-
-
 def _pictures(row: Row) -> tuple[Picture, ...]:
     """Pixels or the index of another row, else paths."""
-    if pixels := _texts(row.get("pixels")):
+    found = {key: [] if is_missing(row.get(key)) else texts(row[key]) for key in ("pixels", "image", "image_path")}
+    if pixels := found["pixels"]:
         return tuple(Picture("base64" if len(cell) >= MIN_BASE64 else "same_as", cell) for cell in pixels)
-    return tuple(Picture("path", path) for path in [*_texts(row.get("image")), *_texts(row.get("image_path"))])
-
-
-def _texts(value: object) -> list[str]:
-    """One text, several, or none. A cell of a TSV file may hold a list, in JSON's form or in Python's."""
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        listed = _listed(value) if value.startswith(("['", '["')) and len(value) <= MAX_LIST else None
-        return listed or [value]
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, str | int | float) and not isinstance(entry, bool) for entry in values):
-        raise SampleError("field_type", f"found {value!r:.80}, expected a text, a number, or a list of them")
-    return [str(entry) for entry in values]
-
-
-def _listed(cell: str) -> list[str] | None:
-    """The texts of a literal list; None if the cell is none. Literals only: nothing is called or looked up."""
-    try:
-        values = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else None
+    return tuple(Picture("path", path) for path in [*found["image"], *found["image_path"]])
 
 
 def _file(benchmark: str) -> Path:

@@ -14,33 +14,50 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+from sicog_mcore.cognition.answer_grammar import Reading, read_quantity, read_text, read_yes_no, spoken
 from sicog_mcore.cognition.answers import (
     attribute_f1,
     attributes,
-    match_choice,
+    is_bare_number,
     normalise,
+    read_choice,
     read_number,
     same_number,
-    stated_answer,
 )
 from sicog_mcore.cognition.codec import final_clause
 from sicog_mcore.cognition.evaluation.benchmark import Item
 from sicog_mcore.cognition.evaluation.intervals import bootstrap_interval, mcnemar_p, weighted_mean
 from sicog_mcore.cognition.prompts import Prompt, find_prompt
 from sicog_mcore.cognition.records import Candidate, Generation
+from sicog_mcore.cognition.spelling import plain
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no rules
 OUTCOMES, SUMMARY = "results.jsonl", "results.json"
 ALL = "(all)"  # the row of a table that stands for all categories
 SHOWN = 3  # ids in a message
+YES_NO: Mapping[str, frozenset[str]] = {  # references in plain form
+    "yes": frozenset(("yes", "yeah", "yep", "是", "是的", "有", "对", "对的", "はい")),
+    "no": frozenset(("no", "nope", "不是", "否", "没有", "不", "不对", "いいえ")),
+}
 
-Metric = Literal["exact", "numeric", "choice", "attributes", "loss"]
+Metric = Literal["exact", "numeric", "choice", "yes_no", "attributes", "loss"]
 Vocabulary = Mapping[str, Sequence[str]]
-Judge = Callable[[str, Item], tuple[float, str, str]]  # a clause and its item to value, what was found, failure
+
+
+class Judged(NamedTuple):
+    """What an answer is worth, what was found in it, by which rule, or why nothing was."""
+
+    value: float
+    found: str = ""
+    rule: str = ""
+    failure: str = ""
+
+
+Judge = Callable[[str, Item], Judged]  # of a clause and its item
 
 
 @dataclass(frozen=True)
@@ -48,13 +65,13 @@ class Judging:
     """How answers are judged.
 
     Attributes:
-        metric: "auto" takes choice for items with options and exact for all others. Numeric is ChartQA's relaxed accuracy:
-            numbers within a tolerance, texts by plain form.
+        metric: "auto" takes choice for items with options, yes_no where all references are that, and exact for all others.
+            Numeric is ChartQA's relaxed accuracy: numbers within a tolerance, texts by plain form.
         tolerance: largest difference as a share of the reference (numeric).
         vocabulary: values of each kind of attribute (attributes).
     """
 
-    metric: Literal["auto", "exact", "numeric", "choice", "attributes"] = "auto"
+    metric: Literal["auto", "exact", "numeric", "choice", "yes_no", "attributes"] = "auto"
     tolerance: float = 0.05
     vocabulary: Vocabulary | None = None
 
@@ -69,6 +86,7 @@ class Outcome:
         found: what was taken from the answer.
         expected: the references.
         failure: why there was nothing to judge; empty otherwise.
+        rule: that read the answer (answer_grammar.py); empty where nothing was read, and in files of format 1.
     """
 
     id: str
@@ -79,6 +97,7 @@ class Outcome:
     found: str = ""
     expected: tuple[str, ...] = ()
     failure: str = ""
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,15 +177,17 @@ def provenance(generations: Iterable[Generation], prompt_id: str) -> dict[str, A
 
 
 def summarise(outcomes: Sequence[Outcome], about: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Means, 95 % bootstrap intervals and failures, over all items and per category.
+    """Means, 95 % bootstrap intervals, failures and how often each rule read an answer, over all items and per category.
 
     Args:
         about: where the outcomes come from; stands in the summary as it is.
     """
     failures = Counter(outcome.failure for outcome in outcomes if outcome.failure)
+    rules = Counter(outcome.rule for outcome in outcomes if outcome.rule)
+    counts = {"failures": dict(failures.most_common()), "rules": dict(rules.most_common())}
     categories = {name: _mean(group, seed) for name, group in _groups(outcomes).items()}
     overall = categories.pop(ALL)
-    return {"format": FORMAT, **overall, "failures": dict(failures.most_common()), "categories": categories, **about}
+    return {"format": FORMAT, **overall, **counts, "categories": categories, **about}
 
 
 def write_results(folder: Path, outcomes: Sequence[Outcome], summary: Mapping[str, Any]) -> None:
@@ -225,17 +246,25 @@ def _outcome(item: Item, generation: Generation | None, prompt: Prompt, judging:
     if generation is None or generation.failure:
         failure = generation.failure if generation else "no_generation"
         return Outcome(item.id, item.category, metric, 0.0, 1.0, "", item.answers, failure)
-    clause = final_clause(_candidate(generation, prompt.id).text, prompt.style, prompt.task)
+    text = _candidate(generation, prompt.id).text
+    clause = final_clause(text, prompt.style, prompt.task)
     if clause is None:
-        failure = "no_final_step" if prompt.style == "steps" else "empty_answer"
+        without = "no_final_step" if prompt.style == "steps" else "empty_answer"
+        failure = "think_not_closed" if spoken(text) is None else without
         return Outcome(item.id, item.category, metric, 0.0, 1.0, "", item.answers, failure)
-    value, found, failure = _judge_of(metric, judging)(clause, item)
-    return Outcome(item.id, item.category, metric, value, 1.0, found, item.answers, failure)
+    judged = _judge_of(metric, judging)(clause, item)
+    return Outcome(
+        item.id, item.category, metric, judged.value, 1.0, judged.found, item.answers, judged.failure, judged.rule
+    )
 
 
 def _metric(item: Item, judging: Judging) -> Metric:
     if judging.metric == "auto":
-        return "choice" if item.options else "exact"
+        if item.options:
+            return "choice"
+        return "yes_no" if all(_plain_yes_no(answer) for answer in item.answers) else "exact"
+    if judging.metric == "yes_no" and not all(_plain_yes_no(answer) for answer in item.answers):
+        raise RecordError(f"{item.origin}: the reference of {item.id!r} is neither yes nor no; use metric auto")
     if judging.metric == "choice" and not item.options:
         raise RecordError(f"{item.origin}: {item.id!r} has no options to choose from; use metric auto")
     if judging.metric == "attributes":
@@ -249,6 +278,8 @@ def _metric(item: Item, judging: Judging) -> Metric:
 def _judge_of(metric: Metric, judging: Judging) -> Judge:
     if metric == "choice":
         return _choice
+    if metric == "yes_no":
+        return _yes_no
     if metric == "numeric":
         return partial(_numeric, tolerance=judging.tolerance)
     if metric == "attributes":
@@ -256,31 +287,54 @@ def _judge_of(metric: Metric, judging: Judging) -> Judge:
     return _exact
 
 
-def _exact(clause: str, item: Item) -> tuple[float, str, str]:
-    """The whole clause, or what it states behind "the answer is"."""
-    forms = {normalise(clause), normalise(stated_answer(clause))}
-    right = forms & {normalise(answer) for answer in item.answers}
-    return float(bool(right)), stated_answer(clause), ""
+def _exact(clause: str, item: Item) -> Judged:
+    """The whole clause, or what it states in a wrapper or behind "the answer is"; numbers also by value: 12.0 is 12."""
+    stated = read_text(clause)
+    if stated.value is None:
+        return Judged(0.0, "", "", stated.failure)
+    wanted = {normalise(answer) for answer in item.answers}
+    if {normalise(stated.value), normalise(plain(stated.value))} & wanted:
+        return Judged(1.0, stated.value, stated.rule)
+    if normalise(clause) in wanted:
+        return Judged(1.0, clause, "whole")
+    numbers = [answer for answer in item.answers if is_bare_number(answer)] if is_bare_number(stated.value) else []
+    right = any(same_number(stated.value, answer) for answer in numbers)
+    return Judged(float(right), stated.value, "bare_number" if right else stated.rule)
 
 
-def _numeric(clause: str, item: Item, tolerance: float) -> tuple[float, str, str]:
-    value, found, failure = _exact(clause, item)
-    if value or all(read_number(answer) is None for answer in item.answers):
-        return value, found, failure
-    if (number := read_number(clause)) is None:
-        return 0.0, found, "no_number"
-    return float(any(same_number(clause, answer, tolerance) for answer in item.answers)), f"{number:g}", ""
+def _numeric(clause: str, item: Item, tolerance: float) -> Judged:
+    exact = _exact(clause, item)
+    by_text = exact.value and exact.rule != "bare_number"
+    if by_text or exact.failure or all(read_number(answer) is None for answer in item.answers):
+        return exact
+    number: Reading[float] = read_quantity(clause)
+    if number.value is None:
+        return Judged(0.0, exact.found, "", number.failure)
+    right = any(same_number(clause, answer, tolerance) for answer in item.answers)
+    return Judged(float(right), f"{number.value:g}", number.rule)
 
 
-def _choice(clause: str, item: Item) -> tuple[float, str, str]:
-    letter = match_choice(clause, item.options)
-    return float(letter == item.answers[0]), letter or "", "" if letter else "no_choice"
+def _choice(clause: str, item: Item) -> Judged:
+    letter = read_choice(clause, item.options)
+    return Judged(float(letter.value == item.answers[0]), letter.value or "", letter.rule, letter.failure)
 
 
-def _attributes(clause: str, item: Item, vocabulary: Vocabulary) -> tuple[float, str, str]:
+def _yes_no(clause: str, item: Item) -> Judged:
+    answer = read_yes_no(clause)
+    right = answer.value is not None and answer.value in {_plain_yes_no(reference) for reference in item.answers}
+    return Judged(float(right), answer.value or "", answer.rule, answer.failure)
+
+
+def _plain_yes_no(reference: str) -> str | None:
+    """What a reference says if it is nothing but a yes or a no."""
+    plain = normalise(reference)
+    return next((answer for answer, words in YES_NO.items() if plain in words), None)
+
+
+def _attributes(clause: str, item: Item, vocabulary: Vocabulary) -> Judged:
     found = attributes(clause, vocabulary)
     value = max(attribute_f1(found, attributes(answer, vocabulary)) for answer in item.answers)
-    return value, ", ".join(f"{kind}={name}" for kind, name in sorted(found)), ""
+    return Judged(value, ", ".join(f"{kind}={name}" for kind, name in sorted(found)), "vocabulary" if found else "")
 
 
 def _candidate(generation: Generation, prompt_id: str) -> Candidate:
@@ -357,9 +411,9 @@ def _some(ids: Sequence[str]) -> str:
 def _read_outcome(line: bytes, origin: str) -> Outcome:
     try:
         row = json.loads(line)
-        if not isinstance(row, dict) or row.keys() != {field.name for field in fields(Outcome)}:
+        if not isinstance(row, dict) or (row | {"rule": ""}).keys() != {field.name for field in fields(Outcome)}:
             raise ValueError(f"found {sorted(row) if isinstance(row, dict) else row!r}")
-        texts = [row["id"], row["category"], row["found"], row["failure"], *row["expected"]]
+        texts = [row["id"], row["category"], row["found"], row["failure"], row.get("rule", ""), *row["expected"]]
         numbers = [row["value"], row["weight"]]
         if not all(isinstance(text, str) for text in texts) or not all(
             type(number) in (int, float) for number in numbers

@@ -16,7 +16,7 @@ import yaml
 
 from sicog_mcore.errors import ConfigError, ConfigProblem
 
-Metric = Literal["auto", "exact", "numeric", "choice", "attributes"]
+Metric = Literal["auto", "exact", "numeric", "choice", "yes_no", "attributes"]
 SAME_WORD = 0.6
 # Options of tools/curate.py that a loop may pass on, and those that it gives itself.
 CURATE_OPTIONS = (

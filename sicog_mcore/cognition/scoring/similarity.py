@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from sicog_mcore.cognition.answer_grammar import read_text
 from sicog_mcore.cognition.answers import attribute_f1, attributes, normalise, same_number
 from sicog_mcore.cognition.scoring.embed import Embedder
 from sicog_mcore.errors import ConfigError, ConfigProblem
@@ -55,15 +56,17 @@ class Cosine:
 class Vote:
     """1 for the same answer: equal in plain form, or the same number if one of them is nothing but a number.
 
-    "3 apples" and "three" are one vote, "3 apples" and "3 pears" two. The score is then the share of votes.
+    "3 apples" and "three" are one vote, "3 apples" and "3 pears" two. What an answer states counts, not how: "The answer is
+    B." and a boxed B are one vote. One that states several things is equal to nothing. The score is then the share of votes.
     """
 
     name = "vote"
 
     def matrix(self, texts: Sequence[str]) -> np.ndarray:
         """Zeros and ones."""
-        plain = [normalise(text) for text in texts]
-        same = [[self._same(a, b, plain[i], plain[j]) for j, b in enumerate(texts)] for i, a in enumerate(texts)]
+        stated = [read_text(text).value or "" for text in texts]
+        plain = [normalise(text) for text in stated]
+        same = [[self._same(a, b, plain[i], plain[j]) for j, b in enumerate(stated)] for i, a in enumerate(stated)]
         return np.array(same, np.float64)
 
     @staticmethod

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sicog_mcore.cognition.evaluation.benchmark import LETTER_REQUEST, Item, prompt_text, read_items, write_rows
+from sicog_mcore.cognition.evaluation.cells import Unread
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.sources import open_sources
@@ -102,6 +103,136 @@ def test_jsonl_takes_paths_options_and_conversations(tmp_path: Path) -> None:
     assert rows[0]["conversations"][0]["value"] == "<image>\n<image>\nHow many?"
     assert "image" not in rows[2]
     assert rows[0]["image"][1] == rows[3]["image"][0]
+
+
+def test_what_pandas_writes_for_an_empty_cell_is_empty(tmp_path: Path) -> None:
+    benchmark = tsv(
+        tmp_path / "b.tsv",
+        "index\timage\tquestion\tA\tB\tC\tD\tanswer\thint\tcategory",
+        f"1\t{PIXELS[0]}\tWhich?\tx\ty\tnan\tNaN\tA\tnan\tnan",
+        "2\tnan\tWhich?\tNone\tnull\tN/A\t\tA\tnanometres\tx",
+        "3\t\tWhich?\tx\tNan bread\t<NA>\t \tB\tNaN\tx",
+    )
+    items = read_items(benchmark)
+    assert [item.options for item in items] == [
+        {"A": "x", "B": "y"},
+        {"A": "None", "B": "null", "C": "N/A"},
+        {"A": "x", "B": "Nan bread"},
+    ]
+    assert [(item.hint, item.category) for item in items] == [("", ""), ("nanometres", "x"), ("", "x")]
+    assert prompt_text(items[0]) == f"Which?\nA. x\nB. y\n{LETTER_REQUEST}"
+    assert write_rows(benchmark, None, tmp_path / "out") == 3
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert ["image" in row for row in rows] == [True, False, False]
+
+
+@pytest.mark.parametrize("row", ["1\tnan\tx\ty\tA", "1\tq\tx\ty\tnan", "nan\tq\tx\ty\tA", "1\tq\tx\tnan\tA"])
+def test_a_row_that_lacks_something_is_refused(tmp_path: Path, row: str) -> None:
+    benchmark = tsv(tmp_path / "b.tsv", "index\tquestion\tA\tB\tanswer", row)
+    with pytest.raises(RecordError, match="1 of 1 rows cannot be used"):
+        read_items(benchmark)
+
+
+def test_nan_in_json_is_empty_too(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"id": 1, "question": "q", "options": ["x", "y", NaN, null], "answer": "A", "hint": NaN}\n')
+    (item,) = read_items(str(path))
+    assert (item.options, item.hint) == ({"A": "x", "B": "y"}, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "letter"),
+    [
+        ({"choices": ["x", "y"], "answer": "B"}, "B"),
+        ({"choices": {"A": "x", "B": "y"}, "answer": "b"}, "B"),
+        ({"choices": ["x", "y"], "answer": 1}, "B"),
+        ({"choices": ["x", "y"], "answer": "1"}, "B"),
+        ({"choices": ["x", "y"], "answer": "y"}, "B"),
+        ({"options": ["x", "y"], "answer": "Y."}, "B"),
+        ({"options": {"a": "x", "b": "y"}, "answer": "(B)"}, "B"),
+        ({"options": {"1": "x", "2": "y"}, "answer": 2}, "B"),
+        ({"options": {"0": "x", "1": "y"}, "answer": "1"}, "B"),
+        ({"choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answer": "B"}, "B"),
+        ({"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answer": "2"}, "B"),
+        ({"choices": "['x', 'y']", "answer": "B"}, "B"),
+        ({"choices": '{"A": "x", "B": "y"}', "answer": "B"}, "B"),
+        ({"options": ["x", "y"], "choices": ["x", "y"], "answer": "B"}, "B"),
+        ({"A": "x", "B": "y", "answer": "y"}, "B"),
+        ({"options": [12, 7], "answer": 7}, "B"),
+        ({"options": ["x", "y"], "choices": None, "answer": "B"}, "B"),
+    ],
+)
+def test_options_and_their_answer_in_every_form(tmp_path: Path, fields: dict, letter: str) -> None:
+    (item,) = read_items(jsonl(tmp_path / "b.jsonl", {"id": 1, "question": "q", **fields}))
+    assert item.answers == (letter,)
+    assert list(item.options) == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"choices": ["x", "y"], "answer": 2}, "the letter, the text or the index"),
+        ({"choices": ["x", "y"], "answer": "z"}, "the letter, the text or the index"),
+        ({"choices": ["0", "1", "2", "1"], "answer": 2, "A": None}, None),
+        ({"choices": ["1", "2", "3"], "answer": 1}, "give the letter"),
+        ({"choices": ["x", "X"], "answer": "x."}, "give the letter"),
+        ({"choices": ["x", "y"], "answer": ["A", "B"]}, "the letter of one"),
+        ({"choices": ["x", "y"], "answer": True}, "field_type"),
+        ({"choices": ["x"], "answer": "A"}, "expected two or more"),
+        ({"choices": "A. x B. y", "answer": "A"}, "expected a list or an object"),
+        ({"choices": ["x", ["y", "z"]], "answer": "A"}, "the text of one option"),
+        ({"choices": {"one": "1", "two": "2"}, "answer": "one"}, "expected A to Z"),
+        ({"choices": {"text": ["x"], "label": ["A", "B"]}, "answer": "A"}, "as many labels as texts"),
+        ({"choices": ["x", "y"], "options": ["x", "z"], "answer": "A"}, "keep one of them"),
+        ({"choices": ["x", "y"], "A": "x", "B": "y", "answer": "A"}, "keep one of them"),
+        ({"options": {"a": "x", "A": "y"}, "answer": "A"}, "each of them once"),
+        ({"options": ["x"] * 27, "answer": "A"}, "at most 26"),
+        ({"Options": ["x", "y"], "answer": "A"}, "nothing reads 'Options'"),
+        ({"option_a": "x", "option_b": "y", "answer": "A"}, "nothing reads 'option_a', 'option_b'"),
+        ({"a": "x", "b": "y", "answer": "A"}, "nothing reads 'a', 'b'"),
+        ({"distractors": ["x"], "answer": "A"}, "nothing reads 'distractors'"),
+        ({"answer_choices": ["x", "y"], "answer": "A"}, "nothing reads 'answer_choices'"),
+        ({"multi_choice_options": ["x", "y"], "answer": "A"}, "nothing reads 'multi_choice_options'"),
+        ({"images": ["x.png"], "answer": "A"}, "nothing reads 'images'; name it image"),
+        ({"image_1": "x.png", "answer": "A"}, "nothing reads 'image_1'"),
+        ({"video": "x.mp4", "answer": "A"}, "nothing reads 'video'"),
+    ],
+)
+def test_options_that_could_be_misread_are_refused(tmp_path: Path, fields: dict, message: str | None) -> None:
+    benchmark = jsonl(tmp_path / "b.jsonl", {"id": 1, "question": "q", **fields})
+    if message is None:
+        assert read_items(benchmark)[0].answers == ("C",)  # 2 is the text and the index of the same option
+        return
+    with pytest.raises(RecordError, match=message) as caught:
+        read_items(benchmark)
+    assert f"{benchmark}:1: " in str(caught.value)
+
+
+def test_every_key_is_read_or_irrelevant_or_named(tmp_path: Path) -> None:
+    rows = [
+        {"id": i, "question": "q", "options": ["x", "y"], "answer": i % 2, "source": "s", "split": "t"}
+        for i in range(3)
+    ]
+    rows[1] |= {"context": "A long story.", "solution": ""}
+    rows[2] |= {"context": "Another.", "candidates": ["z"]}
+    benchmark = jsonl(tmp_path / "b.jsonl", *rows)
+    for read in (
+        lambda unread: read_items(benchmark, unread),
+        lambda unread: write_rows(benchmark, None, tmp_path, unread),
+    ):
+        unread = Unread()
+        read(unread)
+        assert list(unread.lines()) == [
+            f"{benchmark}:3: the key 'candidates' is not read (1 rows have it); rename it if it matters",
+            f"{benchmark}:2: the key 'context' is not read (2 rows have it); rename it if it matters",
+            "3 answers are numbers, taken as indices of options from 0; give letters if they start at 1",
+        ]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    benchmark = tsv(tmp_path / "b.tsv", "index\tquestion\tA\tA\tanswer", "1\tq\tx\ty\tA")
+    with pytest.raises(RecordError, match=":1: two columns 'A'; rename"):
+        read_items(benchmark)
 
 
 def test_lists_of_references_are_read_and_never_run(tmp_path: Path) -> None:

@@ -109,6 +109,119 @@ def test_of_steps_only_the_last_one_is_judged() -> None:
     assert found == [(1.0, "B", ""), (0.0, "", "no_final_step")]
 
 
+def readings(items: list[Item], texts: Mapping[str, str], judging: Judging = AUTO) -> list[tuple[str, float, str, str]]:
+    """(metric, value, found, rule or failure) of each item."""
+    made = {name: generation(name, text) for name, text in texts.items()}
+    return [(o.metric, o.value, o.found, o.rule or o.failure) for o in judge(items, made, "direct", judging)]
+
+
+def test_every_score_names_the_rule_that_read_the_answer() -> None:
+    items = [Item(str(i), "q", ("B",), OPTIONS) for i in range(5)]
+    texts = {
+        "0": r"Not A, so \boxed{B}",
+        "1": "答案是B",
+        "2": "It is a dog",
+        "3": "<think>B",
+        "4": "A: right. B: right.",
+    }
+    assert readings(items, texts) == [
+        ("choice", 1.0, "B", "boxed"),
+        ("choice", 1.0, "B", "cue"),
+        ("choice", 1.0, "B", "own_words"),
+        ("choice", 0.0, "", "think_not_closed"),
+        ("choice", 0.0, "", "several_answers"),
+    ]
+    made = {name: generation(name, text) for name, text in texts.items()}
+    summary = summarise(judge(items, made, "direct", AUTO), {})
+    assert summary["rules"] == {"boxed": 1, "cue": 1, "own_words": 1}
+    assert summary["failures"] == {"think_not_closed": 1, "several_answers": 1}
+    assert summary["format"] == 2
+
+
+def test_yes_and_no_are_judged_by_the_first_word() -> None:
+    references = ["yes", "No", "no", "yes", "yes", "否", "a yes man"]
+    items = [Item(str(i), "q", (reference,)) for i, reference in enumerate(references)]
+    texts = {
+        "0": "Yes, it is.",
+        "1": "No, there is no dog.",
+        "2": "It is not blue.",
+        "3": "No.",
+        "4": "It is blue.",
+        "5": "没有。",
+        "6": "Yes",
+    }
+    assert readings(items, texts) == [
+        ("yes_no", 1.0, "yes", "yes_no_first_word"),
+        ("yes_no", 1.0, "no", "yes_no_first_word"),
+        ("yes_no", 1.0, "no", "yes_no_negation"),
+        ("yes_no", 0.0, "no", "yes_no_first_word"),
+        ("yes_no", 0.0, "", "no_yes_no"),
+        ("yes_no", 1.0, "no", "yes_no_first_word"),
+        ("exact", 0.0, "Yes", "whole"),
+    ]
+    with pytest.raises(RecordError, match="neither yes nor no"):
+        readings(items, texts, Judging("yes_no"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "value", "rule"),
+    [
+        (r"\boxed{12}", "12", 1.0, "boxed"),
+        (r"So $\fbox{\text{red}}$", "red", 1.0, "boxed"),
+        ("<answer>12</answer>", "12", 1.0, "answer_tag"),
+        ("<CONCLUSION> red </CONCLUSION>", "Red.", 1.0, "answer_tag"),
+        ('{"answer": "red"}', "red", 1.0, "json"),
+        ("<think>blue</think>red", "red", 1.0, "whole"),
+        ("The answer is red because it is hot.", "red", 1.0, "cue"),
+        ("The answer is red. It is hot.", "red", 1.0, "cue"),
+        ("The answer is 12.\nThere are 12 of them.", "12", 1.0, "cue"),
+        ("The answer is Dr. No.", "Dr. No", 1.0, "cue"),
+        ("### Final Answer\n\n**red**", "red", 1.0, "cue"),
+        ("3 x 4 = 12\n#### 12", "12", 1.0, "cue"),
+        (r"$\text{red}$", "red", 1.0, "whole"),
+        ("12.0", "12", 1.0, "bare_number"),
+        ("１２", "12", 1.0, "whole"),
+        ("The answer is 12.0", "twelve", 1.0, "bare_number"),
+        ("twenty-one", "21", 1.0, "bare_number"),
+        ("3×10⁸", "3e8", 1.0, "bare_number"),
+        ("1 234", "1,234", 1.0, "bare_number"),
+        ("$12.00$", "12", 1.0, "bare_number"),
+        ("十二", "12", 1.0, "bare_number"),
+        ("6/8", "3/4", 0.0, "whole"),
+        ("12cm", "12", 0.0, "whole"),
+        ("12.5", "12", 0.0, "whole"),
+        ("007", "7", 0.0, "whole"),
+        ("12 apples", "12", 0.0, "whole"),
+        (r"\boxed{1} or \boxed{2}", "1", 0.0, "several_answers"),
+    ],
+)
+def test_open_answers_are_taken_out_of_their_wrappers(text: str, reference: str, value: float, rule: str) -> None:
+    (reading,) = readings([Item("0", "q", (reference,))], {"0": text})
+    assert (reading[0], reading[1], reading[3]) == ("exact", value, rule)
+
+
+def test_numbers_are_read_however_they_are_spelled() -> None:
+    texts = ["12cm", "3/4", r"\boxed{1{,}234}", "3×10⁸", "twenty-one", "3 or 4"]
+    items = [Item(str(i), "q", (ref,)) for i, ref in enumerate(["12", "0.75", "1234", "3e8", "21", "3"])]
+    found = readings(items, {str(i): text for i, text in enumerate(texts)}, Judging("numeric"))
+    assert [(value, rule) for _, value, _, rule in found] == [
+        (1.0, "only_number"),
+        (1.0, "only_number"),
+        (1.0, "boxed"),
+        (1.0, "only_number"),
+        (1.0, "only_number"),
+        (0.0, "no_number"),
+    ]
+
+
+def test_results_of_format_1_are_still_read(tmp_path: Path) -> None:
+    write_results(tmp_path, [outcome("0", 1.0)], {})
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    del row["rule"]
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_outcomes(tmp_path) == [outcome("0", 1.0)]
+
+
 def test_attributes_are_judged_by_f1() -> None:
     items = [Item("0", "q", ("a red three",)), Item("1", "q", ("a blue four",))]
     found = values(items, {"0": "Red, 4 and blue", "1": "nothing"}, Judging("attributes", vocabulary=VOCABULARY))
@@ -212,7 +325,16 @@ def test_results_come_back_from_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"value": "1"}, {"value": None}, {"value": True}, {"weight": -1}, {"metric": "bleu"}, {"id": 3}, {"extra": 1}],
+    [
+        {"value": "1"},
+        {"value": None},
+        {"value": True},
+        {"weight": -1},
+        {"metric": "bleu"},
+        {"id": 3},
+        {"extra": 1},
+        {"rule": 1},
+    ],
 )
 def test_a_damaged_result_is_named_by_line(tmp_path: Path, change: dict) -> None:
     write_results(tmp_path, [outcome("0", 1.0), outcome("1", 1.0)], {})

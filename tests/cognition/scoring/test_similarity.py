@@ -28,6 +28,13 @@ VOCABULARY = {"colour": ["red", "light blue", "blue"], "digit": ["three", "five"
         ("3", "4", False),
         ("yes", "no", False),
         ("The cat", "cat", True),
+        (r"\boxed{12}", "The answer is 12.", True),
+        ("<answer>red</answer>", "Red", True),
+        ("答案是红色", "红色", True),
+        ("The answer is B because A is red.", "B", True),
+        ("12.0", "１２", True),
+        ("12cm", "12", True),
+        ("three quarters", "3/4", False),
     ],
 )
 def test_a_vote_is_for_the_same_answer(first: str, second: str, same: bool) -> None:
