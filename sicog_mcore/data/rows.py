@@ -15,6 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -154,14 +155,18 @@ def decode_text(raw: bytes) -> str:
         raise SampleError("not_utf8", detail) from error
 
 
-def parse_row(raw: bytes) -> Row:
+def parse_row(raw: bytes, nan_is_null: bool = False) -> Row:
     """Parses the JSON object of a row.
+
+    Args:
+        nan_is_null: take NaN, which pandas writes for an empty cell, for null; otherwise it is refused, as in JSON.
 
     Raises:
         SampleError: not_utf8; json_invalid; key_repeated; field_type.
     """
     try:
-        row = json.loads(decode_text(raw), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        constant = partial(_refuse_constant, nan_is_null=nan_is_null)
+        row = json.loads(decode_text(raw), object_pairs_hook=_unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise SampleError("json_invalid", f"{error} ({raw[:40]!r}...); repair or remove the row") from error
     if not isinstance(row, dict):
@@ -180,7 +185,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     return fields
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_constant(name: str, nan_is_null: bool) -> None:
+    if name == "NaN" and nan_is_null:
+        return
     raise ValueError(f"{name} is no JSON; write null")
 
 

@@ -71,7 +71,8 @@ def test_quoted_steps_always_come_back(steps: list[str]) -> None:
     try:
         text = render(quoted, kind)
     except SampleError as error:
-        assert error.reason == "step_empty"
+        is_thought = any("think" in step for step in quoted)  # its tags have no quoted form
+        assert error.reason == "step_empty" or (error.reason == "step_ambiguous" and is_thought)
         return
     found = parse(text, kind).steps
     assert found is not None and all(step in given_text for step, given_text in zip(found, quoted, strict=True))

@@ -38,7 +38,7 @@ def added(**flags: Any) -> list[dict[str, Any]]:
     return [*SPEC["added_tokens"], {**token, "normalized": False, "special": False, **flags}]
 
 
-@pytest.mark.parametrize("normalizer", [None, *NORMAL_FORMS])
+@pytest.mark.parametrize("normalizer", [None, "NFC", "NFD"])  # with the others no tokenizer is taken
 def test_no_text_has_fewer_tokens_than_the_bound(normalizer: str | None, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed(normalizer=normalizer and {"type": normalizer})))
     tokenizer = load_tokenizer(str(tmp_path))

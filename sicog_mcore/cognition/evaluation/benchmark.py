@@ -227,7 +227,7 @@ def _rows(benchmark: str) -> Iterator[tuple[str, Row | SampleError]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield f"{path}:{number}", parse_row(line)
+                        yield f"{path}:{number}", parse_row(line, nan_is_null=True)
                     except SampleError as error:
                         yield f"{path}:{number}", error
 

@@ -159,8 +159,9 @@ def test_beside_its_image_a_row_may_repeat_it_but_bring_no_other(
 
 
 def test_an_empty_image_is_none_and_a_question_without_one_is_text(tmp_path: Path) -> None:
-    rows = [{"id": str(i), "image": value, "conversations": HUMAN} for i, value in enumerate(("", " ", None, [], [""]))]
-    assert items_of(tmp_path, *rows) == [(str(i), "What is it?", "", "") for i in range(5)]
+    rows = [{"id": str(i), "image": value, "conversations": HUMAN} for i, value in enumerate(("", " ", None, []))]
+    assert items_of(tmp_path, *rows) == [(str(i), "What is it?", "", "") for i in range(4)]
+    assert items_of(tmp_path, {"id": "a", "image": [""], "conversations": HUMAN})[0][3] == "field_type"
 
 
 def task_of(*prompts: str) -> Task:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from rich.console import Console
 
 from sicog_mcore.cognition.loop import steps as steps_module
@@ -306,16 +307,23 @@ def test_a_file_written_just_now_is_always_read(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
+def write_manifest(folder: Path, weights: str, rng: str) -> None:
+    """A manifest of two files, as the first version wrote it."""
+    texts = {"__0_0.distcp": weights, "rng/rank_0": rng}
+    files = {name: {"bytes": len(text), "xxh3": xxhash.xxh3_128_hexdigest(text.encode())} for name, text in texts.items()}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+
+
 def test_the_manifest_stands_for_a_checkpoint_and_the_newest_for_a_run(tmp_path: Path) -> None:
     contents, run = Contents(tmp_path / "hashes.json"), tmp_path / "run"
     first, second = (run / "checkpoints" / f"step_{number:08d}" for number in (1, 2))
     for folder in (first, second):
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": folder.name, "rng/rank_0": "x"}}))
+        write_manifest(folder, weights=folder.name, rng="x")
         (folder / "__0_0.distcp").write_bytes(os.urandom(8))
     found = contents.of(run)
     assert found == contents.of(second) != contents.of(first)
-    (second / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": second.name, "rng/rank_0": "y"}}))
+    write_manifest(second, weights=second.name, rng="y")
     assert contents.of(run) == found  # the same weights
     (second / "manifest.json").unlink()  # no longer committed
     assert contents.of(run) == contents.of(first)
