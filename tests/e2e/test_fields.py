@@ -108,7 +108,7 @@ CHANGES: Mapping[str, Change] = {
     "train.log_every": Change(2, "printed"),
     "train.tensorboard": Change(True, "files"),
     "train.peak_tflops": Change(100.0, "mfu"),
-    "checkpoint.every_steps": Change(2, "saves"),
+    "checkpoint.every_steps": Change(1, "saves"),
     "objective": Change("next_token", "error", PAIRS),
     "dpo.loss": Change("hinge", "losses", PAIRS),
     "dpo.beta": Change(0.5, "losses", PAIRS),
@@ -263,7 +263,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
                 folder,
                 output=str(root / f"run{len(plans)}"),
                 data={"max_bad_rate": 1.0},
-                train={"steps": 4, "packs_per_step": 1, "tensorboard": False},
+                train={"steps": 2, "packs_per_step": 1, "tensorboard": False},
                 checkpoint={"every_steps": 100},
                 optim={"warmup_fraction": 0.3},
             )
