@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def tiny_experiment(folder: Path, **overrides: Any) -> Experiment:
     base = presets.tiny()
     data = replace(base.data, sources=(source,), tokenizer=TOKENIZER)
     return _override(replace(base, output=str(folder / "run"), data=data), overrides)
+
+
+def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
+    """The experiment with values set by dotted path: ``with_values(experiment, {"train.steps": 3})``."""
+    for path, value in values.items():
+        experiment = _set(experiment, path.split("."), value)
+    return experiment
+
+
+def _set(node: Any, path: list[str], value: Any) -> Any:
+    head, *rest = path
+    return replace(node, **{head: _set(getattr(node, head), rest, value) if rest else value})
 
 
 def _override(config: Any, changes: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -10,19 +10,12 @@ import pytest
 from sicog_mcore.config import Experiment
 from sicog_mcore.presets import PRESETS
 from sicog_mcore.validation import RULE_PATHS, find_problems
+from tests.builders import with_values
 
 
 def changed(**values: Any) -> Experiment:
     """The tiny preset with values set by path, dots written as two underscores."""
-    experiment = PRESETS["tiny"]()
-    for path, value in values.items():
-        experiment = _set(experiment, path.split("__"), value)
-    return experiment
-
-
-def _set(node: Any, path: list[str], value: Any) -> Any:
-    head, *rest = path
-    return replace(node, **{head: _set(getattr(node, head), rest, value) if rest else value})
+    return with_values(PRESETS["tiny"](), {path.replace("__", "."): value for path, value in values.items()})
 
 
 # (ranks, values, path that is blamed, part of the message)

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 from sicog_mcore.cli import known_fields
 from sicog_mcore.config import Experiment
-from tests.builders import tiny_experiment, write_dataset, write_image
+from tests.builders import tiny_experiment, with_values, write_dataset, write_image
 from tests.dist import Rank, run_ranks
 from tests.pairs import write_pairs
 
@@ -222,18 +222,6 @@ def _observe_all(rank: Rank, experiments: list[Experiment]) -> list[dict[str, An
     return [observe(experiment, topology) for experiment in experiments]
 
 
-def changed(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
-    """With values set by dotted path."""
-    for path, value in values.items():
-        experiment = _set(experiment, path.split("."), value)
-    return experiment
-
-
-def _set(node: Any, path: list[str], value: Any) -> Any:
-    head, *rest = path
-    return replace(node, **{head: _set(getattr(node, head), rest, value) if rest else value})
-
-
 def write_rows(folder: Path) -> None:
     """Usable rows, and one each that is repeated, too long, too flat, and too large for a lowered limit."""
     path = write_dataset(folder, NUM_ROWS)
@@ -267,7 +255,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
                 checkpoint={"every_steps": 100},
                 optim={"warmup_fraction": 0.3},
             )
-            plans[key] = changed(base, given)
+            plans[key] = with_values(base, given)
         return plans[key]
 
     wanted = {path: (plan(c.given), plan({**c.given, path: c.value})) for path, c in CHANGES.items()}

@@ -310,7 +310,9 @@ def test_a_file_written_just_now_is_always_read(tmp_path: Path) -> None:
 def write_manifest(folder: Path, weights: str, rng: str) -> None:
     """A manifest of two files, as the first version wrote it."""
     texts = {"__0_0.distcp": weights, "rng/rank_0": rng}
-    files = {name: {"bytes": len(text), "xxh3": xxhash.xxh3_128_hexdigest(text.encode())} for name, text in texts.items()}
+    files = {
+        name: {"bytes": len(text), "xxh3": xxhash.xxh3_128_hexdigest(text.encode())} for name, text in texts.items()
+    }
     (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
 
 
