@@ -31,6 +31,8 @@ IGNORED = frozenset(
     record form corruption caption_source
     """.split()
 )
+# What curation writes into each of its rows: from which record it comes, in which form, and what the model was asked.
+CURATED = frozenset(("record", "form", "prompt"))
 # The name of a picture, which the row gives by ``image`` already.
 IGNORED_BESIDE_IMAGE = frozenset("image_id image_url image_name img_id file_name filename coco_url flickr_url".split())
 IGNORED_IN_TURNS = frozenset(
@@ -128,8 +130,9 @@ def is_empty(value: object) -> bool:
 
 def unused_keys(row: Mapping[str, Any], used: frozenset[str], has_images: bool) -> Iterator[str]:
     """Keys that hold something which is neither used nor known not to matter."""
+    own = CURATED if row.keys() >= CURATED else frozenset()
     for key, value in row.items():
-        is_known = key in used or key in IGNORED or (has_images and key in IGNORED_BESIDE_IMAGE)
+        is_known = key in used or key in own or key in IGNORED or (has_images and key in IGNORED_BESIDE_IMAGE)
         if not is_known and not is_empty(value):
             yield key
 

@@ -163,6 +163,13 @@ def test_notes_have_the_number_of_rows_and_the_first_place(tmp_path: Path) -> No
     )
 
 
+def test_rows_that_curation_wrote_need_no_note(tmp_path: Path) -> None:
+    row = {"id": "a#direct", "conversations": TEXT, "record": "a", "form": "plain", "prompt": "direct"}
+    assert _open(tmp_path, row).notes == ()
+    (note,) = _open(tmp_path, {key: value for key, value in row.items() if key != "record"}).notes
+    assert "'prompt'" in note
+
+
 def test_notes_stay_short_and_printable(tmp_path: Path) -> None:
     rows = [{"id": str(n), "conversations": TEXT, f"\x1b[2J{n}\u202e": 1, f"v{n}": "a.png"} for n in range(1500)]
     index = _open(tmp_path, *rows)
