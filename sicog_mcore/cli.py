@@ -28,6 +28,8 @@ COMMAND_LINE = "command line"
 FALLBACK_PRESET = "tiny"  # stands in where none is named, so that the help and the other checks can go on
 SCALAR_WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 SWITCHES = ("--help", "-h", "--print_config")
+# Values that are no longer taken, and what did the same: recomputing attention alone kept as much as recomputing nothing.
+EARLIER: Mapping[tuple[str, str], str] = {("train.recompute_decoder", "selective"): "none"}
 USAGE = "%(prog)s --preset NAME [--config FILE.yaml] [--group.field VALUE | group.field=VALUE ...] [--print_config]"
 
 
@@ -98,7 +100,7 @@ def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
         ConfigError: a field is missing, unknown, or of the wrong type.
     """
     problems: list[ConfigProblem] = []
-    leaves = [Leaf(path, value, "saved configuration") for path, value in _flatten(values)]
+    leaves = [Leaf(path, _today(path, value), "saved configuration") for path, value in _flatten(values)]
     given = {leaf.path for leaf in leaves}
     accepted = _accept(leaves, known_fields(), problems)
     for path, known in known_fields().items():
@@ -107,6 +109,11 @@ def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
     if problems:
         raise ConfigError(problems)
     return _build(Experiment, accepted)
+
+
+def _today(path: str, value: Any) -> Any:
+    """What a value that an earlier version saved is called now."""
+    return EARLIER.get((path, value), value) if isinstance(value, str) else value
 
 
 def describe_changes(old: Experiment, new: Experiment) -> list[str]:

@@ -158,6 +158,15 @@ def test_an_experiment_survives_json(name: str) -> None:
     assert experiment_from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
 
 
+def test_a_saved_value_that_is_no_longer_taken_means_what_it_did(inputs: list[str]) -> None:
+    saved = PRESETS["tiny"]().to_dict()
+    saved["train"] |= {"recompute_decoder": "selective"}
+    del saved["train"]["recompute_layers"]  # as it was saved then
+    assert experiment_from_dict(saved) == PRESETS["tiny"]()
+    with pytest.raises(ConfigError, match="one of none, block, full"):
+        load_experiment(["--preset", "tiny", "--train.recompute_decoder", "selective", *inputs], 1)
+
+
 def test_a_saved_configuration_with_foreign_fields_is_refused() -> None:
     saved = PRESETS["tiny"]().to_dict()
     saved["optim"]["momentum"] = 0.9
