@@ -74,18 +74,41 @@ def watch_parent(speaks: bool, end: Callable[[int], object] = os._exit) -> None:
     Args:
         speaks: whether this rank says so.
     """
-    if any(thread.name == PARENT for thread in threading.enumerate()):
-        return
-    parent = os.getppid()
+    if _parent_watch() is None:
+        ParentWatch(speaks, end).start()
 
-    def look() -> None:
-        while os.getppid() == parent:
+
+class ParentWatch(threading.Thread):
+    """The thread that looks after the launcher."""
+
+    def __init__(self, speaks: bool, end: Callable[[int], object]) -> None:
+        super().__init__(name=PARENT, daemon=True)
+        self.parent, self._speaks, self._end_process = os.getppid(), speaks, end
+
+    @property
+    def sees_nobody(self) -> bool:
+        return os.getppid() != self.parent
+
+    def run(self) -> None:
+        while not self.sees_nobody:
             time.sleep(LOOK_EVERY_S)
-        if speaks:
-            _say(f"error: torchrun (process {parent}) is gone, so its ranks stop; {RESUME}")
-        end(EXIT_RETRY)
+        if self._speaks:
+            _say(f"error: torchrun (process {self.parent}) is gone, so its ranks stop; {RESUME}")
+        self._end_process(EXIT_RETRY)
 
-    threading.Thread(target=look, name=PARENT, daemon=True).start()
+
+def _parent_watch() -> ParentWatch | None:
+    return next((thread for thread in threading.enumerate() if isinstance(thread, ParentWatch)), None)
+
+
+def _leave_it_to_parent_watch() -> None:
+    """A launcher takes the ranks' store with it, and collectives fail first: what is wrong is that it has gone."""
+    watch, deadline = _parent_watch(), time.monotonic() + LOOK_EVERY_S
+    while watch is not None and time.monotonic() < deadline:
+        if watch.sees_nobody:
+            watch.join(SPEAKER_FIRST_S)  # it ends this process
+            return
+        time.sleep(LOOK_EVERY_S / 20)
 
 
 class Watch:
@@ -150,6 +173,7 @@ class Watch:
             raise self._failure(error) from error  # also where a save took it for an error of its own
 
     def _failure(self, error: BaseException) -> MachineError:
+        _leave_it_to_parent_watch()
         with self._ends:  # the silence that the watch would end is over
             where = self._write_stacks("".join(traceback.format_exception(error)))
             speaks, missing = self._ask()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
-from sicog_mcore.config import Experiment, ParallelConfig
+from sicog_mcore.config import Experiment
 from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError
 from sicog_mcore.parallel.topology import start_topology, stop_topology
 from sicog_mcore.train.run import build_model, plan_build
@@ -21,29 +23,27 @@ from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import TOKENIZER, tiny_experiment, write_dataset
 from tests.checkpoint.hostile import HOSTILE, make_hostile, recommit
+from tests.dist import Rank, run_ranks
 from tools import convert
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Experiment, Path]]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
     """An experiment, and a checkpoint of step 3 of it."""
     root = tmp_path_factory.mktemp("source")
     write_dataset(root, 4)
     experiment = tiny_experiment(root, data={"token_budget": 512})
-    topology = start_topology(ParallelConfig(), seed=0)
+    (folder,) = run_ranks(_save, 1, experiment)
+    return experiment, folder
+
+
+def _save(rank: Rank, experiment: Experiment) -> Path:
+    topology = rank.start(experiment.parallel)
     model = build_model(plan_build(experiment), topology)
     train_step(model, random_batches(experiment, 2), lr=1e-3, objective=NextToken())
-    folder = CheckpointStore(experiment, topology).save(model, RunState(3))
-    stop_topology()
-    yield experiment, folder
-
-
-@pytest.fixture(autouse=True)
-def _apart() -> Iterator[None]:
-    yield
-    stop_topology()
+    return CheckpointStore(experiment, topology).save(model, RunState(3))
 
 
 def resume(experiment: Experiment, run: Path) -> None:
@@ -101,7 +101,9 @@ def by_command(*words: str) -> Callable[[Experiment, Path], None]:
     return call
 
 
+TRUSTING = "load"
 COMMANDS: dict[str, Callable[[Experiment, Path], None]] = {
+    TRUSTING: load_without_a_search,
     "resume": resume,
     "init.checkpoint": start_from,
     "init.resampler": fill_one_part,
@@ -112,7 +114,22 @@ COMMANDS: dict[str, Callable[[Experiment, Path], None]] = {
 }
 
 
-def outcome(command: Callable[[Experiment, Path], None], experiment: Experiment, run: Path) -> int:
+def outcomes(
+    names: Iterable[str], experiment: Experiment, run: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[int, bool]]:
+    """Exit code of each command, and whether a program has run by then; in a process of its own, for models stay behind."""
+    (found,) = run_ranks(_outcomes, 1, list(names), experiment, run, dict(environment))
+    return found
+
+
+def _outcomes(
+    _: Rank, names: list[str], experiment: Experiment, run: Path, environment: dict[str, str]
+) -> dict[str, tuple[int, bool]]:
+    os.environ.update(environment)
+    return {name: (_outcome(COMMANDS[name], experiment, run), marker(run).exists()) for name in names}
+
+
+def _outcome(command: Callable[[Experiment, Path], None], experiment: Experiment, run: Path) -> int:
     """Exit code; an exception that is none of ours is a traceback, and fails the test."""
     try:
         command(experiment, run)
@@ -124,24 +141,26 @@ def outcome(command: Callable[[Experiment, Path], None], experiment: Experiment,
     return 0
 
 
+def marker(run: Path) -> Path:
+    """What a program in a checkpoint would leave."""
+    return run.with_name("ran")
+
+
 def test_every_command_opens_the_real_one(source: Any, tmp_path: Path) -> None:
     experiment, folder = source
     shutil.copytree(folder, tmp_path / "run" / "checkpoints" / folder.name)
-    for name, command in (COMMANDS | {"load": load_without_a_search}).items():
-        assert outcome(command, experiment, tmp_path / "run") == 0, name
+    assert outcomes(COMMANDS, experiment, tmp_path / "run") == dict.fromkeys(COMMANDS, (0, False))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_checkpoint_runs_nothing_and_is_one_message(name: str, source: Any, tmp_path: Path) -> None:
     experiment, folder = source
-    marker = tmp_path / "ran"
-    make_hostile(name, tmp_path / "run", folder, marker)
-    for command, call in COMMANDS.items():
-        assert outcome(call, experiment, tmp_path / "run") == EXIT_CONFIG, command
-        assert not marker.exists(), f"{command} ran a program"
-    if "state" not in name:
-        outcome(load_without_a_search, experiment, tmp_path / "run")
-        assert not marker.exists(), "a rank that trusted another one ran a program"
+    make_hostile(name, tmp_path / "run", folder, marker(tmp_path / "run"))
+    found = outcomes(COMMANDS, experiment, tmp_path / "run")
+    assert not any(ran for _, ran in found.values())
+    # Of the command that trusts another rank's look, only that it runs no program is asked.
+    codes = {command: code for command, (code, _) in found.items() if command != TRUSTING}
+    assert codes == dict.fromkeys(codes, EXIT_CONFIG)
 
 
 def test_the_payloads_would_run(source: Any, tmp_path: Path) -> None:
@@ -153,13 +172,10 @@ def test_the_payloads_would_run(source: Any, tmp_path: Path) -> None:
     assert (tmp_path / "one").exists() and (tmp_path / "two").exists()
 
 
-def test_an_environment_that_asks_for_full_pickles_changes_nothing(
-    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    make_hostile("in_common", tmp_path / "run", source[1], tmp_path / "ran")
-    assert outcome(load_without_a_search, source[0], tmp_path / "run") == EXIT_CONFIG
-    assert not (tmp_path / "ran").exists()
+def test_an_environment_that_asks_for_full_pickles_changes_nothing(source: Any, tmp_path: Path) -> None:
+    make_hostile("in_common", tmp_path / "run", source[1], marker(tmp_path / "run"))
+    found = outcomes([TRUSTING], source[0], tmp_path / "run", {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"})
+    assert found == {TRUSTING: (EXIT_CONFIG, False)}
 
 
 def test_a_state_of_fp8_is_not_handed_on(source: Any, tmp_path: Path) -> None:
@@ -176,7 +192,7 @@ def test_other_files_beside_it_are_never_opened(source: Any, tmp_path: Path) -> 
     experiment, folder = source
     place = tmp_path / "run" / "checkpoints" / folder.name
     shutil.copytree(folder, place)
-    (place / "notes.pkl").write_bytes(b"cposix\nsystem\n(S'touch /tmp/never'\ntR.")
-    assert outcome(resume, experiment, tmp_path / "run") == 0
+    (place / "notes.pkl").write_bytes(b"cposix\nsystem\n(S'touch never'\ntR.")
+    assert outcomes(["resume"], experiment, tmp_path / "run") == {"resume": (0, False)}
     recommit(place)
-    assert outcome(resume, experiment, tmp_path / "run") == 0
+    assert outcomes(["resume"], experiment, tmp_path / "run") == {"resume": (0, False)}
