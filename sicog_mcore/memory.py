@@ -32,7 +32,7 @@ class MemoryEstimate:
     """Bytes on one device, by cause.
 
     Attributes:
-        weights: of this stage's part of the model.
+        weights: of this stage's part of the model, and of the frozen reference if there is one.
         gradients: fp32, of what is trained.
         optimizer: this rank's share of master weights and moments.
         decoder: activations of the decoder's layers that the backward pass keeps, over all micro-batches in flight.
@@ -120,9 +120,10 @@ def _stage(experiment: Experiment, world_size: int, stage: int) -> MemoryEstimat
     width = 2 if train.precision == "bf16" else 4
     replicas = world_size // parallel.model_size
     states = MASTER_AND_MOMENTS if width == 2 else MASTER_AND_MOMENTS - 4
+    copies = 2 if experiment.objective == "dpo" and experiment.dpo.reference == "frozen" else 1
     supervised = int(experiment.data.token_budget * SUPERVISED_SHARE)
     return MemoryEstimate(
-        weights=width * sum(held.values()),
+        weights=copies * width * sum(held.values()),
         gradients=GRADIENT * trained,
         optimizer=states * trained // replicas,
         decoder=_decoder_activations(experiment, stage, width),

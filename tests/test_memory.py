@@ -79,6 +79,13 @@ def test_what_cannot_fit_is_refused_and_what_may_not_fit_is_said_with_the_smalle
     assert 1 < layers < 28
 
 
+def test_a_frozen_reference_holds_the_weights_once_more() -> None:
+    seven = replace(PRESETS["uhd_qwen2_7b"](), objective="dpo")
+    frozen = changed(seven, dpo={"reference": "frozen"})
+    one, two = (estimate_memory(experiment, 8) for experiment in (seven, frozen))
+    assert (two.weights, two.gradients, two.optimizer) == (2 * one.weights, one.gradients, one.optimizer)
+
+
 def test_frozen_parts_have_neither_gradients_nor_optimizer_states() -> None:
     whole = PRESETS["uhd_qwen2_7b"]()
     aligned = changed(whole, optim={"freeze": ("tower", "decoder")})
