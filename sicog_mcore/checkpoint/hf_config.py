@@ -336,7 +336,9 @@ def _attention(found: Mapping[str, Any], decoder: DecoderConfig) -> Iterator[str
     elif found.get("sliding_window") is not None and "use_sliding_window" not in found:
         yield f"sliding_window is {brief(found['sliding_window'])}: {everything}"
     kinds = found.get("layer_types") or ()
-    if other := sorted({str(kind) for kind in kinds if kind != "full_attention"}):
+    if not isinstance(kinds, list | tuple):
+        yield f"layer_types is {brief(kinds)}, expected a list"
+    elif other := sorted({str(kind) for kind in kinds if kind != "full_attention"}):
         yield f"layer_types names {', '.join(map(repr, other))}: {everything}"
     scale = found.get("query_pre_attn_scalar")
     if scale is not None and scale != decoder.head_dim:
@@ -401,7 +403,7 @@ def _compare(
     for theirs, name in fields:
         found, here = config.get(theirs), vars(ours)[name]
         if found is not None and found != here:
-            is_number = isinstance(found, int | float) and not isinstance(found, bool) and isfinite(found)
+            is_number = type(found) is int or (isinstance(found, float) and isfinite(found))
             value = (
                 type(here)(found) if is_number or isinstance(found, bool) else brief(found)
             )  # 1e6 for a whole number

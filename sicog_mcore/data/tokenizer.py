@@ -104,7 +104,12 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{file} cannot be read as a tokenizer ({error}); copy it again") from error
         self._engine.encode_special_tokens = True
-        self.notes = (*settled, *self._judge(content))
+        try:
+            self.notes = (*settled, *self._judge(content))
+        except TokenizerError:
+            raise
+        except Exception as error:  # of a vocabulary that cannot write a sample at all
+            raise TokenizerError(f"{file} cannot write plain text ({error}); give another tokenizer") from error
 
     def _judge(self, content: Mapping[str, Any]) -> list[str]:
         added = content.get("added_tokens") or []

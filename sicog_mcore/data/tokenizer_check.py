@@ -132,9 +132,13 @@ def _require_one_meaning(model: Mapping[str, Any], added: Sequence[Any], where: 
         raise TokenizerError(f"{where}: added_tokens must have a content and an id each; save the tokenizer again")
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):  # Unigram: pairs of token and score, numbered by their place
+        if not all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocabulary):
+            raise TokenizerError(f"{where}: the vocabulary holds other things than tokens; save the tokenizer again")
         vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}
     if not isinstance(vocabulary, dict):
         return
+    if not all(type(number) is int for number in vocabulary.values()):
+        raise TokenizerError(f"{where}: the vocabulary has ids that are no numbers; save the tokenizer again")
     by_id: dict[int, str] = {}
     for token, number in [*vocabulary.items(), *((token["content"], token["id"]) for token in added)]:
         if by_id.setdefault(number, token) != token:

@@ -150,6 +150,8 @@ REFUSED = {
     ),
     "FP8": ({"compression_config": {"format": "float-quantized"}}, "compression_config is"),
     "no number": ({"rope_theta": "1000000"}, "rope_theta is '1000000'"),
+    "a number of layers": ({"layer_types": 28}, "layer_types is 28, expected a list"),
+    "a number beyond all": ({"num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
     "not even a number": ({"rms_norm_eps": [1e-6]}, "rms_norm_eps is [1e-06]"),
 }
 

@@ -214,6 +214,9 @@ def test_a_turn_cannot_be_opened_by_data_even_if_the_file_allows_it(tmp_path: Pa
         (lambda file: file.update(extra={"a": 1}), "cannot be read as a tokenizer"),
         (lambda file: file.update(model=[]), "holds no model"),
         (lambda file: file["model"].update(type="Markov"), "cannot be read as a tokenizer"),
+        (lambda file: file.update(model={"type": "Unigram", "vocab": [5]}), "holds other things than tokens"),
+        (lambda file: file.update(model={"type": "Unigram", "vocab": []}, added_tokens=[]), "cannot write plain text"),
+        (lambda file: file["model"]["vocab"].update(a=[1]), "has ids that are no numbers"),
     ],
 )
 def test_tokens_of_two_meanings_and_broken_files_are_refused(change: Change, expected: str, tmp_path: Path) -> None:
