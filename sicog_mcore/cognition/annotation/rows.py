@@ -59,6 +59,7 @@ def build_captioned(row: Row, images: Sequence[Any], fallback_id: str, origin: s
     if "caption" in row:
         asked = turns[:1] if isinstance(turns, list) else [{"from": "human", "value": find_prompt("caption").text}]
         row = row | {"conversations": [*asked, {"from": "gpt", "value": row["caption"]}]}
+    row = {key: value for key, value in row.items() if key in TAGGED_KEYS}  # what the others say has been judged
     sample = build_sample(_with_placeholders(row, len(images)), images, fallback_id, origin)
     dialogue = [turn for turn in sample.turns if turn.role != "system"]
     return replace(sample, turns=tuple(dialogue[:2]))
@@ -75,6 +76,7 @@ def build_tagged(row: Row, images: Sequence[Any], fallback_id: str, origin: str)
     if lost := (*unread.meaning, *unread.control):
         fix = "write what they say into the conversation, or leave them out"
         raise SampleError("key_unread", f"{', '.join(map(repr, lost)):.200} would be lost in the training row; {fix}")
+    row = {key: value for key, value in row.items() if key in TAGGED_KEYS}
     return build_sample(_with_placeholders(row, len(images)), images, fallback_id, origin)
 
 

@@ -17,7 +17,6 @@ import xxhash
 from sicog_mcore.cognition.item_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
-from sicog_mcore.data.row_keys import TURN_KEYS
 from sicog_mcore.data.rows import ROLES, Row, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import open_sources
@@ -163,10 +162,9 @@ def _with_placeholder(turn: object, num_images: int) -> object:
     """The question, with a placeholder in front if it mentions no image."""
     if not isinstance(turn, dict) or not isinstance(text := turn.get("value", turn.get("content")), str):
         return turn
-    turn = {key: value for key, value in turn.items() if key in TURN_KEYS}
     if IMAGE_PLACEHOLDER in text:
-        return turn
-    return {**turn, "value": f"{IMAGE_PLACEHOLDER}\n" * num_images + text}
+        num_images = 0
+    return {"from": turn.get("from", turn.get("role")), "value": f"{IMAGE_PLACEHOLDER}\n" * num_images + text}
 
 
 def _name(origin: str, rows: Sequence[Path]) -> str:
