@@ -79,7 +79,7 @@ class WeightFiles:
             problems = [f"{INDEX} names {name}, which is not there" for name in sorted(set(expected) - names)]
             problems += [f"it holds {name}, which {INDEX} places elsewhere" for name in sorted(names - set(expected))]
             raise CheckpointError(f"{file}: {shortened(problems)}; copy the files of one checkpoint into one folder")
-        for name in names:
+        for name in sorted(names):
             header = handle.get_slice(name)
             self.entries[name] = Entry(file, tuple(header.get_shape()), header.get_dtype())
 
