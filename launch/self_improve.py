@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -59,7 +60,9 @@ def main(words: list[str] | None = None) -> int:
         # Single steps may run on several machines at the same time: each has a lock of its own.
         owns = not (options.plan or options.only)
         with owned(folder, shlex.join(sys.argv), say, is_owner=owns):
-            runner = StepRunner(PROJECT, folder, options.nproc, loop_console.LiveLine(console))
+            # A step is one process, also inside a job of many tasks, unless torchrun makes it several.
+            environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1"}
+            runner = StepRunner(PROJECT, folder, options.nproc, loop_console.LiveLine(console), environment)
             planned = runner.plan(steps)
             show_plan(planned, console, options)
             if options.plan:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -54,10 +54,19 @@ class StepRunner:
         folder: of the loop; stamps and logs are kept there.
         ranks: processes of steps that are parallel.
         screen: says what happens.
+        environment: of the steps; None for that of this process.
     """
 
-    def __init__(self, project: Path, folder: Path, ranks: int, screen: LiveLine) -> None:
+    def __init__(
+        self,
+        project: Path,
+        folder: Path,
+        ranks: int,
+        screen: LiveLine,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.project, self.folder, self.ranks, self.screen = project, folder, ranks, screen
+        self._environment = environment
         self.stamps = Stamps(folder / FOLDER)
         self.contents = Contents(folder / FOLDER / HASHES)
 
@@ -115,7 +124,12 @@ class StepRunner:
             output.flush()
             start, clock = output.tell(), time.monotonic()
             with subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[lock]
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[lock],
+                env=self._environment,
             ) as process:
                 try:
                     exit_code = self._watch(process, log, start, title)

@@ -377,6 +377,14 @@ def test_the_ledger_has_time_tokens_and_device_seconds(world: World) -> None:
     assert plan_summary(world.runner.plan([counted, STEPS[1]])) == "2 steps: 2 done"
 
 
+def test_steps_get_the_environment_that_is_meant_for_them(world: World) -> None:
+    step = replace(STEPS[0], command=("told.py",), outputs=(Path("told.txt"),))
+    Path("told.py").write_text("import os; open('told.txt', 'w').write(os.environ['RANK'] + os.environ['PATH'])")
+    runner = StepRunner(Path.cwd(), Path("loop2"), 1, world.runner.screen, {"RANK": "0", "PATH": "here"})
+    assert runner.run_all([step]) == 0
+    assert Path("told.txt").read_text() == "0here"
+
+
 def test_parallel_steps_start_under_torchrun_and_count_every_process(world: World) -> None:
     parallel = replace(STEPS[0], is_parallel=True)
     alone = world.runner.command(parallel)
