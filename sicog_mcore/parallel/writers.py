@@ -1,8 +1,9 @@
 """Checkpoints are written by threads of the rank itself: nothing that writes outlives it.
 
-Megatron writes every file in a forked process and collects the results through a server process of its own (300 MB), both of
-which go on when the rank is killed. Our saves wait for the files anyway, and threads write as fast.
-Checked with megatron-core 0.16.1.
+Megatron 0.16 writes every file in a forked process, and collects the results through a server process of its own (300 MB);
+both go on when the rank is killed. 0.19 writes in threads, keeps the server, and loses the cause of a failure on the way.
+Our saves wait for the files anyway, and threads write as fast.
+Checked with megatron-core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import queue
 import threading
 from typing import Any
 
+# Names in Megatron 0.16 and 0.19: of what writes the files, and of what gives the queue of results.
+WRITERS = ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
+RESULTS = ("_get_write_results_queue", "get_write_results_queue")
+
 
 def _write_in_threads(transforms: list, *arguments: Any) -> None:
-    """Stands in for Megatron's ``write_preloaded_data_multiproc``.
+    """Stands in for Megatron's function of that work, see WRITERS.
 
     The last two arguments are the files and the queue of results, which gets {number of the file: what was written}, or the
     exception of a file that failed.
@@ -42,8 +47,10 @@ def install_writers() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     module: Any = filesystem_async
-    if module.FileSystemWriterAsync.write_preloaded_data_multiproc is _write_in_threads:
+    writer = next(name for name in WRITERS if hasattr(module.FileSystemWriterAsync, name))
+    results_queue = next(name for name in RESULTS if hasattr(module, name))
+    if getattr(module.FileSystemWriterAsync, writer) is _write_in_threads:
         return
     results: queue.Queue = queue.Queue()
-    module._get_write_results_queue = lambda: results
-    module.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    setattr(module, results_queue, lambda: results)
+    setattr(module.FileSystemWriterAsync, writer, staticmethod(_write_in_threads))
