@@ -132,7 +132,8 @@ class VllmEngine:
                         seed = item.request.seeds[prompt][number]
                         self._engine.add_request(name, {"prompt_embeds": embeddings}, self._draws(sampling, seed))
                     items += len(usable)
-                for output in self._engine.step():
+                # Without a request vLLM would wait for one for ever: all that were taken may have been unreadable.
+                for output in self._engine.step() if items else ():
                     if output.finished:
                         item, prompt, number = waiting.pop(output.request_id)
                         item.answers[prompt][number] = self._answer(output.outputs[0])

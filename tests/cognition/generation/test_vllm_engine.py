@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,8 @@ def test_an_image_that_cannot_be_read_fails_alone(
     bad = Request("bad", (ImageRef(str(tmp_path / "none.png")),), requests[0].prompts, requests[0].seeds)
     found = by_id(engines[0].generate([bad, requests[1]], GREEDY))
     assert (found["bad"].failure, found["i1"].failure) == ("image_missing", "")
+    alone = by_id(engines[0].generate([replace(bad, id=str(number)) for number in range(5)], GREEDY))
+    assert [result.failure for result in alone.values()] == ["image_missing"] * 5
 
 
 def test_a_whole_run_passes_the_gate_and_names_its_engine(tmp_path: Path) -> None:
