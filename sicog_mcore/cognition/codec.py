@@ -83,9 +83,10 @@ def render(steps: Sequence[str], kind: Kind) -> str:
 def quote_headers(text: str) -> str:
     """The text of a step with "Step 1: ..." lines of its own written as "(Step 1): ...", which ``parse`` takes for text.
 
-    Nothing but these brackets is added, so that what the text says, and refers to, stays as it was.
+    Nothing but these brackets is added, so that what the text says, and refers to, stays as it was; what ``render`` takes
+    away around a text goes first, for a line may become a header by it.
     """
-    text = _unix(text)
+    text = _clean(text)
     for match in reversed(list(HEADER.finditer(text))):
         start, end = OWN_NUMBER.search(text, match.start(), match.end("number")).span()  # type: ignore[union-attr]
         text = f"{text[:start]}({text[start:end]}){text[end:]}"

@@ -145,7 +145,11 @@ def test_any_json_list_is_indexed_by_its_elements(
 def test_any_bytes_give_one_row_per_line_with_a_reason(tmp_path: Path, lines: list[bytes]) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\n".join([*lines, b"\n"]))
-    index = _open(file)
+    try:
+        index = _open(file)
+    except ConfigError as error:  # the first bytes may be those of an archive or another kind of file
+        assert any(words in str(error) for words in ("is compressed", "is Parquet", "is UTF-16", "is a JSON list"))
+        return
     assert len(index) == sum(bool(line.strip()) for line in lines)
     for row in range(len(index)):
         assert _reason(index, row) in ("json_invalid", "not_utf8", "field_type", "field_missing")
