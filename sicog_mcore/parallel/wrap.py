@@ -159,13 +159,23 @@ class TrainableModel:
         Returns:
             whether the step was taken, and the gradient norm.
         """
+        norms: list[float] = []
+        optimizer = self.optimizer
+        prepare, measure = optimizer.prepare_grads, optimizer.get_grad_norm
+
+        def prepare_and_judge() -> bool:
+            refused = prepare()
+            norms.append(measure())
+            return refused or not may_apply or not math.isfinite(norms[0])
+
         # Megatron looks for what is not finite only where it scales the loss (fp16), and would write it into the weights.
-        refused = self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if refused or not may_apply or not math.isfinite(norm):
-            return False, norm
-        done, norm, _ = self.optimizer.step()
-        return bool(done), float(norm)
+        # Its step asks this first, and goes no further if told so; the norm, a collective, is measured once for both.
+        optimizer.prepare_grads, optimizer.get_grad_norm = prepare_and_judge, lambda: norms[0]
+        try:
+            done = optimizer.step()[0]
+        finally:
+            del optimizer.prepare_grads, optimizer.get_grad_norm
+        return bool(done), float(norms[0])
 
     def optimizer_tensors(self) -> list[Tensor]:
         """Masters and moments that this rank keeps."""

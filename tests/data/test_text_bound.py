@@ -189,3 +189,5 @@ def test_nothing_that_fits_is_refused() -> None:
 def test_placeholders_are_no_text() -> None:
     encoder = Encoder(MODEL, data_config(token_budget=60))
     encoder._refuse_long([[Turn("user", "<image>" * 10_000)]])  # what their images need is counted when they are known
+    with pytest.raises(SampleError, match="too_long"):
+        encoder._refuse_long([[Turn("user", "<photo>" * 10_000)]])

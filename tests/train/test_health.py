@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,25 @@ def test_what_is_not_finite_leaves_weights_masters_and_moments(topology: Topolog
         assert changed(model, before) != []
 
 
+def test_the_norm_is_measured_once_a_step(topology: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = new_model(topology)
+    (member,) = model.optimizer.chained_optimizers
+    calls = dict.fromkeys(("prepare_grads", "get_grad_norm"), 0)
+
+    def counted(name: str, act: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            calls[name] += 1
+            return act()
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(member, name, counted(name, getattr(member, name)))
+    for _ in range(2):
+        assert train_step(model, batches, lr=1e-3, objective=NextToken()).applied
+    assert calls == {"prepare_grads": 2, "get_grad_norm": 2}
+
+
 def _spoilt_on_one_rank(rank: Rank) -> list[Any]:
     experiment = tiny_experiment(Path("unused"), data={"token_budget": 512}, train={"packs_per_step": 4})
     model = build_model(plan_build(experiment), rank.start(experiment.parallel))
@@ -151,7 +170,7 @@ def test_a_part_that_grew_a_hundredfold_has_exploded(topology: Topology, part: A
 def test_a_part_that_began_at_zero_may_grow(topology: Topology) -> None:
     model, _ = new_model(topology)
     before = Soundness(dict.fromkeys(measure(model).rms, 0.0), True)
-    require_sound(model, before, "step 1", GOOD)
+    assert require_sound(model, before, "step 1", GOOD) == measure(model)
 
 
 def losses_that_leap(losses: Sequence[float]) -> list[int]:
