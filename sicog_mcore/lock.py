@@ -22,14 +22,21 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sicog_mcore.errors import EXIT_RETRY, ConfigError, ConfigProblem, MachineError, SicogError, printable
+from sicog_mcore.errors import (
+    EXIT_RETRY,
+    ConfigError,
+    ConfigProblem,
+    MachineError,
+    SicogError,
+    is_machine_fault,
+    printable,
+)
 
 LOCK = ".lock"
 BEAT_S = 3.0  # between two touches by the owner
 STALE_AFTER_S = 180.0  # silence by the file system's clock; shared file systems show a new time up to a minute late
 WATCHED_S = 1.0  # between two looks at the lock of another machine
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-MACHINE_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 SHOWN = 160  # characters of a command in a message
 DEAD_STATES = ("Z", "X")  # of a process that only its parent still knows
 
@@ -239,7 +246,7 @@ class FolderLock:
 
     def _unusable(self, error: OSError) -> SicogError:
         text = f"{self.path.parent} cannot be used: {error.strerror or error}"
-        if error.errno in MACHINE_FAILS:
+        if is_machine_fault(error):
             return MachineError(f"{text}; make room or repair the file system, then run the same command again")
         return ConfigError([ConfigProblem("output", str(self.path.parent), text, "choose a folder you may write to")])
 

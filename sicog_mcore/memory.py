@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from sicog_mcore.config import DecoderConfig, Experiment, ModelConfig, Part, TowerConfig
 from sicog_mcore.errors import ConfigError, ConfigProblem
-from sicog_mcore.sizes import decoder_params, padded_vocab, resampler_params, tower_params
+from sicog_mcore.sizes import padded_vocab, params_by_part
 
 GIB = 2**30
 RESERVED_GIB = 3  # the CUDA context, NCCL's buffers, pieces of memory too small to use
@@ -134,14 +134,12 @@ def _stage(experiment: Experiment, world_size: int, stage: int) -> MemoryEstimat
 
 def _held_params(model: ModelConfig, tensor: int, pipeline: int, is_first: bool, is_last: bool) -> Mapping[Part, int]:
     """Parameters of each part on a rank; tower and resampler are whole on every rank of the first stage."""
-    decoder, table = model.decoder, padded_vocab(model.decoder) * model.decoder.hidden
+    whole, decoder = params_by_part(model), model.decoder
+    table = padded_vocab(decoder) * decoder.hidden
     tables = table * (1 if decoder.tie_embeddings else 2)
-    layers = (decoder_params(decoder) - tables) // pipeline
+    layers = (whole["decoder"] - tables) // pipeline
     own_tables = table * (is_first + (is_last and not (is_first and decoder.tie_embeddings)))
-    vision: Mapping[Part, int] = {
-        "tower": tower_params(model.tower),
-        "resampler": resampler_params(model.resampler, model.tower.hidden, decoder.hidden),
-    }
+    vision: Mapping[Part, int] = {"tower": whole["tower"], "resampler": whole["resampler"]}
     return {"decoder": (layers + own_tables) // tensor, **(vision if is_first else {})}
 
 

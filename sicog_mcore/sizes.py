@@ -6,7 +6,7 @@ Standard library only; a test compares these numbers with the built model.
 
 from __future__ import annotations
 
-from sicog_mcore.config import DecoderConfig, ModelConfig, ResamplerConfig, SlicingConfig, TowerConfig
+from sicog_mcore.config import DecoderConfig, ModelConfig, Part, ResamplerConfig, SlicingConfig, TowerConfig
 
 VOCAB_MULTIPLE = 128  # the same for every tensor-parallel size, so that checkpoints move between layouts
 
@@ -58,10 +58,18 @@ def decoder_params(config: DecoderConfig) -> int:
     return config.num_layers * (matrices + biases + head_norms + 2 * h) + h + tables
 
 
+def params_by_part(config: ModelConfig) -> dict[Part, int]:
+    """Parameters of each part as it is built, over all ranks."""
+    return {
+        "tower": tower_params(config.tower),
+        "resampler": resampler_params(config.resampler, config.tower.hidden, config.decoder.hidden),
+        "decoder": decoder_params(config.decoder),
+    }
+
+
 def model_params(config: ModelConfig) -> int:
     """Parameters of the whole model as it is built."""
-    resampler = resampler_params(config.resampler, config.tower.hidden, config.decoder.hidden)
-    return tower_params(config.tower) + resampler + decoder_params(config.decoder)
+    return sum(params_by_part(config).values())
 
 
 def most_visual_tokens(slicing: SlicingConfig, resampler: ResamplerConfig) -> int:

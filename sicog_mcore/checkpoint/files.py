@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.commit import Manifest
 from sicog_mcore.errors import CheckpointError, SicogError
+from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.parallel.shard_files import METADATA, UNREADABLE, guarded, read_metadata, require_tensors_only
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 
@@ -34,7 +35,6 @@ KINDS: Mapping[str, object] = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-EXTRA = "_extra_state"
 RANDOM_STATES = "rng/"
 
 
@@ -186,7 +186,7 @@ def _require_no_extra_state(loaded: Mapping[str, Any], folder: Path) -> None:
     for chunk in chunks:
         for name, value in chunk.items():
             is_empty = value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
-            if name.endswith(EXTRA) and not is_empty:
+            if name.endswith(EXTRA_STATE) and not is_empty:
                 raise CheckpointError(
                     f"{folder} keeps a state of fp8 in {name}, which would be opened as a pickle; use a checkpoint that was "
                     "trained in bf16 or fp32"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sicog_mcore.checkpoint.commit import write_tensors
+from sicog_mcore.checkpoint.hf_beside import read_json
 from sicog_mcore.checkpoint.mapping import Shape
 from sicog_mcore.errors import CheckpointError
 
@@ -152,16 +153,7 @@ def _pickle(files: list[Path]) -> CheckpointError:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a folder, or beside a file; empty if there is none."""
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} cannot be read (it holds {type(config).__name__}, no object); copy it again")
-    return config
+    return read_json((path if path.is_dir() else path.parent) / CONFIG)
 
 
 def shortened(lines: Collection[str], most: int = 12) -> str:

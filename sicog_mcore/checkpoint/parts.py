@@ -26,6 +26,7 @@ from sicog_mcore.checkpoint.targets import PARTS, local_parameters, part_of
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import Experiment, Part
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.gather import on_main
 from sicog_mcore.parallel.topology import Topology
@@ -33,7 +34,6 @@ from sicog_mcore.parallel.topology import Topology
 WIDTHS: Mapping[Part, tuple[str, ...]] = {"resampler": ("model.tower.hidden:", "model.decoder.hidden:")}
 # May differ between stages: they do not change what a weight means.
 FREE_TO_CHANGE = ("model.resampler.train_positions", "model.decoder.mcore")
-EXTRA = "_extra_state"
 OPTIMIZER = ("optimizer.", "chained_")  # entries of a whole run's checkpoint that are no weights
 
 
@@ -104,7 +104,7 @@ def load_parts(
     for name, chunk in _named(chunks):
         # A later pipeline stage has nothing of tower and resampler, and Megatron drops what is empty.
         outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
-        left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA not in key]
+        left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA_STATE not in key]
         assert not left and not outcome.unexpected_keys, f"not filled: {left}, unknown: {outcome.unexpected_keys}"
     watch = Watch()
     for name, parameter in local_parameters(chunks):
@@ -152,7 +152,7 @@ def _named(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, VisionLangu
 def _entries(chunk: VisionLanguageModel, parts: Sequence[Part], topology: Topology) -> dict[str, Any]:
     """Megatron's description of a chunk's parts; Transformer Engine's extra states matter for fp8 only."""
     state = chunk.sharded_state_dict(metadata={"dp_cp_group": topology.groups.dp_cp})
-    return {key: value for key, value in state.items() if part_of(key) in parts and EXTRA not in key}
+    return {key: value for key, value in state.items() if part_of(key) in parts and EXTRA_STATE not in key}
 
 
 def _require_same_model(saved: Experiment, experiment: Experiment, parts: Sequence[Part], folder: Path) -> None:

@@ -27,7 +27,7 @@ from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
-from sicog_mcore.sizes import decoder_params, resampler_params, tower_params
+from sicog_mcore.sizes import params_by_part
 
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
 OPTIMIZER_BYTES = 12  # of a trained parameter: an fp32 master and two moments
@@ -288,12 +288,7 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
 
 def checkpoint_bytes(experiment: Experiment) -> int:
     """About what one checkpoint takes on the disk: weights of all parts, and what the optimizer keeps of trained ones."""
-    model, weight = experiment.model, 2 if experiment.train.precision == "bf16" else 4
-    counts = {
-        "tower": tower_params(model.tower),
-        "resampler": resampler_params(model.resampler, model.tower.hidden, model.decoder.hidden),
-        "decoder": decoder_params(model.decoder),
-    }
+    weight, counts = 2 if experiment.train.precision == "bf16" else 4, params_by_part(experiment.model)
     trained = sum(count for part, count in counts.items() if part not in experiment.optim.freeze)
     return int(RESERVE * (weight * sum(counts.values()) + OPTIMIZER_BYTES * trained))
 

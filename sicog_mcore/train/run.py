@@ -5,7 +5,7 @@ In: a checked Experiment   Out: the newest checkpoint   Called by every launcher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.checkpoint.weights import import_init
-from sicog_mcore.config import Experiment, Part
+from sicog_mcore.config import Experiment
 from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.memory import estimate_memory, estimate_text, fitting
@@ -24,7 +24,7 @@ from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import StagePlan, VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel, wrap_model
-from sicog_mcore.sizes import decoder_params, resampler_params, tower_params
+from sicog_mcore.sizes import params_by_part
 from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
 from sicog_mcore.train.dpo import Preferences
 from sicog_mcore.train.feed import Complete, Feed, open_data
@@ -181,7 +181,7 @@ def _fit(experiment: Experiment, topology: Topology) -> list[str]:
 
 def _facts(build: Build, topology: Topology, feed: Feed) -> RunFacts:
     return RunFacts(
-        parameters=_parameters(build.experiment),
+        parameters=params_by_part(build.experiment.model),
         num_rows=feed.num_rows,
         world_size=topology.world_size,
         device=device_name(topology.device),
@@ -189,12 +189,3 @@ def _facts(build: Build, topology: Topology, feed: Feed) -> RunFacts:
         attention=f"{build.attention.name} ({build.attention.why})",
         memory=estimate_text(estimate_memory(build.experiment, topology.world_size)),
     )
-
-
-def _parameters(experiment: Experiment) -> Mapping[Part, int]:
-    model = experiment.model
-    return {
-        "tower": tower_params(model.tower, all_layers=False),
-        "resampler": resampler_params(model.resampler, model.tower.hidden, model.decoder.hidden),
-        "decoder": decoder_params(model.decoder),
-    }
