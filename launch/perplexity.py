@@ -88,7 +88,7 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
     )
     if topology.is_main:
         for note in losses.notes:
-            print(f"data: {note}", file=sys.stderr)
+            print(printable(note), file=sys.stderr)
         write_results(out, outcomes, summary)
     low, high = summary["perplexity_interval"]
     left_out = "".join(f"; left out: {count} x {reason}" for reason, count in summary["failures"].items())

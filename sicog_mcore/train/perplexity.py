@@ -22,6 +22,7 @@ from sicog_mcore.data.packing import PackPlan
 from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.resume import EpochRows
 from sicog_mcore.data.sources import open_sources
+from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
@@ -50,7 +51,7 @@ class SampleLoss:
 
 @dataclass(frozen=True)
 class Losses:
-    """All rows: measured, or refused with a reason; both by id. ``notes`` say what of the rows is not used."""
+    """All rows: measured, or refused with a reason; both by id. ``notes`` say what of files and rows is not used."""
 
     samples: tuple[SampleLoss, ...]
     refused: tuple[Rejection, ...]
@@ -80,7 +81,8 @@ def measure_losses(experiment: Experiment, topology: Topology) -> Losses:
     """
     build = plan_build(experiment)
     chunks = build_chunks(build, topology)
-    import_init(chunks, experiment, topology)
+    said = import_init(chunks, experiment, topology)
+    said += tokenizer_notes(experiment.data) if topology.is_main else []
     packs, refused = _plan(experiment, topology)
     mine = packs[topology.data_rank :: topology.data_size]
     source = PackSource(experiment, mine) if topology.loads_data else None
@@ -97,8 +99,8 @@ def measure_losses(experiment: Experiment, topology: Topology) -> Losses:
     parts = topology.gather_objects((measured, source.refused if source else []))
     samples = sorted((sample for part, _ in parts for sample in part), key=lambda sample: sample.id)
     refused += [rejection for _, part in parts for rejection in part]
-    notes = source.notes if source else ()
-    return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)), notes)
+    said += [f"data: {note}" for note in source.notes] if source else []
+    return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)), tuple(said))
 
 
 class PackSource:

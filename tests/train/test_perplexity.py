@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from sicog_mcore.cognition.generation.load import load_model
+from sicog_mcore.config import Experiment
 from sicog_mcore.model.loss import supervised_rows
-from sicog_mcore.train.perplexity import segment_sums
+from sicog_mcore.train.perplexity import measure_losses, segment_sums
+from sicog_mcore.train.run import plan_build
+from tests.answering import write_checkpoint
 from tests.batches import random_batches
-from tests.builders import tiny_experiment, write_dataset
-from tests.dist import run_script
+from tests.builders import TOKENIZER, tiny_experiment, write_dataset
+from tests.dist import Rank, run_ranks, run_script
 from tests.e2e.runs import REPOSITORY, train_ranks
 from tests.tolerances import LAYOUT_LOSS
 
@@ -68,3 +73,28 @@ def test_perplexity_is_the_loss_of_training(tmp_path: Path) -> None:
     for first, second in zip(*outcomes, strict=True):
         assert (first["id"], first["weight"]) == (second["id"], second["weight"])
         assert second["value"] == pytest.approx(first["value"], rel=LAYOUT_LOSS)
+
+
+def _notes(rank: Rank, experiment: Experiment, folder: Path) -> tuple[list[str], list[str]]:
+    topology = rank.start(experiment.parallel)
+    write_checkpoint(experiment, folder, topology)
+    experiment = replace(experiment, init=replace(experiment.init, checkpoint=str(folder)))
+    told: list[str] = []
+    load_model(plan_build(experiment), topology, told.append)
+    return told, list(measure_losses(experiment, topology).notes)
+
+
+@pytest.mark.slow
+def test_what_is_to_be_said_of_files_is_said_without_training_too(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, NUM_ROWS)
+    row = json.loads(path.read_text().splitlines()[2])
+    path.write_text(path.read_text() + json.dumps(row | {"id": "more", "colour_of_frame": "red"}) + "\n")
+    tokenizer = json.loads(Path(TOKENIZER).read_text())
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": cut}))
+    experiment = tiny_experiment(tmp_path, data={"tokenizer": str(tmp_path / "tokenizer.json")})
+    ((generation, perplexity),) = run_ranks(_notes, 1, experiment, tmp_path / "model")
+    for notes in (generation, perplexity):
+        assert sum("would cut every text: switched off" in line for line in notes) == 1
+        assert any(line.startswith("decoder: ") for line in notes)
+    assert perplexity[-1].startswith("data: key 'colour_of_frame' is not used")

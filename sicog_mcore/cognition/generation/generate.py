@@ -221,7 +221,8 @@ def _generate(
     progress: GenerationProgress,
 ) -> None:
     """Does this copy's items, and says what it took."""
-    model, encoder = load_model(build, topology), Encoder(build.experiment.model, build.experiment.data)
+    model = load_model(build, topology, progress.notice)
+    encoder = Encoder(build.experiment.model, build.experiment.data)
     engine = _build_engine(options, model, encoder, topology)
     requests, refused = _requests(task, own)
     parity = check_parity(engine, model, encoder, requests)

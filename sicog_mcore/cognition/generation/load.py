@@ -6,7 +6,7 @@ Sizes, tokenizer and template come from the checkpoint itself; nothing else of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from sicog_mcore.checkpoint.store import STATE
 from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, InitConfig, ParallelConfig
 from sicog_mcore.data.tokenizer import find_tokenizer_file
+from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.errors import CheckpointError, ConfigError, ConfigProblem
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
@@ -118,12 +119,17 @@ def joined(
         stop_topology()
 
 
-def load_model(build: Build, topology: Topology) -> VisionLanguageModel:
+def load_model(build: Build, topology: Topology, notice: Callable[[str], None] = lambda _: None) -> VisionLanguageModel:
     """This rank's part of the model, with the checkpoint's weights.
+
+    Args:
+        notice: is told what is to be said of weights and tokenizer.
 
     Raises:
         CheckpointError: on every rank alike.
     """
     (model,) = chunks = build_chunks(build, topology)
-    import_init(chunks, build.experiment, topology)
+    of_tokenizer = tokenizer_notes(build.experiment.data) if topology.is_main else []
+    for line in [*import_init(chunks, build.experiment, topology), *of_tokenizer]:
+        notice(line)
     return model.requires_grad_(False).eval()
