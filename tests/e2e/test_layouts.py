@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sicog_mcore.config import Experiment
-from tests.builders import tiny_experiment, write_dataset
+from tests.builders import tiny_experiment, with_values, write_dataset
 from tests.e2e.runs import consumed_ids, train_ranks
 from tests.tolerances import LAYOUT_GRAD_NORM, LAYOUT_LOSS
 
@@ -67,3 +67,14 @@ def test_recompute_equals_none(
 ) -> None:
     train = {"recompute_decoder": decoder, "recompute_layers": layers, "recompute_tower": tower}
     _assert_same(train_ranks(_experiment(data, tmp_path, train=train), 1), one_rank[0])
+
+
+def test_a_pipeline_recomputes_in_every_chunk_and_frees_its_outputs(data: Path, one_rank: Any, tmp_path: Path) -> None:
+    experiment = _experiment(
+        data,
+        tmp_path,
+        parallel={"pipeline": 2, "virtual_pipeline": 2},
+        train={"recompute_decoder": "block", "recompute_layers": 1},
+    )
+    experiment = with_values(experiment, {"model.decoder.mcore": {"deallocate_pipeline_outputs": True}})
+    _assert_same(train_ranks(experiment, 2), one_rank[0])
