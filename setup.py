@@ -74,6 +74,7 @@ setup(
         "sicog_mcore.hf",
         "sicog_mcore.model",
         "sicog_mcore.parallel",
+        "sicog_mcore.rollout",
         "sicog_mcore.train",
         "sicog_kernels",
     ],

@@ -17,10 +17,10 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from sicog_mcore.cognition.generation.options import GenerationOptions
-from sicog_mcore.cognition.records import Sampling
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, SicogError, printable
 from sicog_mcore.launcher import EXIT_INTERRUPTED, find_place, prepare, say, start_command, stop
 from sicog_mcore.lock import owned
+from sicog_mcore.rollout.requests import Sampling
 
 
 def read_options(words: list[str]) -> tuple[GenerationOptions, bool]:

@@ -43,7 +43,7 @@ def evaluated(options: argparse.Namespace, world_size: int) -> tuple[Experiment,
         ConfigError: rows, images, tokenizer or layout cannot be used.
         CheckpointError: there is no checkpoint.
     """
-    from sicog_mcore.cognition.generation.load import read_checkpoint
+    from sicog_mcore.rollout.load import read_checkpoint
 
     checkpoint = read_checkpoint(options.checkpoint, tokenizer=options.tokenizer)
     saved, num_copies = checkpoint.experiment, max(1, world_size // (options.tensor * options.pipeline))
@@ -64,9 +64,9 @@ def evaluated(options: argparse.Namespace, world_size: int) -> tuple[Experiment,
 def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
     """Measures, writes the results on rank 0, and returns the line that says what was found."""
     from sicog_mcore.cognition.evaluation.benchmark import content_hash
-    from sicog_mcore.cognition.evaluation.evaluate import Outcome, summarise, write_results
+    from sicog_mcore.cognition.evaluation.judging import ItemOutcome, summarise, write_results
     from sicog_mcore.parallel.topology import start_topology, stop_topology
-    from sicog_mcore.train.perplexity import measure_losses
+    from sicog_mcore.train.held_out import measure_losses
 
     topology = start_topology(experiment.parallel, experiment.train.seed, output=experiment.output)
     try:
@@ -79,9 +79,9 @@ def measure(experiment: Experiment, fingerprint: str, out: Path) -> str:
         reasons = {rejection.reason for rejection in losses.refused} | ({"no_tokens"} if losses.samples else set())
         count = len(losses.refused) + len(losses.samples)
         raise RecordError(f"none of the {count} rows can be used: {', '.join(sorted(reasons))}")
-    outcomes = [Outcome(s.id, "", "loss", s.loss_sum / s.tokens, s.tokens) for s in losses.samples if s.tokens]
-    outcomes += [Outcome(s.id, "", "loss", 0.0, 0.0, failure="no_tokens") for s in losses.samples if not s.tokens]
-    outcomes += [Outcome(r.id, "", "loss", 0.0, 0.0, failure=r.reason) for r in losses.refused]
+    outcomes = [ItemOutcome(s.id, "", "loss", s.loss_sum / s.tokens, s.tokens) for s in losses.samples if s.tokens]
+    outcomes += [ItemOutcome(s.id, "", "loss", 0.0, 0.0, failure="no_tokens") for s in losses.samples if not s.tokens]
+    outcomes += [ItemOutcome(r.id, "", "loss", 0.0, 0.0, failure=r.reason) for r in losses.refused]
     rows = experiment.data.sources[0].path
     summary = summarise(
         outcomes, {"checkpoint": fingerprint, "benchmark": rows, "benchmark_hash": content_hash(Path(rows))}

@@ -19,10 +19,10 @@ from pathlib import Path
 from rich.console import Console
 
 from sicog_mcore.cognition.loop import console as loop_console
-from sicog_mcore.cognition.loop.config import read_loop
-from sicog_mcore.cognition.loop.graph import COMPARISON, REPORT, build_steps, rounds_of
+from sicog_mcore.cognition.loop.loop_config import read_loop
 from sicog_mcore.cognition.loop.runner import StepRunner, interruptible
 from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, Planned, write_json
+from sicog_mcore.cognition.loop.workflow import COMPARISON, REPORT, build_steps, rounds_of
 from sicog_mcore.errors import EXIT_OK, SicogError, printable
 from sicog_mcore.launcher import say
 from sicog_mcore.lock import owned

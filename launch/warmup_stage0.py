@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from sicog_mcore.errors import printable
 from sicog_mcore.launcher import start_training
-from sicog_mcore.stages import PERCEPTION, REASONING, Stage
+from sicog_mcore.stages import PERCEPTION, REASONING, StageDefaults
 
-KINDS: Mapping[str, Stage] = {"perception": PERCEPTION, "reasoning": REASONING}
+KINDS: Mapping[str, StageDefaults] = {"perception": PERCEPTION, "reasoning": REASONING}
 
 if __name__ == "__main__":
     words = sys.argv[1:]

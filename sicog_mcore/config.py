@@ -237,7 +237,7 @@ class ParallelConfig:
         return self.tensor * self.pipeline
 
 
-Part = Literal["tower", "resampler", "decoder"]
+ModelPart = Literal["tower", "resampler", "decoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad_norm: float = 1.0
-    freeze: tuple[Part, ...] = ()
+    freeze: tuple[ModelPart, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

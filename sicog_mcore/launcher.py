@@ -21,14 +21,14 @@ from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SicogError, pr
 from sicog_mcore.lock import owned
 from sicog_mcore.parallel.watch import watch_parent
 from sicog_mcore.ranks import Place, is_first_task, machine_has_gpus, prepare_environment, read_place
-from sicog_mcore.stages import Stage
+from sicog_mcore.stages import StageDefaults
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 SPEAKER_FIRST_S = 5.0
 
 
 def start_training(
-    argv: Sequence[str], environment: MutableMapping[str, str], stage: Stage, script_words: int = 1
+    argv: Sequence[str], environment: MutableMapping[str, str], stage: StageDefaults, script_words: int = 1
 ) -> int:
     """Trains what the command line describes.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sicog_mcore.config import DecoderConfig, Experiment, ModelConfig, Part, TowerConfig
+from sicog_mcore.config import DecoderConfig, Experiment, ModelConfig, ModelPart, TowerConfig
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.sizes import padded_vocab, params_by_part
 
@@ -132,14 +132,16 @@ def _stage(experiment: Experiment, world_size: int, stage: int) -> MemoryEstimat
     )
 
 
-def _held_params(model: ModelConfig, tensor: int, pipeline: int, is_first: bool, is_last: bool) -> Mapping[Part, int]:
+def _held_params(
+    model: ModelConfig, tensor: int, pipeline: int, is_first: bool, is_last: bool
+) -> Mapping[ModelPart, int]:
     """Parameters of each part on a rank; tower and resampler are whole on every rank of the first stage."""
     whole, decoder = params_by_part(model), model.decoder
     table = padded_vocab(decoder) * decoder.hidden
     tables = table * (1 if decoder.tie_embeddings else 2)
     layers = (whole["decoder"] - tables) // pipeline
     own_tables = table * (is_first + (is_last and not (is_first and decoder.tie_embeddings)))
-    vision: Mapping[Part, int] = {"tower": whole["tower"], "resampler": whole["resampler"]}
+    vision: Mapping[ModelPart, int] = {"tower": whole["tower"], "resampler": whole["resampler"]}
     return {"decoder": (layers + own_tables) // tensor, **(vision if is_first else {})}
 
 

@@ -6,7 +6,7 @@ Standard library only; a test compares these numbers with the built model.
 
 from __future__ import annotations
 
-from sicog_mcore.config import DecoderConfig, ModelConfig, Part, ResamplerConfig, SlicingConfig, TowerConfig
+from sicog_mcore.config import DecoderConfig, ModelConfig, ModelPart, ResamplerConfig, SlicingConfig, TowerConfig
 
 VOCAB_MULTIPLE = 128  # the same for every tensor-parallel size, so that checkpoints move between layouts
 
@@ -58,7 +58,7 @@ def decoder_params(config: DecoderConfig) -> int:
     return config.num_layers * (matrices + biases + head_norms + 2 * h) + h + tables
 
 
-def params_by_part(config: ModelConfig) -> dict[Part, int]:
+def params_by_part(config: ModelConfig) -> dict[ModelPart, int]:
     """Parameters of each part as it is built, over all ranks."""
     return {
         "tower": tower_params(config.tower),

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-Stage = Mapping[str, Any]
+StageDefaults = Mapping[str, Any]
 
-PERCEPTION: Stage = MappingProxyType({"output": "runs/stage0_perception"})
-REASONING: Stage = MappingProxyType({"output": "runs/stage0_reasoning"})
-ALIGN: Stage = MappingProxyType(
+PERCEPTION: StageDefaults = MappingProxyType({"output": "runs/stage0_perception"})
+REASONING: StageDefaults = MappingProxyType({"output": "runs/stage0_reasoning"})
+ALIGN: StageDefaults = MappingProxyType(
     {
         "output": "runs/stage1",
         "optim.freeze": ("tower", "decoder"),
@@ -22,6 +22,6 @@ ALIGN: Stage = MappingProxyType(
         "train.samples_per_step": 256,
     }
 )
-PRETRAIN: Stage = MappingProxyType({"output": "runs/stage15"})
-FINETUNE: Stage = MappingProxyType({"output": "runs/stage2"})
-DPO: Stage = MappingProxyType({"output": "runs/dpo", "objective": "dpo"})
+PRETRAIN: StageDefaults = MappingProxyType({"output": "runs/stage15"})
+FINETUNE: StageDefaults = MappingProxyType({"output": "runs/stage2"})
+DPO: StageDefaults = MappingProxyType({"output": "runs/dpo", "objective": "dpo"})

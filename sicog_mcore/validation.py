@@ -16,9 +16,9 @@ from sicog_mcore.config import (
     DpoConfig,
     Experiment,
     ModelConfig,
+    ModelPart,
     OptimConfig,
     ParallelConfig,
-    Part,
     TrainConfig,
 )
 from sicog_mcore.errors import ConfigProblem
@@ -225,7 +225,7 @@ def _ranks(experiment: Experiment, world_size: int) -> Iterator[ConfigProblem]:
 
 
 def _optimiser(optim: OptimConfig, parallel: ParallelConfig) -> Iterator[ConfigProblem]:
-    if set(optim.freeze) == set(get_args(Part)):
+    if set(optim.freeze) == set(get_args(ModelPart)):
         fix = "leave at least one part out"
         yield ConfigProblem("optim.freeze", list(optim.freeze), "nothing is left to train", fix)
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:

@@ -21,9 +21,9 @@ def write_checkpoint(experiment: Experiment, folder: Path, topology: Topology) -
     """Random weights as one of our checkpoints. Collective."""
     import torch
 
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.parts import save_weights
     from sicog_mcore.model.initialise import initialise
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     chunks = build_chunks(plan_build(experiment), topology)
     initialise(chunks, seed=5)

@@ -6,7 +6,7 @@ import torch
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
-from sicog_mcore.data.packing import collate
+from sicog_mcore.data.collate import collate
 
 
 def random_sample(experiment: Experiment, grids: list[tuple[int, int]], text: int, seed: int) -> EncodedSample:

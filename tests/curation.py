@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from sicog_mcore.cognition.codec import KINDS, final_clause, render
 from sicog_mcore.cognition.curation.filters import PerPrompt
-from sicog_mcore.cognition.curation.selection import Curation, ScoreFile, Source
+from sicog_mcore.cognition.curation.selection import CandidateSource, Curation, ScoreFile
 from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import find_prompt
-from sicog_mcore.cognition.records import Candidate, Finish, Generation, PromptUse, Sampling, Scores, write_records
+from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Scores, write_records
+from sicog_mcore.rollout.requests import Finish, Sampling
 from tests.builders import write_image
 
 COD = ("A red cup.", "It has one handle.", "It stands on a table.", "A window is behind it.", "A red cup on a table.")
@@ -93,6 +94,7 @@ def write_round(folder: Path, items: Sequence[Made], name: str = "round") -> Pat
 def curation(folder: Path, rounds: Sequence[Path], tau: float = 0.8, **options: Any) -> Curation:
     """Curates these rounds with one threshold."""
     sources = tuple(
-        Source(path / "generations.jsonl", (ScoreFile(path / "scores.jsonl", PerPrompt(tau)),)) for path in rounds
+        CandidateSource(path / "generations.jsonl", (ScoreFile(path / "scores.jsonl", PerPrompt(tau)),))
+        for path in rounds
     )
     return Curation(sources=sources, images=folder / "images", **options)

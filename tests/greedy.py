@@ -11,7 +11,7 @@ import torch
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.chat import Chat
-from sicog_mcore.data.packing import collate
+from sicog_mcore.data.collate import collate
 
 
 @torch.no_grad()

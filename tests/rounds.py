@@ -12,22 +12,14 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from sicog_mcore.cognition.records import (
-    Candidate,
-    Decision,
-    Generation,
-    PromptUse,
-    Sampling,
-    Scores,
-    Task,
-    write_records,
-)
-from sicog_mcore.cognition.reporting.rounds import Item
+from sicog_mcore.cognition.records import Candidate, Decision, Generation, PromptUse, Scores, Task, write_records
+from sicog_mcore.cognition.reporting.rounds import RoundItem
+from sicog_mcore.rollout.requests import Sampling
 
 TASKS: tuple[Task, ...] = ("caption", "answer")
 
 
-def make_item(name: str, texts: Sequence[str], agreement: float = 0.9, **fields: Any) -> Item:
+def make_item(name: str, texts: Sequence[str], agreement: float = 0.9, **fields: Any) -> RoundItem:
     """An item whose first candidate wins; no texts make it one that failed.
 
     Args:
@@ -52,17 +44,17 @@ def make_item(name: str, texts: Sequence[str], agreement: float = 0.9, **fields:
         **known,
     )
     if failure:
-        return Item(generation, Scores(name, "tfidf", failure=failure), Decision(name, False, reason))
+        return RoundItem(generation, Scores(name, "tfidf", failure=failure), Decision(name, False, reason))
     count = len(texts)
     off_diagonal = (agreement * count - 1) / (count - 1) if count > 1 else 1.0
     matrix = tuple(tuple(1.0 if i == j else off_diagonal for j in range(count)) for i in range(count))
     scores = Scores(name, "tfidf", tuple(texts), matrix, (agreement,) * count, 0, agreement)
     if reason != "kept":
-        return Item(generation, scores, Decision(name, False, reason, "found 1 < 2"))
-    return Item(generation, scores, Decision(name, True, reason, "", 0, count - 1, (f"{name}#chain",)))
+        return RoundItem(generation, scores, Decision(name, False, reason, "found 1 < 2"))
+    return RoundItem(generation, scores, Decision(name, True, reason, "", 0, count - 1, (f"{name}#chain",)))
 
 
-def write_round(folder: Path, items: Sequence[Item], **funnel: Any) -> Path:
+def write_round(folder: Path, items: Sequence[RoundItem], **funnel: Any) -> Path:
     """Writes the four files of a round. Returns its folder."""
     write_records(folder / "generations.jsonl", [item.generation for item in items])
     write_records(folder / "scores.jsonl", [item.scores for item in items])

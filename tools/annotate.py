@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from sicog_mcore.cognition.annotation.annotate import (
+from sicog_mcore.cognition.annotation.annotated_rows import CAPTIONED_KEYS, build_captioned, open_rows
+from sicog_mcore.cognition.annotation.annotator import (
     LEDGER_FILE,
+    AnnotationItem,
+    AnnotationLimits,
     Annotator,
-    Item,
-    Limits,
     Prices,
     open_items,
     survey,
@@ -30,7 +31,6 @@ from sicog_mcore.cognition.annotation.annotate import (
 from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, is_passing
 from sicog_mcore.cognition.annotation.ledger import Ledger
 from sicog_mcore.cognition.annotation.llava_cot import REFUSED_FILE, convert
-from sicog_mcore.cognition.annotation.rows import CAPTIONED_KEYS, build_captioned, open_rows
 from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import load_annotator_prompt
 from sicog_mcore.errors import (
@@ -84,7 +84,7 @@ def describe(options: argparse.Namespace) -> int:
     key = read_key(options.key_file)
     prompt = load_annotator_prompt()
     decoding = Decoding(options.model, options.temperature, options.max_tokens)
-    limits = Limits(
+    limits = AnnotationLimits(
         concurrency=options.concurrency,
         calls=options.calls,
         answers=options.answers,
@@ -125,7 +125,7 @@ def describe(options: argparse.Namespace) -> int:
     return ended(annotator.halted_by, outcomes)
 
 
-async def run(annotator: Annotator, items: Sequence[Item], endpoint: Endpoint, ledger: Ledger) -> None:
+async def run(annotator: Annotator, items: Sequence[AnnotationItem], endpoint: Endpoint, ledger: Ledger) -> None:
     """Annotates; the first interrupt lets the calls under way end, the second one does not."""
     loop = asyncio.get_running_loop()
 
@@ -186,7 +186,7 @@ def end_progress() -> None:
         print(file=sys.stderr)
 
 
-def estimated(annotator: Annotator, items: Sequence[Item], ledger: Ledger | None) -> str:
+def estimated(annotator: Annotator, items: Sequence[AnnotationItem], ledger: Ledger | None) -> str:
     """What a run would cost."""
     expected = annotator.estimate(items, ledger)
     basis = f"as {expected.measured} answers in the ledger" if expected.measured else "assumed, nothing measured yet"
@@ -276,7 +276,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cod.add_argument("--max-cost", type=usd, help="USD that all runs with this --out may spend together")
     cod.add_argument("--dry-run", action="store_true", help="print the estimate and stop")
     cod.add_argument("--retry-failed", action="store_true", help="ask again about items that failed")
-    defaults = Limits()
+    defaults = AnnotationLimits()
     cod.add_argument("--concurrency", type=positive, default=defaults.concurrency, help="calls at the same time")
     cod.add_argument("--calls", type=positive, default=defaults.calls, help="tries while the endpoint fails")
     cod.add_argument("--answers", type=positive, default=defaults.answers, help="tries at a usable answer")

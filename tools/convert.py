@@ -34,6 +34,7 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore")  # before Megatron, which warns of every package that is missing (see tools/doctor.py)
 
+from sicog_mcore.build import build_chunks, plan_build
 from sicog_mcore.checkpoint.commit import aside, write_tensors
 from sicog_mcore.checkpoint.export import ExportOptions, What, export_hf
 from sicog_mcore.checkpoint.hf import WeightFiles, require_free
@@ -43,16 +44,15 @@ from sicog_mcore.checkpoint.targets import PARTS, describe, part_of
 from sicog_mcore.checkpoint.weights import MOST_LINES, import_init, inspect, left_aside, plan_import
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.cognition.whole_files import whole_file
-from sicog_mcore.config import Experiment, ParallelConfig, Part
+from sicog_mcore.config import Experiment, ModelPart, ParallelConfig
 from sicog_mcore.data.batch import EncodedSample
-from sicog_mcore.data.packing import collate
+from sicog_mcore.data.collate import collate
 from sicog_mcore.data.tokenizer_files import compare_tokenizers, tokenizer_notes
 from sicog_mcore.errors import CheckpointError, MachineError, SicogError, exit_code, printable
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.train.run import build_chunks, plan_build
 
 EXIT_DIFFERS = 1
 FULL_BYTES = 16 << 20  # less is left on a disk that a tensor did not fit on
@@ -219,7 +219,7 @@ def inspect_path(options: Any, rest: list[str]) -> int:
     return 0
 
 
-def _print_rows(title: str, rows: Sequence[tuple[Part | None, str, tuple[int, ...], str]]) -> None:
+def _print_rows(title: str, rows: Sequence[tuple[ModelPart | None, str, tuple[int, ...], str]]) -> None:
     print(printable(title))
     for part, name, shape, dtype in rows:
         print(printable(f"  {part or '-':10} {name:80} {str(list(shape)):22} {dtype}"))
@@ -298,7 +298,7 @@ def _say(topology: Topology, *lines: str) -> None:
 
 
 @torch.no_grad()
-def _verify(chunks: Sequence[VisionLanguageModel], what: Part | What, path: Path) -> bool:
+def _verify(chunks: Sequence[VisionLanguageModel], what: ModelPart | What, path: Path) -> bool:
     """Prints the largest difference on a seeded batch; True if it is too large."""
     import transformers
 

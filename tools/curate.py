@@ -16,17 +16,17 @@ from typing import get_args
 
 from rich.console import Console
 
-from sicog_mcore.cognition.curation.conversations import Form, PairBounds
-from sicog_mcore.cognition.curation.curate import CURATED, curate
+from sicog_mcore.cognition.curation.conversations import PairBounds, RowForm
+from sicog_mcore.cognition.curation.curated_round import CURATED, curate
 from sicog_mcore.cognition.curation.datasets import Format
-from sicog_mcore.cognition.curation.filters import Limits, parse_per_prompt
+from sicog_mcore.cognition.curation.filters import LengthLimits, parse_per_prompt
 from sicog_mcore.cognition.curation.funnel import StarvedFunnel
-from sicog_mcore.cognition.curation.selection import Curation, Kind, ScoreFile, Source
+from sicog_mcore.cognition.curation.selection import CandidateSource, Curation, RowKind, ScoreFile
 from sicog_mcore.cognition.reporting.rounds import record_file
 from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, ConfigError, ConfigProblem, SicogError, exit_code, printable
 from sicog_mcore.lock import owned
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[RowKind, ...] = get_args(RowKind)
 PER_PROMPT = ("NUMBER", "PROMPT=NUMBER")
 
 
@@ -81,7 +81,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--forms", nargs="+", choices=get_args(Form), default=["chain"], help="rows that are made of each item")
+    add("--forms", nargs="+", choices=get_args(RowForm), default=["chain"], help="rows that are made of each item")
     add("--formats", nargs="+", choices=get_args(Format), default=["jsonl"], help="files in curated/")
     add("--mix", nargs="+", metavar="KIND=PART", default=[], help=f"ratio of rows: {', '.join(KINDS)}; unnamed: none")
     add("--pair-margin", type=float, default=0.05, help="by which a rejected answer scores lower")
@@ -90,7 +90,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=4, help="threads that decode images; the result does not depend on them")
 
 
-def read_sources(options: argparse.Namespace) -> Iterator[Source]:
+def read_sources(options: argparse.Namespace) -> Iterator[CandidateSource]:
     """The files that --source names, or the round's own with --tau.
 
     Raises:
@@ -102,7 +102,7 @@ def read_sources(options: argparse.Namespace) -> Iterator[Source]:
         raise ConfigError([ConfigProblem("--tau, --source", options.tau, given, fix)])
     if options.tau:
         threshold = parse_per_prompt("--tau", options.tau)
-        yield Source(
+        yield CandidateSource(
             record_file(options.round, "generations"), (ScoreFile(record_file(options.round, "scores"), threshold),)
         )
     for generations, *values in options.source:
@@ -115,7 +115,7 @@ def read_sources(options: argparse.Namespace) -> Iterator[Source]:
         if not groups:
             raise ConfigError([ConfigProblem("--source", generations, "has no scores", fix)])
         files = [ScoreFile(Path(name), parse_per_prompt("--source", numbers)) for name, numbers in groups]
-        yield Source(Path(generations), tuple(files))
+        yield CandidateSource(Path(generations), tuple(files))
 
 
 def _is_number(text: str) -> bool:
@@ -126,7 +126,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def read_mix(values: list[str]) -> Iterator[tuple[Kind, float]]:
+def read_mix(values: list[str]) -> Iterator[tuple[RowKind, float]]:
     """Reads "caption=2 answer=1".
 
     Raises:
@@ -169,7 +169,7 @@ def read_options(options: argparse.Namespace) -> Curation:
     Raises:
         ConfigError: a value that cannot be read.
     """
-    limits = Limits(
+    limits = LengthLimits(
         parse_per_prompt("--min-tokens", options.min_tokens),
         parse_per_prompt("--max-tokens", options.max_tokens),
         options.max_repetition,

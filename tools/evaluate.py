@@ -53,9 +53,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def prepare(options: argparse.Namespace) -> str:
     """Writes rows and images."""
     from sicog_mcore.cognition.evaluation.benchmark import write_rows
-    from sicog_mcore.cognition.evaluation.cells import Unread
+    from sicog_mcore.cognition.evaluation.cells import UnreadCells
 
-    unread = Unread()
+    unread = UnreadCells()
     count = write_rows(options.benchmark, options.images, options.out, unread)
     notes(unread.lines())
     return f"{options.out / 'rows.jsonl'}: {count} rows, images relative to {options.out}"
@@ -68,8 +68,8 @@ def score(options: argparse.Namespace) -> str:
     if not 0 <= options.tolerance < 1:
         raise RecordError(f"--tolerance {options.tolerance}: expected a share from 0 to below 1")
     from sicog_mcore.cognition.evaluation.benchmark import benchmark_hash, read_items
-    from sicog_mcore.cognition.evaluation.cells import Unread
-    from sicog_mcore.cognition.evaluation.evaluate import (
+    from sicog_mcore.cognition.evaluation.cells import UnreadCells
+    from sicog_mcore.cognition.evaluation.judging import (
         Judging,
         judge,
         only_prompt,
@@ -83,7 +83,7 @@ def score(options: argparse.Namespace) -> str:
     generations = read_by_id(options.generations, Generation)
     prompt = options.prompt or only_prompt(generations.values())
     judging = Judging(options.metric, options.tolerance, vocabulary)
-    unread = Unread()
+    unread = UnreadCells()
     items = read_items(options.benchmark, unread)
     notes(unread.lines())
     outcomes = judge(items, generations, prompt, judging)
@@ -127,7 +127,7 @@ def read_vocabulary(path: Path) -> dict[str, list[str]]:
 
 def compare(options: argparse.Namespace) -> str:
     """The table of two results; the numbers also as JSON."""
-    from sicog_mcore.cognition.evaluation import evaluate
+    from sicog_mcore.cognition.evaluation import judging as evaluate
     from sicog_mcore.cognition.whole_files import whole_file
 
     first, second = evaluate.read_outcomes(options.first), evaluate.read_outcomes(options.second)

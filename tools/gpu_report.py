@@ -22,7 +22,7 @@ import torch
 
 from sicog_mcore.config import Experiment, ModelConfig
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
-from sicog_mcore.data.packing import collate
+from sicog_mcore.data.collate import collate
 from sicog_mcore.data.sample import Size
 from sicog_mcore.data.slicing import lay_out, plan_slices
 from sicog_mcore.errors import EXIT_OK
@@ -113,10 +113,10 @@ def random_batch(experiment: Experiment, seed: int) -> PackedBatch:
 
 def measure(experiment: Experiment) -> Measurement:
     """Trains on the same step again and again; the first times are thrown away."""
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.parallel.topology import start_topology, stop_topology
-    from sicog_mcore.train.flops import Counts, peak_tflops, step_flops
+    from sicog_mcore.train.flops import WorkCounts, peak_tflops, step_flops
     from sicog_mcore.train.reporter import device_name
-    from sicog_mcore.train.run import build_model, plan_build
     from sicog_mcore.train.step import NextToken, train_step
 
     build = plan_build(experiment)
@@ -124,7 +124,7 @@ def measure(experiment: Experiment) -> Measurement:
     try:
         model = build_model(build, topology)
         batches = [random_batch(experiment, seed) for seed in range(experiment.train.packs_per_step)]
-        counts = sum((Counts.of(batch) for batch in batches), Counts())
+        counts = sum((WorkCounts.of(batch) for batch in batches), WorkCounts())
         batches = [batch.to(topology.device) for batch in batches]
         times = []
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from sicog_mcore.cognition.annotation.rows import write_rows
+from sicog_mcore.cognition.annotation.annotated_rows import write_rows
 from sicog_mcore.cognition.whole_files import made_folder
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.corrupt import Corruption, corrupt

@@ -35,7 +35,7 @@ from prepare_demo_data import (  # beside this file
     train_tokenizer,
 )
 
-from sicog_mcore.cognition.annotation.rows import write_rows
+from sicog_mcore.cognition.annotation.annotated_rows import write_rows
 from sicog_mcore.cognition.codec import render
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.errors import EXIT_OK, SicogError, exit_code

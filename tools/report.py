@@ -80,9 +80,9 @@ def write_whole(path: Path, text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes one report; returns the exit code."""
     options = parse(arguments)
-    from sicog_mcore.cognition.reporting.report import ReportOptions, build_report
-    from sicog_mcore.cognition.reporting.rounds import Source
-    from sicog_mcore.cognition.scoring.score import THRESHOLDS
+    from sicog_mcore.cognition.reporting.page import ReportOptions, build_report
+    from sicog_mcore.cognition.reporting.rounds import RoundSource
+    from sicog_mcore.cognition.scoring.agreement import THRESHOLDS
 
     try:
         settings = ReportOptions(
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_items=options.max_items,
             seed=options.seed,
         )
-        sources = [Source(generations, scores) for generations, scores in options.source]
+        sources = [RoundSource(generations, scores) for generations, scores in options.source]
         report = build_report(options.round, settings, options.previous, sources)
         out = options.out or options.round / "report.html"
         size = write_whole(out, report.html)

@@ -99,8 +99,8 @@ def read_shard(text: str) -> tuple[int, int] | None:
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Does the work; yields the lines to print."""
     from sicog_mcore.cognition.records import write_records
+    from sicog_mcore.cognition.scoring.agreement import Tally, read_items, score
     from sicog_mcore.cognition.scoring.embed import TfIdf
-    from sicog_mcore.cognition.scoring.score import Tally, read_items, score
     from sicog_mcore.cognition.scoring.similarity import AttributeF1, Cosine, Similarity, Vote, read_vocabulary
     from sicog_mcore.cognition.scoring.vectors import Shard, VectorStore, distinct
 

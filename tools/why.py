@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sicog_mcore.cognition.curation.curate import DECISIONS
+from sicog_mcore.cognition.curation.curated_round import DECISIONS
 from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import ask, load_prompts
 from sicog_mcore.cognition.records import Candidate, Decision, Generation, Scores, read_records

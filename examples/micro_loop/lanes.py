@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.micro_loop.plan import Lane
-from sicog_mcore.cognition.loop.console import LiveLine
+from sicog_mcore.cognition.loop.loop_console import LiveLine
 from sicog_mcore.cognition.loop.runner import StepRunner
 from sicog_mcore.cognition.loop.steps import FOLDER, Stamps
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from examples.micro_loop.digits import SIZES
-from sicog_mcore.cognition.loop.steps import Step
+from sicog_mcore.cognition.loop.steps import WorkflowStep
 
 CONFIG = Path(__file__).with_name("model.yaml")
 TAUS = ("0.8", "0.9", "0.95")
@@ -77,7 +77,7 @@ class Lane:
     """
 
     folder: Path
-    steps: tuple[Step, ...]
+    steps: tuple[WorkflowStep, ...]
     after: Path | None = None
 
 
@@ -119,7 +119,7 @@ class _Seed:
     def sources(self) -> set[str]:
         return {source for arm in self.regime.arms for source in ARMS[arm]}
 
-    def first(self) -> Iterator[Step]:
+    def first(self) -> Iterator[WorkflowStep]:
         """All that arms share: task, first weights, the base model, its candidates, and what is kept of them."""
         sizes, renderings = json.dumps(dict(self.regime.sizes)), str(self.regime.renderings)
         command = (
@@ -131,7 +131,7 @@ class _Seed:
             "--renderings",
             renderings,
         )
-        yield Step(name="task", command=(*command, "--out", str(self.task)), outputs=(self.task,))
+        yield WorkflowStep(name="task", command=(*command, "--out", str(self.task)), outputs=(self.task,))
         out = self.home / "weights"
         command = (
             "examples/micro_loop/weights.py",
@@ -142,12 +142,12 @@ class _Seed:
             "--out",
             str(out),
         )
-        yield Step(name="weights", command=command, inputs=(CONFIG,), outputs=(out,))
+        yield WorkflowStep(name="weights", command=command, inputs=(CONFIG,), outputs=(out,))
         yield from self.arm(BASE)
         if any(map(is_written, self.sources)):
             yield from self.candidates()
 
-    def candidates(self) -> Iterator[Step]:
+    def candidates(self) -> Iterator[WorkflowStep]:
         """What the base model writes about unlabelled pictures, how far it agrees, and what of it is kept."""
         yield self.generate("candidates", self.task)
         yield self.score("scores", "candidates")
@@ -157,13 +157,13 @@ class _Seed:
         if "uncurated" in self.sources:
             given, out = self.records("candidates"), self.records("first")
             command = ("examples/micro_loop/first_candidate.py", "--generations", str(given), "--out", str(out))
-            yield Step(name="first", command=command, inputs=(given,), outputs=(out,))
+            yield WorkflowStep(name="first", command=command, inputs=(given,), outputs=(out,))
             yield self.score("first-scores", "first")
             yield self.curate("uncurated", "first", "first-scores", "-1")
         if f"curated-views-{VIEWS_TAU}" in self.sources:
             out = self.home / "views"
             command = ("examples/micro_loop/digits.py", "--seed", str(self.seed), "--views-of", str(self.task))
-            yield Step(name="views", command=(*command, "--out", str(out)), inputs=(self.task,), outputs=(out,))
+            yield WorkflowStep(name="views", command=(*command, "--out", str(out)), inputs=(self.task,), outputs=(out,))
             yield self.generate("view-candidates", out)
             yield self.score("view-scores", "candidates", self.records("view-candidates"))
             yield self.curate(f"curated-views-{VIEWS_TAU}", "candidates", "view-scores", VIEWS_TAU)
@@ -171,18 +171,18 @@ class _Seed:
     def records(self, step: str) -> Path:
         return self.home / step / ("scores.jsonl" if step.endswith("scores") else "generations.jsonl")
 
-    def generate(self, step: str, images: Path) -> Step:
+    def generate(self, step: str, images: Path) -> WorkflowStep:
         draws = (f"cod={self.regime.candidates}", f"caption={self.regime.candidates}")
         out, rows = self.home / step, self.task / "unlabelled.jsonl"
         return self.answers(
             step, out, BASE, rows, images, ("--prompts", *draws, "--temperature", str(self.regime.temperature))
         )
 
-    def answers(self, step: str, out: Path, arm: str, rows: Path, images: Path, draw: tuple[str, ...]) -> Step:
+    def answers(self, step: str, out: Path, arm: str, rows: Path, images: Path, draw: tuple[str, ...]) -> WorkflowStep:
         run = self.home / slug(arm) / "stage2"
         draw = (*draw, "--top-p", "1", "--top-k", "0", "--max-new-tokens", str(LONGEST), "--seed", str(self.seed))
         inputs = ("--checkpoint", str(run), "--rows", str(rows), "--images", str(images))
-        return Step(
+        return WorkflowStep(
             name=step,
             command=("launch/generate.py", *inputs, *draw, "--batch", str(BATCH), "--out", str(out)),
             inputs=(run, rows),
@@ -191,13 +191,13 @@ class _Seed:
             leftovers=(out,),
         )
 
-    def score(self, step: str, generations: str, view: Path | None = None) -> Step:
+    def score(self, step: str, generations: str, view: Path | None = None) -> WorkflowStep:
         given, out = self.records(generations), self.records(step)
         views = ("--views", f"shifted={view}") if view else ()
         command = ("tools/score.py", "--generations", str(given), *views, "--out", str(out))
-        return Step(name=step, command=command, inputs=(given, *([view] if view else [])), outputs=(out,))
+        return WorkflowStep(name=step, command=command, inputs=(given, *([view] if view else [])), outputs=(out,))
 
-    def curate(self, step: str, generations: str, scores: str, tau: str) -> Step:
+    def curate(self, step: str, generations: str, scores: str, tau: str) -> WorkflowStep:
         files, out = (self.records(generations), self.records(scores)), self.home / KEPT / step
         # The pictures are so alike that filters against repetition would keep one of each digit.
         filters = ("--image-radius", "-1", "--text-similarity", "0", "--min-share", "0", "--forms", "chain", "plain")
@@ -211,7 +211,7 @@ class _Seed:
             *map(str, files),
             tau,
         )
-        return Step(
+        return WorkflowStep(
             name=step,
             command=(*command, *filters),
             inputs=files,
@@ -220,7 +220,7 @@ class _Seed:
             leftovers=(out,),
         )
 
-    def arm(self, arm: str) -> Iterator[Step]:
+    def arm(self, arm: str) -> Iterator[WorkflowStep]:
         """Training of an arm, and its answers about the pictures that it is judged by."""
         regime, start, home = self.regime, self.home / "weights", self.home / slug(arm)
         steps = regime.finetune_steps + (regime.pretrain_steps if arm == LONG else 0)
@@ -232,7 +232,7 @@ class _Seed:
             draw = ("--prompts", *prompts, "--temperature", "0")
             yield self.answers(rows, home / rows, arm, self.task / f"{rows}.jsonl", self.task, draw)
 
-    def train(self, out: Path, sources: tuple[str, ...], start: Path, steps: int) -> Step:
+    def train(self, out: Path, sources: tuple[str, ...], start: Path, steps: int) -> WorkflowStep:
         script = {"stage15": "launch/pretrain_stage15.py", "stage2": "launch/finetune_stage2.py"}[out.name]
         files = [self.rows(source) for source in sources]
         rows = json.dumps([{"path": str(file), "images": str(self.task)} for file in files])
@@ -240,7 +240,7 @@ class _Seed:
         places = ("--config", str(CONFIG), "--output", str(out), "--init.checkpoint", str(start))
         data = ("--data.sources", rows, "--data.tokenizer", str(tokenizer))
         schedule = ("--train.steps", str(steps), "--train.seed", str(self.seed))
-        return Step(
+        return WorkflowStep(
             name=out.name,
             command=(script, *places, *data, *schedule),
             inputs=(CONFIG, start, tokenizer, *files),

@@ -1,7 +1,7 @@
 """Numbers of a seed, and what all seeds say: means, paired 95 % t-intervals, the gate, the goal.
 
 In: folders that lanes.py filled, the truth of digits.py   Out: SeedResult, Difference   Next: document.py
-Answers are judged by cognition/evaluation/evaluate.py. Intervals are over seeds: each seed has its own labels, its own first
+Answers are judged by cognition/evaluation/judging.py. Intervals are over seeds: each seed has its own labels, its own first
 weights and its own unlabelled pictures, and the same test digits.
 """
 
@@ -18,8 +18,8 @@ from examples.micro_loop.digits import GROUNDS, INKS, NAMES, QUESTIONS, Picture,
 from examples.micro_loop.plan import ARMS, KEPT, Regime, slug
 from sicog_mcore.cognition.answers import attributes
 from sicog_mcore.cognition.codec import final_clause
-from sicog_mcore.cognition.evaluation.benchmark import Item
-from sicog_mcore.cognition.evaluation.evaluate import Judging, judge
+from sicog_mcore.cognition.evaluation.benchmark import BenchmarkItem
+from sicog_mcore.cognition.evaluation.judging import Judging, judge
 from sicog_mcore.cognition.prompts import find_prompt
 from sicog_mcore.cognition.records import Candidate, Decision, Generation, read_by_id, read_records
 
@@ -119,14 +119,16 @@ def score_arm(home: Path, pictures: Sequence[Picture], split: str) -> Scores:
     """Judges an arm's answers."""
     described = read_by_id(home / split / "generations.jsonl", Generation)
     asked = read_by_id(home / f"{split}_questions" / "generations.jsonl", Generation)
-    captions = [Item(picture.id, "", (picture.caption,)) for picture in pictures]
+    captions = [BenchmarkItem(picture.id, "", (picture.caption,)) for picture in pictures]
     answers = [
-        Item(f"{picture.id}-{name}", text, (vars(picture)[name],))
+        BenchmarkItem(f"{picture.id}-{name}", text, (vars(picture)[name],))
         for picture in pictures
         for name, text in QUESTIONS.items()
     ]
 
-    def mean(items: list[Item], found: Mapping[str, Generation], prompts: Iterable[str], judging: Judging) -> float:
+    def mean(
+        items: list[BenchmarkItem], found: Mapping[str, Generation], prompts: Iterable[str], judging: Judging
+    ) -> float:
         return 100 * float(np.mean([o.value for prompt in prompts for o in judge(items, found, prompt, judging)]))
 
     return Scores(

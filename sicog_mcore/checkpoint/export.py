@@ -23,14 +23,14 @@ from sicog_mcore.checkpoint.store import WRITE_ERRORS
 from sicog_mcore.checkpoint.tables import CLIP, OWN, QWEN2, Family, part_table
 from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
 from sicog_mcore.checkpoint.weights import choose_prefix, family_of, is_ignored
-from sicog_mcore.config import ModelConfig, Part
+from sicog_mcore.config import ModelConfig, ModelPart
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.gather import gather_cuts, on_main
 from sicog_mcore.parallel.topology import Topology
 
 What = Literal["vlm", "decoder", "tower"]
-LAYOUTS: Mapping[What, tuple[Family, tuple[Part, ...]]] = {
+LAYOUTS: Mapping[What, tuple[Family, tuple[ModelPart, ...]]] = {
     "vlm": (OWN, PARTS),
     "decoder": (QWEN2, ("decoder",)),  # Qwen3 and Llama have the same names
     "tower": (CLIP, ("tower",)),

@@ -18,20 +18,20 @@ from sicog_mcore.checkpoint.files import first_line
 from sicog_mcore.errors import DENIED, CheckpointError, MachineError, SicogError, WriteError
 from sicog_mcore.parallel.topology import WritersFailed
 
-Kind = Literal["full", "denied", "peer", "disk", "writer"]
+FailureKind = Literal["full", "denied", "peer", "disk", "writer"]
 # As pathlib, torch.save, safetensors, Megatron's writers, their pipes, and collectives fail.
 WRITE_ERRORS = (OSError, EOFError, RuntimeError, SafetensorError, WritersFailed)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PIPES = (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED)
 # Where only a text arrives: torch's and Rust's libraries, and failures that crossed a process.
-WORDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+WORDS: tuple[tuple[FailureKind, tuple[str, ...]], ...] = (
     ("full", ("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 122")),
     ("denied", ("Permission denied", "Read-only file system", "Operation not permitted")),
     ("peer", ("Connection closed by peer", "Timed out waiting", "NCCL", "gloo", "Socket closed", "TCPStore")),
     ("writer", ("Broken pipe", "Connection reset by peer", "Connection refused", "results_queue")),
     ("disk", ("PytorchStreamWriter", "inline_container", "Input/output error", "os error", "[Errno")),
 )
-REMEDIES: tuple[tuple[Kind, str], ...] = (
+REMEDIES: tuple[tuple[FailureKind, str], ...] = (
     ("full", "make room and run the command again"),
     ("denied", "choose an output folder that you may write to"),
     ("peer", "another rank, or the network to it, failed and not the disk; run the command again"),
@@ -44,7 +44,7 @@ REMEDIES: tuple[tuple[Kind, str], ...] = (
 class Failure:
     """What went wrong in a save, small enough to send to other ranks."""
 
-    kind: Kind
+    kind: FailureKind
     text: str
 
 
@@ -75,7 +75,7 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(kind, text)
 
 
-def _kind_of_number(error: BaseException) -> Kind | None:
+def _kind_of_number(error: BaseException) -> FailureKind | None:
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL:
         return "full"

@@ -17,7 +17,7 @@ from sicog_mcore.parallel.topology import Topology
 SHOWN = 5
 
 
-class Watch:
+class FiniteWatch:
     """Collects what is wrong with the rows that pass by."""
 
     def __init__(self) -> None:

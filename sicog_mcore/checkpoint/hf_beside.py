@@ -1,6 +1,6 @@
 """What stands beside foreign weights: adapters, second sets of weights, signs of packing, configurations of other steps.
 
-In: a folder and the files that are read of it   Out: Verdict   Next: weights.py
+In: a folder and the files that are read of it   Out: ConfigVerdict   Next: weights.py
 A folder is refused where it could mean two models; of what is only left aside, one line says so.
 """
 
@@ -13,9 +13,9 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.checkpoint.hf_config import Verdict, brief
+from sicog_mcore.checkpoint.hf_config import ConfigVerdict, brief
 from sicog_mcore.checkpoint.hf_keys import Scope, fate
-from sicog_mcore.config import ModelConfig, Part
+from sicog_mcore.config import ModelConfig, ModelPart
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vision_tower import CLIP_MEAN, CLIP_STD
 
@@ -57,7 +57,7 @@ def judge_names(names: Collection[str]) -> list[str]:
     return problems
 
 
-def judge_folder(path: Path, read: Collection[Path]) -> Verdict:
+def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
     """Adapters, other sets of weights and signs of quantisation beside the files that are read.
 
     Args:
@@ -88,13 +88,13 @@ def judge_folder(path: Path, read: Collection[Path]) -> Verdict:
         newer = [name for name in left if (folder / name).stat().st_mtime > newest]
         also = f" ({_listed(newer)} newer than it)" if newer else ""
         notes.append(f"{folder}: {_listed(sorted(used))} is read, not {_listed(left)}{also}")
-    return Verdict(tuple(problems), tuple(notes))
+    return ConfigVerdict(tuple(problems), tuple(notes))
 
 
-def judge_configs(path: Path, part: Part, model: ModelConfig) -> Verdict:
+def judge_configs(path: Path, part: ModelPart, model: ModelConfig) -> ConfigVerdict:
     """The configurations of other steps: how pictures become numbers, how answers are generated."""
     folder = path if path.is_dir() else path.parent
-    verdict = Verdict()
+    verdict = ConfigVerdict()
     files: tuple[tuple[str, Scope], ...] = ((PREPROCESSOR, "preprocessor"),) if part == "tower" else ()
     if part == "decoder":
         files = ((GENERATION, "generation"),)
@@ -102,16 +102,16 @@ def judge_configs(path: Path, part: Part, model: ModelConfig) -> Verdict:
         try:
             values = read_json(folder / name)
         except CheckpointError as error:  # of a file that no run needs
-            verdict += Verdict(notes=(str(error),))
+            verdict += ConfigVerdict(notes=(str(error),))
             continue
         notes = tuple(
             f"{name}: {key!r} = {brief(value)} is unknown here and not used"
             for key, value in values.items()
             if value is not None and fate(key, scope) == "unknown"
         )
-        verdict += Verdict(notes=notes)
+        verdict += ConfigVerdict(notes=notes)
         if scope == "preprocessor":
-            verdict += Verdict(tuple(_pixels(values)), tuple(_slicing(values, model)))
+            verdict += ConfigVerdict(tuple(_pixels(values)), tuple(_slicing(values, model)))
     return verdict
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sicog_mcore.checkpoint.hf_keys import ABSENT, DROPOUT, NESTED, PACKED, Scope, fate
-from sicog_mcore.config import PATCH_CHANNELS, DecoderConfig, ModelConfig, Part, ResamplerConfig, TowerConfig
+from sicog_mcore.config import PATCH_CHANNELS, DecoderConfig, ModelConfig, ModelPart, ResamplerConfig, TowerConfig
 from sicog_mcore.errors import CheckpointError
 
 # Their name, our name.
@@ -112,7 +112,7 @@ def tower_config(tower: TowerConfig, dtype: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConfigVerdict:
     """What a configuration beside weights means for a run.
 
     Attributes:
@@ -123,11 +123,11 @@ class Verdict:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __add__(self, other: Verdict) -> Verdict:
-        return Verdict(self.problems + other.problems, self.notes + other.notes)
+    def __add__(self, other: ConfigVerdict) -> ConfigVerdict:
+        return ConfigVerdict(self.problems + other.problems, self.notes + other.notes)
 
 
-def judge(config: Mapping[str, Any], part: Part, kinds: Mapping[str, str], model: ModelConfig) -> Verdict:
+def judge(config: Mapping[str, Any], part: ModelPart, kinds: Mapping[str, str], model: ModelConfig) -> ConfigVerdict:
     """Compares config.json with our configuration of a part, key by key, nested configurations included.
 
     Args:
@@ -135,24 +135,26 @@ def judge(config: Mapping[str, Any], part: Part, kinds: Mapping[str, str], model
         kinds: for each ``model_type`` that computes the same as our part, the class whose defaults hold for it.
     """
     if not config:
-        return Verdict(
+        return ConfigVerdict(
             notes=(f"no {CONFIG} beside {part}: only names and shapes are compared, no heads, base or epsilon",)
         )
-    top = Verdict(problems=tuple(_packed(config, "")), notes=tuple(_unknown(config, "", _top_scopes(config, part))))
+    top = ConfigVerdict(
+        problems=tuple(_packed(config, "")), notes=tuple(_unknown(config, "", _top_scopes(config, part)))
+    )
     if part == "resampler":
-        return top + Verdict(tuple(_resampler(config, model)))
+        return top + ConfigVerdict(tuple(_resampler(config, model)))
     name, own = nested(config, part)
     if own is None:
-        return top + Verdict((f"{name}: expected one object with the sizes of the {part}",))
+        return top + ConfigVerdict((f"{name}: expected one object with the sizes of the {part}",))
     prefix = f"{name}." if name else ""
     kind = str(own.get("model_type", "")) or next(iter(kinds))
     if kind not in kinds:
         known = ", ".join(kinds)
-        return top + Verdict((f"{prefix}model_type is {kind!r}; only {known} compute the same as our {part}",))
+        return top + ConfigVerdict((f"{prefix}model_type is {kind!r}; only {known} compute the same as our {part}",))
     inner = (
-        Verdict(problems=tuple(_packed(own, prefix)), notes=tuple(_unknown(own, prefix, (part,))))
+        ConfigVerdict(problems=tuple(_packed(own, prefix)), notes=tuple(_unknown(own, prefix, (part,))))
         if name
-        else Verdict()
+        else ConfigVerdict()
     )
     found = _with_defaults(own, kinds[kind])
     compared = _decoder(own, found, model.decoder) if part == "decoder" else _tower(own, found, model.tower)
@@ -163,32 +165,34 @@ def judge(config: Mapping[str, Any], part: Part, kinds: Mapping[str, str], model
         *_dropout(own, prefix),
         *_code(config, own, prefix, kinds[kind] if part == "decoder" else ""),
     ]
-    return top + Verdict(problems, (*notes, *(_around(config, part, model) if name else ())))
+    return top + ConfigVerdict(problems, (*notes, *(_around(config, part, model) if name else ())))
 
 
-def judge_kinds(config: Mapping[str, Any], kinds: Mapping[Part, Mapping[str, str]], parts: Collection[Part]) -> Verdict:
+def judge_kinds(
+    config: Mapping[str, Any], kinds: Mapping[ModelPart, Mapping[str, str]], parts: Collection[ModelPart]
+) -> ConfigVerdict:
     """What can be said of config.json without a model of ours: kinds, packed weights, keys that nobody knows.
 
     Args:
         parts: that the weights hold.
     """
-    verdict = Verdict(problems=tuple(_packed(config, "")))
+    verdict = ConfigVerdict(problems=tuple(_packed(config, "")))
     for part in parts if config else ():
-        verdict += Verdict(notes=tuple(_unknown(config, "", _top_scopes(config, part))))
+        verdict += ConfigVerdict(notes=tuple(_unknown(config, "", _top_scopes(config, part))))
         if part == "resampler":
             continue
         name, own = nested(config, part)
         kind = str((own or {}).get("model_type", ""))
         if own is None or (kind and kind not in kinds[part]):
-            verdict += Verdict(
+            verdict += ConfigVerdict(
                 (f"{name or CONFIG} has model_type {kind!r}; expected {', '.join(kinds[part])} for {part}",)
             )
         elif name:
-            verdict += Verdict(tuple(_packed(own, f"{name}.")), tuple(_unknown(own, f"{name}.", (part,))))
-    return Verdict(tuple(dict.fromkeys(verdict.problems)), tuple(dict.fromkeys(verdict.notes)))
+            verdict += ConfigVerdict(tuple(_packed(own, f"{name}.")), tuple(_unknown(own, f"{name}.", (part,))))
+    return ConfigVerdict(tuple(dict.fromkeys(verdict.problems)), tuple(dict.fromkeys(verdict.notes)))
 
 
-def nested(config: Mapping[str, Any], part: Part) -> tuple[str, Mapping[str, Any] | None]:
+def nested(config: Mapping[str, Any], part: ModelPart) -> tuple[str, Mapping[str, Any] | None]:
     """The configuration of a part inside that of a whole model, and its dotted name; the whole one where none is nested.
 
     None if it cannot be told: several claim to be it, or what stands there is no object.
@@ -214,7 +218,7 @@ def nested(config: Mapping[str, Any], part: Part) -> tuple[str, Mapping[str, Any
     return (f"{name}.{deeper}" if deeper else name), inner
 
 
-def _has_sizes(value: object, part: Part) -> bool:
+def _has_sizes(value: object, part: ModelPart) -> bool:
     return (
         isinstance(value, dict)
         and ("vocab_size" if part == "decoder" else "patch_size") in value
@@ -222,7 +226,7 @@ def _has_sizes(value: object, part: Part) -> bool:
     )
 
 
-def _top_scopes(config: Mapping[str, Any], part: Part) -> tuple[Scope, ...]:
+def _top_scopes(config: Mapping[str, Any], part: ModelPart) -> tuple[Scope, ...]:
     """Kinds of keys that stand side by side at the top."""
     is_flat = part != "resampler" and nested(config, part)[1] is config
     scopes: tuple[Scope, ...] = ("decoder", "top") if part == "decoder" else ("tower", "top")
@@ -270,7 +274,7 @@ def _code(config: Mapping[str, Any], own: Mapping[str, Any], prefix: str, kind: 
             yield f"{CONFIG}: {prefix}architectures names {name!r}; it is read as a causal {kind} decoder"
 
 
-def _around(config: Mapping[str, Any], part: Part, model: ModelConfig) -> Iterator[str]:
+def _around(config: Mapping[str, Any], part: ModelPart, model: ModelConfig) -> Iterator[str]:
     """Fields of a whole model around the nested configuration of a part."""
     tied = config.get("tie_word_embeddings")
     if part == "decoder" and tied is not None and bool(tied) != model.decoder.tie_embeddings:

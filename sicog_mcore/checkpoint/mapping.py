@@ -47,7 +47,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowRun:
     """Rows along the target's axis that one source and one cut of the target have in common."""
 
     source: int  # index of the source
@@ -71,10 +71,10 @@ class OneToOne:
         """Shapes of the sources."""
         return (target.shape,)
 
-    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
         """What one cut of the target holds."""
         length = target.cut_shape[target.axis]
-        yield Piece(0, cut * length, 0, length)
+        yield RowRun(0, cut * length, 0, length)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Fused(OneToOne):
 
 
 @dataclass(frozen=True)
-class Vocabulary(OneToOne):
+class PaddedVocabulary(OneToOne):
     """A table with one row per token; our last rows, padding that no token uses, have no source and are zero."""
 
     rows: int = 0
@@ -99,12 +99,12 @@ class Vocabulary(OneToOne):
         """Shapes of the sources."""
         return ((self.rows, *target.shape[1:]),)
 
-    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
         """What one cut of the target holds."""
         length = target.cut_shape[0]
         start = cut * length
         if start < self.rows:
-            yield Piece(0, start, 0, min(length, self.rows - start))
+            yield RowRun(0, start, 0, min(length, self.rows - start))
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ class QKV:
         rows = self._rows(target)
         return tuple((n * self.groups, *target.shape[1:]) for n in rows)
 
-    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
         """What one cut of the target holds."""
         rows, groups = self._rows(target), self.groups // target.cuts
         target_start = 0
         for group in range(cut * groups, (cut + 1) * groups):
             for source, length in enumerate(rows):
-                yield Piece(source, group * length, target_start, length)
+                yield RowRun(source, group * length, target_start, length)
                 target_start += length
 
     def _rows(self, target: Target) -> tuple[int, int, int]:
@@ -152,11 +152,11 @@ class GatedMLP:
         """Shapes of the sources."""
         return ((target.shape[0] // 2, *target.shape[1:]),) * 2
 
-    def pieces(self, target: Target, cut: int) -> Iterator[Piece]:
+    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
         """What one cut of the target holds."""
         length = target.cut_shape[0] // 2
         for source in range(2):
-            yield Piece(source, cut * length, source * length, length)
+            yield RowRun(source, cut * length, source * length, length)
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ class Ignored:
     why: str
 
 
-Mapping = OneToOne | Fused | Vocabulary | QKV | GatedMLP
-Row = Mapping | Tied | Ignored
-Table = tuple[Row, ...]
+Mapping = OneToOne | Fused | PaddedVocabulary | QKV | GatedMLP
+MappingRow = Mapping | Tied | Ignored
+MappingTable = tuple[MappingRow, ...]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def matches(pattern: str, name: str) -> re.Match[str] | None:
     return re.fullmatch("".join(wild.get(part) or re.escape(part) for part in parts), name)
 
 
-def bind(table: Table, targets: Sequence[Target], prefix: str) -> tuple[Transfer, ...]:
+def bind(table: MappingTable, targets: Sequence[Target], prefix: str) -> tuple[Transfer, ...]:
     """One transfer for every target, in the order of the targets.
 
     Args:

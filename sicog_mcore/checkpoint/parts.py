@@ -19,19 +19,19 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, load_shards, read_state, stored_tensors
-from sicog_mcore.checkpoint.finite import Watch
+from sicog_mcore.checkpoint.finite import FiniteWatch
 from sicog_mcore.checkpoint.hf import require_free
 from sicog_mcore.checkpoint.store import WRITE_ERRORS, RunState, write_failure
 from sicog_mcore.checkpoint.targets import PARTS, local_parameters, part_of
 from sicog_mcore.cli import describe_changes, experiment_from_dict
-from sicog_mcore.config import Experiment, Part
+from sicog_mcore.config import Experiment, ModelPart
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.gather import on_main
 from sicog_mcore.parallel.topology import Topology
 
-WIDTHS: Mapping[Part, tuple[str, ...]] = {"resampler": ("model.tower.hidden:", "model.decoder.hidden:")}
+WIDTHS: Mapping[ModelPart, tuple[str, ...]] = {"resampler": ("model.tower.hidden:", "model.decoder.hidden:")}
 # May differ between stages: they do not change what a weight means.
 FREE_TO_CHANGE = ("model.resampler.train_positions", "model.decoder.mcore")
 OPTIMIZER = ("optimizer.", "chained_")  # entries of a whole run's checkpoint that are no weights
@@ -84,7 +84,7 @@ def read_tensors(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
 
 def load_parts(
     chunks: Sequence[VisionLanguageModel],
-    parts: Sequence[Part],
+    parts: Sequence[ModelPart],
     folder: Path,
     experiment: Experiment,
     topology: Topology,
@@ -106,7 +106,7 @@ def load_parts(
         outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
         left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA_STATE not in key]
         assert not left and not outcome.unexpected_keys, f"not filled: {left}, unknown: {outcome.unexpected_keys}"
-    watch = Watch()
+    watch = FiniteWatch()
     for name, parameter in local_parameters(chunks):
         if part_of(name) in parts:
             watch.see(name, parameter.detach())
@@ -149,13 +149,13 @@ def _named(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, VisionLangu
     return [(f"model{i}" if len(chunks) > 1 else "model", chunk) for i, chunk in enumerate(chunks)]
 
 
-def _entries(chunk: VisionLanguageModel, parts: Sequence[Part], topology: Topology) -> dict[str, Any]:
+def _entries(chunk: VisionLanguageModel, parts: Sequence[ModelPart], topology: Topology) -> dict[str, Any]:
     """Megatron's description of a chunk's parts; Transformer Engine's extra states matter for fp8 only."""
     state = chunk.sharded_state_dict(metadata={"dp_cp_group": topology.groups.dp_cp})
     return {key: value for key, value in state.items() if part_of(key) in parts and EXTRA_STATE not in key}
 
 
-def _require_same_model(saved: Experiment, experiment: Experiment, parts: Sequence[Part], folder: Path) -> None:
+def _require_same_model(saved: Experiment, experiment: Experiment, parts: Sequence[ModelPart], folder: Path) -> None:
     judged = tuple(place for part in parts for place in (f"model.{part}.", *WIDTHS.get(part, ())))
     changes = [
         change

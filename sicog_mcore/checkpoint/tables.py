@@ -17,14 +17,14 @@ from sicog_mcore.checkpoint.mapping import (
     Fused,
     GatedMLP,
     Ignored,
+    MappingRow,
+    MappingTable,
     OneToOne,
-    Row,
-    Table,
+    PaddedVocabulary,
     Tied,
-    Vocabulary,
     matches,
 )
-from sicog_mcore.config import DecoderConfig, ModelConfig, Part, TowerConfig
+from sicog_mcore.config import DecoderConfig, ModelConfig, ModelPart, TowerConfig
 from sicog_mcore.errors import CheckpointError
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -36,7 +36,7 @@ RESAMPLER_NAMES = (
 )
 
 
-def decoder_table(decoder: DecoderConfig) -> Table:
+def decoder_table(decoder: DecoderConfig) -> MappingTable:
     """Qwen2, Qwen2.5, Qwen3, Llama 3 and SmolLM2: the same names, each with or without biases, head norms and a head."""
     ours, theirs = "language_model.decoder.layers.*.", "model.layers.*."
     groups, queries = decoder.num_kv_heads, decoder.num_heads // decoder.num_kv_heads
@@ -46,7 +46,7 @@ def decoder_table(decoder: DecoderConfig) -> Table:
         return QKV(f"{ours}self_attention.linear_qkv.{kind}", (q, k, v), groups, queries)
 
     return (
-        Vocabulary("language_model.embedding.word_embeddings.weight", EMBEDDINGS, decoder.vocab_size),
+        PaddedVocabulary("language_model.embedding.word_embeddings.weight", EMBEDDINGS, decoder.vocab_size),
         OneToOne(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight"),
         qkv("weight"),
         qkv("bias"),
@@ -57,18 +57,18 @@ def decoder_table(decoder: DecoderConfig) -> Table:
         GatedMLP(f"{ours}mlp.linear_fc1.weight", (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")),
         OneToOne(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight"),
         OneToOne("language_model.decoder.final_layernorm.weight", "model.norm.weight"),
-        Vocabulary("language_model.output_layer.weight", HEAD, decoder.vocab_size),
+        PaddedVocabulary("language_model.output_layer.weight", HEAD, decoder.vocab_size),
         *((Tied(HEAD, of=EMBEDDINGS),) if decoder.tie_embeddings else ()),
         Ignored(f"{theirs}self_attn.rotary_emb.inv_freq", "a buffer of old Llama files"),
     )
 
 
-def tower_table(tower: TowerConfig) -> Table:
+def tower_table(tower: TowerConfig) -> MappingTable:
     """CLIP's vision transformer. Layers behind the one whose output is used, and the last norm, are not built."""
     ours, theirs = "tower.transformer.layers.*.", "encoder.layers.*."
     unused = "behind the layer whose output is used (model.tower.feature_layer)"
 
-    def both(target: str, source: str) -> tuple[Row, ...]:
+    def both(target: str, source: str) -> tuple[MappingRow, ...]:
         return tuple(OneToOne(f"{target}.{kind}", f"{source}.{kind}") for kind in ("weight", "bias"))
 
     def qkv(kind: str) -> QKV:
@@ -93,7 +93,7 @@ def tower_table(tower: TowerConfig) -> Table:
     )
 
 
-def part_table(part: Part, model: ModelConfig) -> Table:
+def part_table(part: ModelPart, model: ModelConfig) -> MappingTable:
     """The table of one part."""
     if part == "decoder":
         return decoder_table(model.decoder)
@@ -115,11 +115,11 @@ class Family:
 
     name: str
     about: str
-    prefixes: Mapping[Part, tuple[str, ...]]
-    kinds: Mapping[Part, Mapping[str, str]]
+    prefixes: Mapping[ModelPart, tuple[str, ...]]
+    kinds: Mapping[ModelPart, Mapping[str, str]]
     foreign: tuple[str, ...] = ()
 
-    def part_of(self, name: str) -> Part | None:
+    def part_of(self, name: str) -> ModelPart | None:
         """The part that a tensor belongs to, by the longest prefix that fits; None for what is not ours."""
         if any(matches(pattern, name) for pattern in self.foreign):
             return None

@@ -10,21 +10,21 @@ from collections.abc import Sequence
 import torch
 
 from sicog_mcore.checkpoint.mapping import Target
-from sicog_mcore.config import Part
+from sicog_mcore.config import ModelPart
 from sicog_mcore.model.initialise import global_names
 from sicog_mcore.model.layers import plain_name
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
 
-MODULES: tuple[tuple[Part, str], ...] = (
+MODULES: tuple[tuple[ModelPart, str], ...] = (
     ("tower", "tower."),
     ("resampler", "resampler."),
     ("decoder", "language_model."),
 )
-PARTS: tuple[Part, ...] = tuple(part for part, _ in MODULES)
+PARTS: tuple[ModelPart, ...] = tuple(part for part, _ in MODULES)
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str) -> ModelPart:
     """The part that a parameter or an entry of our checkpoints belongs to."""
     return next(part for part, module in MODULES if name.startswith(module))
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sicog_mcore.checkpoint.finite import Watch
+from sicog_mcore.checkpoint.finite import FiniteWatch
 from sicog_mcore.checkpoint.hf import FLOATS, WeightFiles, read_config, shortened
 from sicog_mcore.checkpoint.hf_beside import judge_configs, judge_folder, judge_names
-from sicog_mcore.checkpoint.hf_config import Verdict, judge, judge_kinds
-from sicog_mcore.checkpoint.mapping import Ignored, Shape, Table, Target, Tied, Transfer, bind, matches
+from sicog_mcore.checkpoint.hf_config import ConfigVerdict, judge, judge_kinds
+from sicog_mcore.checkpoint.mapping import Ignored, MappingTable, Shape, Target, Tied, Transfer, bind, matches
 from sicog_mcore.checkpoint.parts import find_weights, load_parts
 from sicog_mcore.checkpoint.tables import RELEASED, Family, part_table, recognise
 from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
-from sicog_mcore.config import Experiment, ModelConfig, Part
+from sicog_mcore.config import Experiment, ModelConfig, ModelPart
 from sicog_mcore.data.tokenizer_files import compare_tokenizers
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -46,7 +46,7 @@ class Plan:
         notes: lines for the user on what is not used or cannot be compared.
     """
 
-    part: Part
+    part: ModelPart
     family: Family
     transfers: tuple[Transfer, ...]
     tied: tuple[tuple[str, str], ...]
@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Contents:
+class WeightContents:
     """What a checkpoint holds.
 
     Attributes:
@@ -65,17 +65,17 @@ class Contents:
     """
 
     family: Family
-    rows: tuple[tuple[Part | None, str, Shape, str], ...]
-    verdict: Verdict
+    rows: tuple[tuple[ModelPart | None, str, Shape, str], ...]
+    verdict: ConfigVerdict
 
 
-def inspect(path: Path) -> Contents:
+def inspect(path: Path) -> WeightContents:
     """Reads headers only."""
     with WeightFiles(path) as files:
         family = family_of(files)
         rows = sorted((name, entry) for name, entry in files.entries.items())
         found = tuple((family.part_of(name), name, entry.shape, entry.dtype) for name, entry in rows)
-        return Contents(
+        return WeightContents(
             family, found, _judge_files(files) + judge_kinds(read_config(path), family.kinds, list(family.prefixes))
         )
 
@@ -85,7 +85,7 @@ def family_of(files: WeightFiles) -> Family:
     return recognise(files.entries, str(read_config(files.path).get("model_type", "")), str(files.path))
 
 
-def plan_import(part: Part, targets: Sequence[Target], files: WeightFiles, model: ModelConfig) -> Plan:
+def plan_import(part: ModelPart, targets: Sequence[Target], files: WeightFiles, model: ModelConfig) -> Plan:
     """Finds family and prefix, and compares names, shapes and config.json; reads no tensor.
 
     Raises:
@@ -112,13 +112,13 @@ def plan_import(part: Part, targets: Sequence[Target], files: WeightFiles, model
     return Plan(part, family, transfers, tied, ignored, tuple(sorted(dtypes)), verdict.notes)
 
 
-def _judge_files(files: WeightFiles) -> Verdict:
+def _judge_files(files: WeightFiles) -> ConfigVerdict:
     """What names and neighbours of files say, whatever the part."""
     read = {entry.file for entry in files.entries.values()}
-    return judge_folder(files.path, read) + Verdict(tuple(judge_names(files.entries)))
+    return judge_folder(files.path, read) + ConfigVerdict(tuple(judge_names(files.entries)))
 
 
-def left_aside(files: WeightFiles, family: Family, parts: Collection[Part]) -> str:
+def left_aside(files: WeightFiles, family: Family, parts: Collection[ModelPart]) -> str:
     """How many tensors are of no part that is read, by the beginning of their names; empty if there are none."""
     aside = [name for name in files.entries if family.part_of(name) not in parts]
     starts = Counter(".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in aside)
@@ -127,7 +127,7 @@ def left_aside(files: WeightFiles, family: Family, parts: Collection[Part]) -> s
 
 
 def choose_prefix(
-    family: Family, part: Part, targets: Sequence[Target], files: WeightFiles, model: ModelConfig
+    family: Family, part: ModelPart, targets: Sequence[Target], files: WeightFiles, model: ModelConfig
 ) -> tuple[str, tuple[Transfer, ...]]:
     """Of the prefixes that a family may have, the one with which most names are there; and the transfers with it."""
     wanted = [target for target in targets if part_of(target.name) == part]
@@ -136,7 +136,7 @@ def choose_prefix(
     return prefix, choices[prefix]
 
 
-def is_ignored(name: str, table: Table, prefix: str) -> bool:
+def is_ignored(name: str, table: MappingTable, prefix: str) -> bool:
     """Whether a table says that a source is not for us."""
     return any(matches(prefix + row.source, name) for row in table if isinstance(row, Ignored))
 
@@ -168,7 +168,11 @@ def _differences(transfers: Sequence[Transfer], files: WeightFiles, here: Collec
 
 
 def import_part(
-    chunks: Sequence[VisionLanguageModel], part: Part, path: Path, topology: Topology, parts: Sequence[Part] = ()
+    chunks: Sequence[VisionLanguageModel],
+    part: ModelPart,
+    path: Path,
+    topology: Topology,
+    parts: Sequence[ModelPart] = (),
 ) -> list[str]:
     """Fills one part of the model from foreign weights. Collective; each rank reads only the rows it holds.
 
@@ -182,7 +186,7 @@ def import_part(
         CheckpointError: on every rank alike; the model must not be used after it.
     """
     targets = describe(chunks, topology)
-    watch, notes, failure = Watch(), [], None
+    watch, notes, failure = FiniteWatch(), [], None
     try:
         notes = _fill(chunks, (part, parts or (part,)), path, targets, topology, watch)
     except CheckpointError as error:
@@ -196,11 +200,11 @@ def import_part(
 
 def _fill(
     chunks: Sequence[VisionLanguageModel],
-    wanted: tuple[Part, Sequence[Part]],
+    wanted: tuple[ModelPart, Sequence[ModelPart]],
     path: Path,
     targets: Sequence[Target],
     topology: Topology,
-    watch: Watch,
+    watch: FiniteWatch,
 ) -> list[str]:
     part, parts = wanted
     warning = ""
@@ -233,7 +237,7 @@ def _fill(
 
 
 def _watched(
-    files: WeightFiles, watch: Watch, dtype: torch.dtype, name: str, axis: int, start: int, length: int
+    files: WeightFiles, watch: FiniteWatch, dtype: torch.dtype, name: str, axis: int, start: int, length: int
 ) -> Tensor:
     """Rows of a source as the parameter will hold them, looked at on the way."""
     rows = files.read(name, axis, start, length).to(dtype)

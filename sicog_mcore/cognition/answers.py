@@ -1,7 +1,7 @@
 """What an answer says, apart from how it is written: plain form, number, choice, attributes. Pure functions of text.
 
 In: text of a model or a data set, never evaluated   Out: text, number, letter, attributes; each Reading names its rule
-Used by: score.py (votes), evaluate.py (metrics). Which rules there are, and in which order: answer_grammar.py.
+Used by: agreement.py (votes), judging.py (metrics). Which rules there are, and in which order: answer_grammar.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Answers in steps: how they are written for training, and how they are read back from what a model wrote.
 
-In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read   Next: annotate.py, score.py
+In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read   Next: annotator.py, agreement.py
 Reading is tolerant in form (markup, blank lines, titles) and strict in content: each step once, in order, with text.
 Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty, think_not_closed.
 """
@@ -18,12 +18,12 @@ from sicog_mcore.cognition.prompts import Style
 from sicog_mcore.cognition.records import Task
 from sicog_mcore.errors import SampleError
 
-Kind = Literal["cod", "cot"]
+StepForm = Literal["cod", "cot"]
 
 COD_STEPS = ("Main content", "Details", "Relations", "Surroundings", "Full description")
 COT_STEPS = ("Task", "Visual facts", "Reasoning", "Answer")
-TITLES: Mapping[Kind, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
-KINDS: Mapping[Task, Kind] = {"caption": "cod", "answer": "cot"}
+TITLES: Mapping[StepForm, tuple[str, ...]] = {"cod": COD_STEPS, "cot": COT_STEPS}
+KINDS: Mapping[Task, StepForm] = {"caption": "cod", "answer": "cot"}
 TAGS = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")  # LLaVA-CoT's, one for each of COT_STEPS
 
 # "Step 2" at the start of a line, maybe behind a bullet, a heading or an opening mark, and maybe marked itself. It must be
@@ -56,12 +56,12 @@ class Parsed:
     problem: str = ""
 
 
-def header(kind: Kind, step: int) -> str:
+def header(kind: StepForm, step: int) -> str:
     """The line above a step; steps count from 1."""
     return f"Step {step}: {TITLES[kind][step - 1]}"
 
 
-def render(steps: Sequence[str], kind: Kind) -> str:
+def render(steps: Sequence[str], kind: StepForm) -> str:
     """The answer as it is trained on. ``parse`` gives the steps back, less white space around them.
 
     Raises:
@@ -93,7 +93,7 @@ def quote_headers(text: str) -> str:
     return text
 
 
-def parse(text: str, kind: Kind) -> Parsed:
+def parse(text: str, kind: StepForm) -> Parsed:
     """Reads an answer in steps. What is thought aloud (<think>) or stands before the first header is no part of any step."""
     said = spoken(text)
     if said is None:

@@ -1,6 +1,6 @@
 """Keys of a row that its reader does not use: harmless, unknown, or holding what would be lost without a word.
 
-In: a row, the keys that are used   Out: Unread; counts for the user   Next: generation/items.py, annotation/rows.py
+In: a row, the keys that are used   Out: UnreadKeys; counts for the user   Next: generation/items.py, annotation/annotated_rows.py
 A picture, film or sound that is not read is known by its key (`images`, `img_path`, `video`), by its value (`cat.jpg`,
 `data:image/...`), or by a tag in the text (`<img>`, `<video>`), so that no list of keys has to be complete.
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sicog_mcore.data.rows import BuildSample, Row
+from sicog_mcore.data.rows import BuildSample, JsonRow
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.errors import SampleError
 
@@ -73,7 +73,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Unread:
+class UnreadKeys:
     """What a row holds besides the keys that are used; keys whose value is empty say nothing and are left out.
 
     Attributes:
@@ -89,7 +89,7 @@ class Unread:
     unknown: tuple[str, ...] = ()
 
 
-def unread_keys(row: Row, used: Collection[str]) -> Unread:
+def unread_keys(row: JsonRow, used: Collection[str]) -> UnreadKeys:
     """Sorts the keys of a row that its reader does not use.
 
     Args:
@@ -110,12 +110,12 @@ def unread_keys(row: Row, used: Collection[str]) -> Unread:
             found["control"].append(key)
         elif name not in IRRELEVANT and not _words(key) & (PICTURES | FILMS):
             found["unknown"].append(key)
-    return Unread(**{name: tuple(keys) for name, keys in found.items()})
+    return UnreadKeys(**{name: tuple(keys) for name, keys in found.items()})
 
 
-def turn_fields(turns: Iterable[object]) -> Row:
+def turn_fields(turns: Iterable[object]) -> JsonRow:
     """What turns hold besides speaker and text, as fields of the row, by names like "conversations.image"."""
-    found: Row = {}
+    found: JsonRow = {}
     for turn in turns:
         for key, value in turn.items() if isinstance(turn, dict) else ():
             if key not in TURN_KEYS:
@@ -166,7 +166,7 @@ class KeyTally:
     def watch(self, build: BuildSample, used: Collection[str]) -> BuildSample:
         """The same builder of Samples; the keys of every row that it is given are counted."""
 
-        def watched(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+        def watched(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
             unread = unread_keys(row, used)
             self.add((*unread.media, *unread.meaning, *unread.control, *unread.unknown), origin)
             return build(row, images, fallback_id, origin)

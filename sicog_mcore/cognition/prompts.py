@@ -1,6 +1,6 @@
 """What the model is asked: every wording once, for training rows and for generation alike.
 
-In: prompts.json   Out: Prompt, the text of a user turn   Next: codec.py (what it answers), generate.py, annotate.py
+In: prompts.json   Out: Prompt, the text of a user turn   Next: codec.py (what it answers), generate.py, annotator.py
 A wording that changes gets a new version; records name both, so answers to different wordings are never mixed.
 """
 

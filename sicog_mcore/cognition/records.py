@@ -1,6 +1,6 @@
 """What the loop writes down: one typed row per item and step, joined by the item's id.
 
-In: JSONL or Parquet files   Out: Generation, Scores, Decision   Next: generate.py, score.py, curate.py
+In: JSONL or Parquet files   Out: Generation, Scores, Decision   Next: generate.py, agreement.py, curated_round.py
 A row holds all that its step depended on, so everything downstream is a pure function of files. Files are written aside and
 appear by one rename; rows stand in the order of the items, whatever order they were made in.
 """
@@ -17,30 +17,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
+from sicog_mcore.rollout.requests import Finish, Sampling
 
 FORMAT = 1  # raised when a field changes its meaning
 PARQUET = ".parquet"
 ROW = "record"  # the one column of a Parquet file
 
 Task = Literal["caption", "answer"]
-Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; nothing else takes part, least of all a checkpoint's generation_config.
-
-    Attributes:
-        temperature: 0 takes the most probable token.
-        top_p: share of the probability that may be drawn from; 1 for all.
-        top_k: number of tokens that may be drawn from; 0 for all.
-        max_new_tokens: after so many tokens the answer is cut and its finish is "length".
-    """
-
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    max_new_tokens: int = 1200
 
 
 @dataclass(frozen=True)

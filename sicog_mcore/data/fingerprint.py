@@ -1,6 +1,6 @@
 """Is the data what it was? What a place in the stream of packs depends on, in a few numbers that a checkpoint holds.
 
-In: indexed files, Experiment   Out: DataMark, what changed in words   Next: resume.py (decides), train/fingerprint.py
+In: indexed files, Experiment   Out: DataMark, what changed in words   Next: resume.py (decides), train/reference_key.py
 Covered: the bytes of every row, texts, names and sizes of a shard's members, the tokenizer file, every setting that decides
 which rows are packed together. Not covered: pixels, that is image files and the image members of shards.
 """

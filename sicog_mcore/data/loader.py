@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sicog_mcore.config import DataConfig, Experiment, ModelConfig
 from sicog_mcore.data.batch import EncodedSample, PackedBatch
+from sicog_mcore.data.collate import collate
 from sicog_mcore.data.encode import Encoder, Measured
 from sicog_mcore.data.fingerprint import window_samples
-from sicog_mcore.data.packing import PackPlan, collate, pack_window
+from sicog_mcore.data.packing import PackPlan, pack_window
 from sicog_mcore.data.quarantine import BadRows, Quarantine, Rejection
 from sicog_mcore.data.resume import START, EpochRows, LoaderState, OpenRows, open_rows
 from sicog_mcore.data.sample import Sample

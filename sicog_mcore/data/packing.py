@@ -8,12 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-
-import torch
-from torch import Tensor
-
-from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
 
 
 @dataclass(frozen=True)
@@ -72,64 +66,3 @@ def pack_window(sizes: Sequence[tuple[int, int]], token_budget: int, slice_budge
             roomy = packs[-1:]
         min(roomy, key=lambda pack: pack.tokens_left).add(position, tokens, slices)
     return [sorted(pack.members) for pack in packs]
-
-
-def collate(
-    samples: Sequence[EncodedSample], *, token_budget: int, pad_id: int, queries: int, patch_dim: int
-) -> PackedBatch:
-    """Joins samples into one token stream of fixed length. No samples give a batch of padding.
-
-    Args:
-        samples: together within the budget.
-        token_budget: length t of the stream.
-        pad_id: token of the padded tail.
-        queries: resampler outputs q per slice.
-        patch_dim: width of a patch row.
-
-    Raises:
-        ValueError: the samples are longer than the stream, contradict themselves, or only some of them are pairs.
-    """
-    lengths = [len(sample.tokens) for sample in samples]
-    num_tokens = sum(lengths)
-    if num_tokens > token_budget:
-        ids = [sample.id for sample in samples]
-        raise ValueError(f"samples {ids} have {num_tokens} tokens, at most {token_budget} fit; did a file change?")
-    tail = token_budget - num_tokens
-    inside = [length for sample in samples for length in sample.pair_lengths or (len(sample.tokens),)]
-    segments = [*inside, *_cut(tail, max(inside, default=tail))]
-    num_pairs = sum(bool(sample.pair_lengths) for sample in samples)
-    if num_pairs not in (0, len(samples)):
-        raise ValueError(f"{num_pairs} of {len(samples)} samples are preference pairs, expected all or none")
-    first_tokens = _starts(lengths)
-    first_rows = _starts([len(sample.grids) * queries for sample in samples])
-    slots = [sample.image_slots + start for sample, start in zip(samples, first_tokens, strict=True)]
-    rows = [sample.visual_rows + start for sample, start in zip(samples, first_rows, strict=True)]
-    no_patches, no_grids = torch.empty(0, patch_dim, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64)
-    batch = PackedBatch(
-        tokens=torch.cat([*(sample.tokens for sample in samples), _filled(tail, pad_id)]),  # [t]
-        labels=torch.cat([*(sample.labels for sample in samples), _filled(tail, IGNORED_LABEL)]),  # [t]
-        positions=torch.cat([torch.arange(length) for length in segments]),  # [t]
-        cu_seqlens=torch.tensor([*_starts(segments), token_budget], dtype=torch.int32),  # [n + 1]
-        patches=torch.cat([no_patches, *(sample.patches for sample in samples)]),  # [p, patch_dim]
-        grids=torch.cat([no_grids, *(sample.grids for sample in samples)]),  # [k, 2]
-        image_slots=torch.cat([_filled(0, 0), *slots]),  # [m]
-        visual_rows=torch.cat([_filled(0, 0), *rows]),  # [m]
-        num_tokens=num_tokens,
-        num_images=sum(sample.num_images for sample in samples),
-        sample_ids=tuple(sample.id for sample in samples),
-        num_pairs=num_pairs,
-    )
-    return batch.validate(queries)
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    return list(accumulate(lengths, initial=0))[:-1]
-
-
-def _cut(tail: int, longest: int) -> list[int]:
-    """Padding as segments no longer than a conversation: attention costs the square, or pads all to the longest."""
-    return [min(longest, tail - start) for start in range(0, tail, longest)] if tail else []
-
-
-def _filled(length: int, value: int) -> Tensor:
-    return torch.full((length,), value, dtype=torch.int64)

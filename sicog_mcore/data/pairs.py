@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sicog_mcore.data.row_keys import PAIR_KEYS, shown, shown_keys, suggestion
-from sicog_mcore.data.rows import Row, build_dialogue, check_keys, missing, read_turn
+from sicog_mcore.data.rows import JsonRow, build_dialogue, check_keys, missing, read_turn
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample, Turn
 from sicog_mcore.errors import SampleError
 
@@ -20,7 +20,7 @@ PROMPT_FIELDS = ("prompt", "conversations")
 ANSWER_FIELDS = ("chosen", "rejected")
 
 
-def build_pair(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+def build_pair(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
     """Checks a row and gives it its meaning; both answers must be fit to be learnt.
 
     A prompt that is a text and mentions none of its images gets a placeholder for each, in front.
@@ -37,7 +37,7 @@ def build_pair(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: s
     turns = _prompt(row, len(images))
     answers = {name: _answer(row, name) for name in ANSWER_FIELDS}
     check_keys(row, PAIR_KEYS, len(images))
-    given: Row = {name: row[name] for name in ("id", "system") if name in row}
+    given: JsonRow = {name: row[name] for name in ("id", "system") if name in row}
     chosen, rejected = (
         build_dialogue({**given, "conversations": [*turns, answers[name]]}, images, fallback_id, origin)
         for name in ANSWER_FIELDS
@@ -54,7 +54,7 @@ def conversations(sample: Sample) -> list[tuple[Turn, ...]]:
     return [sample.turns, (*sample.turns[:-1], Turn("assistant", sample.rejected))]
 
 
-def _prompt(row: Row, num_images: int) -> list[object]:
+def _prompt(row: JsonRow, num_images: int) -> list[object]:
     """The turns before the answer, still unchecked."""
     given = [name for name in PROMPT_FIELDS if row.get(name) is not None]
     if not given:
@@ -75,7 +75,7 @@ def _prompt(row: Row, num_images: int) -> list[object]:
     return [{"from": "human", "value": prompt}]
 
 
-def _answer(row: Row, name: str) -> object:
+def _answer(row: JsonRow, name: str) -> object:
     """One of the two answers as a turn; in the row it is a text, or a turn of the assistant."""
     if name not in row:
         raise SampleError("field_missing", missing(row, name, PAIR_KEYS, 1))

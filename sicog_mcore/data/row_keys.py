@@ -1,6 +1,6 @@
 """Keys of rows and of their turns: used, known not to matter, or named; a row that would lose its meaning is refused.
 
-In: a parsed row   Out: what is wrong with its keys, which of them nobody uses   Next: rows.py, survey.py
+In: a parsed row   Out: what is wrong with its keys, which of them nobody uses   Next: rows.py, row_survey.py
 A key is looked up by its letters and digits alone, so that "Image_Path", "image-path" and "imagePath" are one.
 """
 
@@ -99,7 +99,7 @@ LEARNT_ANYWAY = "what is learnt cannot be chosen: every answer is, and nothing e
 LLAVA_EXAMPLE = '"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
 
 
-class Fault(NamedTuple):
+class KeyFault(NamedTuple):
     """What keeps a row from being used: its key, and what was found, expected, and the remedy."""
 
     key: str
@@ -137,7 +137,7 @@ def unused_keys(row: Mapping[str, Any], used: frozenset[str], has_images: bool) 
             yield key
 
 
-def row_faults(row: Mapping[str, Any], used: frozenset[str], num_images: int) -> list[Fault]:
+def row_faults(row: Mapping[str, Any], used: frozenset[str], num_images: int) -> list[KeyFault]:
     """The keys whose meaning would be lost; a few of them at most.
 
     Args:
@@ -147,19 +147,19 @@ def row_faults(row: Mapping[str, Any], used: frozenset[str], num_images: int) ->
     """
     if row.keys() <= used or row.keys() <= (allowed := used | IGNORED):
         return []
-    faults: list[Fault] = []
+    faults: list[KeyFault] = []
     for key in row:
         if key in allowed or is_empty(row[key]):
             continue
         detail = _row_fault(key, row, used, num_images)
         if detail:
-            faults.append(Fault(key[:MAX_KEY_CHARS], detail))
+            faults.append(KeyFault(key[:MAX_KEY_CHARS], detail))
             if len(faults) == MAX_FAULTS:
                 break
     return faults
 
 
-def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[Fault]:
+def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[KeyFault]:
     """The keys of a turn whose meaning would be lost.
 
     Args:
@@ -176,13 +176,13 @@ def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[Fault]:
         plain, key = _plain(key), key[:MAX_KEY_CHARS]
         name = f"the turn's key {key!r}"
         if plain in PICTURE or plain in PICTURES or plain in FILM_OR_SOUND:
-            faults.append(Fault(key, f"{name} holds {shown(value)}; write images into the row's field 'image'"))
+            faults.append(KeyFault(key, f"{name} holds {shown(value)}; write images into the row's field 'image'"))
         elif plain in LEARNING and not _is_neutral(plain, value, is_answer):
-            faults.append(Fault(key, f"{name} is {shown(value)}; {LEARNT_ANYWAY}"))
+            faults.append(KeyFault(key, f"{name} is {shown(value)}; {LEARNT_ANYWAY}"))
         elif plain in TOOLS:
-            faults.append(Fault(key, f"{name} calls a tool, which no template can write; remove the row"))
+            faults.append(KeyFault(key, f"{name} calls a tool, which no template can write; remove the row"))
         elif plain in REASONING:
-            faults.append(Fault(key, f"{name} is not read; write it into the turn's text, or remove it"))
+            faults.append(KeyFault(key, f"{name} is not read; write it into the turn's text, or remove it"))
         if len(faults) == MAX_FAULTS:
             break
     return faults

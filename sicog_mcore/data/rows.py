@@ -33,8 +33,8 @@ from sicog_mcore.data.row_keys import (
     suggestion,
     turn_faults,
 )
+from sicog_mcore.data.row_survey import RowSurvey
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Role, Sample, Turn
-from sicog_mcore.data.survey import Survey
 from sicog_mcore.errors import SampleError
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -54,8 +54,8 @@ VISIBLE = re.compile(
 )
 URL_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
-Row = dict[str, Any]
-BuildSample = Callable[[Row, Sequence[ImageRef], str, str], Sample]  # row, its images, default id, origin
+JsonRow = dict[str, Any]
+BuildSample = Callable[[JsonRow, Sequence[ImageRef], str, str], Sample]  # row, its images, default id, origin
 Hashes = NDArray[np.uint64]
 
 
@@ -80,7 +80,7 @@ class RowIds:
         survey: counts the keys of the rows.
     """
 
-    def __init__(self, name: str, path: str, survey: Survey) -> None:
+    def __init__(self, name: str, path: str, survey: RowSurvey) -> None:
         self._name = name
         self._path = path
         self._survey = survey
@@ -155,7 +155,7 @@ def decode_text(raw: bytes) -> str:
         raise SampleError("not_utf8", detail) from error
 
 
-def parse_row(raw: bytes, nan_is_null: bool = False) -> Row:
+def parse_row(raw: bytes, nan_is_null: bool = False) -> JsonRow:
     """Parses the JSON object of a row.
 
     Args:
@@ -174,7 +174,7 @@ def parse_row(raw: bytes, nan_is_null: bool = False) -> Row:
     return row
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonRow:
     """An object whose keys are its own; of a repeated one, JSON does not say which counts."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
@@ -191,7 +191,7 @@ def _refuse_constant(name: str, nan_is_null: bool) -> None:
     raise ValueError(f"{name} is no JSON; write null")
 
 
-def build_sample(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+def build_sample(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
     """Checks a row and gives it its meaning.
 
     A turn with exactly one ``<image>`` that does not start with it gets it moved to its start, followed by a newline.
@@ -213,7 +213,7 @@ def build_sample(row: Row, images: Sequence[ImageRef], fallback_id: str, origin:
     return build_dialogue(row, images, fallback_id, origin)
 
 
-def build_dialogue(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+def build_dialogue(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
     """The same for a row whose other keys were judged before."""
     turns = _turns(row)
     _check_order(turns)
@@ -222,7 +222,7 @@ def build_dialogue(row: Row, images: Sequence[ImageRef], fallback_id: str, origi
     return Sample(_id(row, fallback_id), origin, tuple(_image_first(turn) for turn in turns), tuple(images))
 
 
-def check_keys(row: Row, used: frozenset[str], num_images: int) -> None:
+def check_keys(row: JsonRow, used: frozenset[str], num_images: int) -> None:
     """Makes sure that no key is left aside that changes what the row means.
 
     Raises:
@@ -232,13 +232,13 @@ def check_keys(row: Row, used: frozenset[str], num_images: int) -> None:
         raise SampleError("key_unsupported", "; ".join(fault.detail for fault in faults))
 
 
-def missing(row: Row, wanted: str, used: frozenset[str], num_images: int) -> str:
+def missing(row: JsonRow, wanted: str, used: frozenset[str], num_images: int) -> str:
     """Says which keys were found where one is missing, and which may be meant."""
     faults = "".join(f"; {fault.detail}" for fault in row_faults(row, used, num_images))
     return f"found {shown_keys(row)}, expected {wanted}{suggestion(row, wanted)}{faults}"
 
 
-def image_paths(row: Row) -> list[str]:
+def image_paths(row: JsonRow) -> list[str]:
     """Paths in the row's ``image`` field: none (also for a blank text), one, or a list.
 
     Raises:
@@ -257,7 +257,7 @@ def image_paths(row: Row) -> list[str]:
     return paths
 
 
-def _count_images(row: Row) -> int:
+def _count_images(row: JsonRow) -> int:
     try:
         return len(image_paths(row))
     except SampleError:
@@ -289,7 +289,7 @@ def is_unsafe_path(path: str) -> bool:
     return "\0" in path or windows.anchor != "" or ".." in windows.parts or URL_SCHEME.match(path) is not None
 
 
-def _id(row: Row, fallback: str) -> str:
+def _id(row: JsonRow, fallback: str) -> str:
     value = row.get("id")
     if value is None or value == "":
         return fallback
@@ -308,7 +308,7 @@ def _text(value: object, name: str) -> str:
     raise SampleError("field_type", f"{name} is {shown(value)}, expected a text{remedy}")
 
 
-def _turns(row: Row) -> list[Turn]:
+def _turns(row: JsonRow) -> list[Turn]:
     conversation = row["conversations"]
     if not isinstance(conversation, list):
         raise SampleError("field_type", f"conversations is {shown(conversation)}, expected a list of turns")
@@ -345,7 +345,7 @@ def read_turn(turn: object, name: str) -> Turn:
     return Turn(ROLES[role], _text(text, f"the text of {name}"))
 
 
-def _either(turn: Row, llava: str, message: str, name: str) -> Any:
+def _either(turn: JsonRow, llava: str, message: str, name: str) -> Any:
     """The field of a turn, which has two names in the field; both together must say the same."""
     if llava in turn and message in turn:
         one, other = turn[llava], turn[message]

@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sicog_mcore.data.row_keys import shown
+from sicog_mcore.data.row_survey import RowSurvey
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
-    Row,
+    JsonRow,
     RowHashes,
     RowIds,
     build_sample,
@@ -37,7 +38,6 @@ from sicog_mcore.data.rows import (
     read_range,
 )
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
-from sicog_mcore.data.survey import Survey
 from sicog_mcore.errors import SampleError
 
 READABLE, UNSAFE, REPEATED = range(3)
@@ -142,7 +142,7 @@ class ShardFile:
         ]
         return self.build(fields, images, default_id(self.name, row), self.origin(row))
 
-    def _fields(self, members: Mapping[str, Member]) -> Row:
+    def _fields(self, members: Mapping[str, Member]) -> JsonRow:
         """The LLaVA fields of a group; a caption becomes the answer to a turn that only shows the image."""
         texts = {member.kind: member for member in members.values() if member.kind in (FIELDS, CAPTION)}
         fields = parse_row(self._read(texts[FIELDS])) if FIELDS in texts else {}
@@ -183,7 +183,7 @@ def _foreign(members: Mapping[str, Member]) -> str:
     return next((name for name in foreign if not (has_image and _last(name) in ARRAY_TYPES)), "")
 
 
-def _pictures(fields: Row, members: Mapping[str, Member]) -> list[str]:
+def _pictures(fields: JsonRow, members: Mapping[str, Member]) -> list[str]:
     """The types of a sample's images, in the order of their placeholders.
 
     Raises:
@@ -227,7 +227,7 @@ class _Group:
 
 
 def index_shard(
-    path: Path, name: str, survey: Survey, build: BuildSample = build_sample
+    path: Path, name: str, survey: RowSurvey, build: BuildSample = build_sample
 ) -> tuple[ShardFile, RowHashes]:
     """Finds the samples of a shard.
 
@@ -263,7 +263,7 @@ def index_shard(
     return shard, ids.hashes()
 
 
-def _count(file: BinaryIO, group: _Group, ids: RowIds, path: str, survey: Survey) -> None:
+def _count(file: BinaryIO, group: _Group, ids: RowIds, path: str, survey: RowSurvey) -> None:
     """Counts a sample: its id, its keys, and which of its members are not used."""
     fields, has_caption = group.member(FIELDS), group.member(CAPTION) is not None
     row = _parse(file, fields) if fields else None
@@ -310,7 +310,7 @@ def _parse(file: BinaryIO, member: Member) -> object:
         return None
 
 
-def _group(file: BinaryIO, types: dict[str, int], path: str, survey: Survey) -> list[_Group]:
+def _group(file: BinaryIO, types: dict[str, int], path: str, survey: RowSurvey) -> list[_Group]:
     """The samples of a shard; ``types`` takes the types of their members."""
     size = os.fstat(file.fileno()).st_size
     groups: list[_Group] = []

@@ -23,6 +23,7 @@ from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.preflight import SHARD, check_source, is_lines
 from sicog_mcore.data.row_keys import PAIR_KEYS, ROW_KEYS
+from sicog_mcore.data.row_survey import RowSurvey, escaped
 from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
@@ -38,7 +39,6 @@ from sicog_mcore.data.rows import (
 )
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.shards import ShardDamaged, index_shard
-from sicog_mcore.data.survey import Survey, escaped
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
 MAX_SUFFIX_CHARS = 20  # as shown in notes
@@ -159,13 +159,13 @@ def open_sources(configs: Sequence[SourceConfig], data: DataConfig, build: Build
     return SampleIndex([file.source for file in files], ids, data.duplicate_ids, survey.notes())
 
 
-def new_survey(build: BuildSample) -> Survey:
+def new_survey(build: BuildSample) -> RowSurvey:
     """Nothing counted yet, of rows that mean what ``build`` makes of them."""
-    return Survey(PAIR_KEYS if build is build_pair else ROW_KEYS)
+    return RowSurvey(PAIR_KEYS if build is build_pair else ROW_KEYS)
 
 
 def index_sources(
-    configs: Sequence[SourceConfig], survey: Survey, build: BuildSample = build_sample
+    configs: Sequence[SourceConfig], survey: RowSurvey, build: BuildSample = build_sample
 ) -> list[IndexedFile]:
     """Finds the rows of all data sets, file by file; every file is read once.
 
@@ -210,7 +210,7 @@ FIXES: Mapping[type[Exception], str] = {
 }
 
 
-def _files(config: SourceConfig, survey: Survey) -> list[Path]:
+def _files(config: SourceConfig, survey: RowSurvey) -> list[Path]:
     """The files of a source: itself, or the shards in a folder, by name; what else is in the folder is counted."""
     path = Path(config.path)
     if not path.is_dir():
@@ -222,7 +222,7 @@ def _files(config: SourceConfig, survey: Survey) -> list[Path]:
     return sorted(path.glob(f"*{SHARD}"))
 
 
-def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: Survey) -> tuple[Source, RowHashes]:
+def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: RowSurvey) -> tuple[Source, RowHashes]:
     if path.suffix == SHARD:
         return index_shard(path, name, survey, build)
     ids = RowIds(name, str(path), survey)

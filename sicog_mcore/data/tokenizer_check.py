@@ -51,7 +51,7 @@ class TokenizerError(SicogError, ValueError):
     exit_code = EXIT_CONFIG
 
 
-class Engine(Protocol):
+class TokenizerEngine(Protocol):
     """What is asked of a tokenizer that is judged."""
 
     def encode(self, text: str) -> list[int]:
@@ -177,7 +177,7 @@ def patterns(content: Mapping[str, Any], where: str) -> tuple[list[str], list[st
 
 
 def judge_text(
-    engine: Engine,
+    engine: TokenizerEngine,
     where: str,
     unknown_id: int | None = None,
     normalise: Callable[[str], str] = lambda text: text,
@@ -232,7 +232,7 @@ def judge_text(
 
 
 def _joined_otherwise(
-    engine: Engine, unknown_id: int | None, pairs: Sequence[tuple[str, ...]]
+    engine: TokenizerEngine, unknown_id: int | None, pairs: Sequence[tuple[str, ...]]
 ) -> list[tuple[tuple[str, ...], str]]:
     """Texts that are written one by one and read together as something else, with what is read."""
     otherwise = []

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
 NEWLINE, COMMA = -1, -2  # separators in a layout; all other entries are rows of the image's visual tokens
-Size = tuple[int, int]  # (height, width)
+ImageSize = tuple[int, int]  # (height, width)
 
 
 @dataclass(frozen=True)
-class SlicePlan:
+class ImageSlices:
     """How one image is encoded.
 
     Attributes:
@@ -31,9 +31,9 @@ class SlicePlan:
         slice: size of every slice (px).
     """
 
-    overview: Size
-    grid: Size
-    slice: Size
+    overview: ImageSize
+    grid: ImageSize
+    slice: ImageSize
 
 
 class SicogImageProcessor(BaseImageProcessor):
@@ -80,7 +80,7 @@ class SicogImageProcessor(BaseImageProcessor):
         """
         images = [images] if isinstance(images, Image.Image) else list(images)
         patches: list[Tensor] = [torch.empty(0, 3 * self.patch_size**2, dtype=torch.uint8)]
-        grids: list[Size] = []
+        grids: list[ImageSize] = []
         layouts, counts = [], []
         for image in (to_rgb(image) for image in images):
             plan = self.plan(image.height, image.width)
@@ -100,12 +100,12 @@ class SicogImageProcessor(BaseImageProcessor):
             }
         )
 
-    def plan(self, height: int, width: int) -> SlicePlan:
+    def plan(self, height: int, width: int) -> ImageSlices:
         """Overview, grid and slice size of an image of this size (px); rounding and order decide ties."""
         wanted = min(math.ceil(height * width / self.resolution**2), self.max_slices)
         overview = self._fit(height, width, upscale=wanted <= 1)
         if wanted <= 1 or self.overview_only:
-            return SlicePlan(overview, (0, 0), (0, 0))
+            return ImageSlices(overview, (0, 0), (0, 0))
         grids = [
             (count // columns, columns)
             for count in (wanted - 1, wanted, wanted + 1)
@@ -114,9 +114,9 @@ class SicogImageProcessor(BaseImageProcessor):
             if count % columns == 0
         ]
         rows, columns = min(grids, key=lambda grid: abs(math.log(width / height) - math.log(grid[1] / grid[0])))
-        return SlicePlan(overview, (rows, columns), self._fit(height // rows, width // columns, upscale=True))
+        return ImageSlices(overview, (rows, columns), self._fit(height // rows, width // columns, upscale=True))
 
-    def _fit(self, height: int, width: int, upscale: bool) -> Size:
+    def _fit(self, height: int, width: int, upscale: bool) -> ImageSize:
         """Scales to an area of at most resolution**2, aspect kept, then cuts each side to whole patches."""
         if upscale or width * height > self.resolution**2:
             aspect = width / height
@@ -125,14 +125,14 @@ class SicogImageProcessor(BaseImageProcessor):
         patch = self.patch_size
         return max(patch, height // patch * patch), max(patch, width // patch * patch)
 
-    def _cut(self, image: Image.Image, grid: Size, cell: Size) -> Tensor:
+    def _cut(self, image: Image.Image, grid: ImageSize, cell: ImageSize) -> Tensor:
         """Resizes the image to ``grid`` cells of ``cell`` pixels; patch rows of all cells, channel-major (c, y, x)."""
         (rows, columns), (height, width), patch = grid, cell, self.patch_size
         resized = image.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
         blocks = np.asarray(resized).reshape(rows, height // patch, patch, columns, width // patch, patch, 3)
         return torch.from_numpy(blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch**2))
 
-    def lay_out(self, grid: Size) -> Tensor:
+    def lay_out(self, grid: ImageSize) -> Tensor:
         """Order of an image's visual tokens: int64 [tokens], rows of its resampler output, NEWLINE or COMMA."""
         (rows, columns), side = grid, self.query_grid
         tokens = torch.arange((rows * columns + 1) * side**2)

@@ -31,7 +31,7 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class Item:
+class CapabilityItem:
     """One package or device: usable here or not, its version, and why not (or which device)."""
 
     present: bool
@@ -59,15 +59,15 @@ class AttentionChoice:
 class Capabilities:
     """The report. ``compute_capability`` is (0, 0) without a CUDA device."""
 
-    torch: Item
-    cuda: Item
-    nccl: Item
-    transformer_engine: Item
-    apex: Item
-    flash_attn: Item
-    varlen: Item
-    triton: Item
-    dali: Item
+    torch: CapabilityItem
+    cuda: CapabilityItem
+    nccl: CapabilityItem
+    transformer_engine: CapabilityItem
+    apex: CapabilityItem
+    flash_attn: CapabilityItem
+    varlen: CapabilityItem
+    triton: CapabilityItem
+    dali: CapabilityItem
     compute_capability: tuple[int, int]
 
     @property
@@ -162,36 +162,36 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _gpu_package(module: str, *distributions: str, verify: bool = False) -> Item:
+def _gpu_package(module: str, *distributions: str, verify: bool = False) -> CapabilityItem:
     """A package that only helps with CUDA. ``verify`` imports it there: compiled extensions may not fit this torch."""
     version = _version(*distributions)
     if not _is_installed(module):
-        return Item(False, "", "not installed")
+        return CapabilityItem(False, "", "not installed")
     if not torch.cuda.is_available():
-        return Item(False, version, "installed, but not used without a CUDA device")
+        return CapabilityItem(False, version, "installed, but not used without a CUDA device")
     if verify:
         try:
             importlib.import_module(module)
         except (ImportError, OSError, RuntimeError) as error:
-            return Item(False, version, f"installed, but its import fails: {error}")
-    return Item(True, version, "")
+            return CapabilityItem(False, version, f"installed, but its import fails: {error}")
+    return CapabilityItem(True, version, "")
 
 
-def _cuda() -> Item:
+def _cuda() -> CapabilityItem:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return Item(
+        return CapabilityItem(
             True, str(torch.version.cuda), f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
         )
     if torch.version.cuda is None:
-        return Item(False, "", "torch is a CPU build")
-    return Item(False, str(torch.version.cuda), "torch is a CUDA build, but sees no device")
+        return CapabilityItem(False, "", "torch is a CPU build")
+    return CapabilityItem(False, str(torch.version.cuda), "torch is a CUDA build, but sees no device")
 
 
-def _nccl() -> Item:
+def _nccl() -> CapabilityItem:
     if not torch.cuda.is_available():
-        return Item(False, "", "no CUDA device; gloo is used")
-    return Item(True, ".".join(map(str, torch.cuda.nccl.version())), "")
+        return CapabilityItem(False, "", "no CUDA device; gloo is used")
+    return CapabilityItem(True, ".".join(map(str, torch.cuda.nccl.version())), "")
 
 
 @functools.cache
@@ -199,7 +199,7 @@ def probe() -> Capabilities:
     """Looks at this machine once per process."""
     has_varlen = _is_installed("torch.nn.attention.varlen")
     return Capabilities(
-        torch=Item(True, str(torch.__version__), ""),
+        torch=CapabilityItem(True, str(torch.__version__), ""),
         cuda=_cuda(),
         nccl=_nccl(),
         transformer_engine=_gpu_package(
@@ -207,7 +207,9 @@ def probe() -> Capabilities:
         ),
         apex=_gpu_package("fused_weight_gradient_mlp_cuda", "apex", verify=True),
         flash_attn=_gpu_package("flash_attn", "flash-attn", verify=True),
-        varlen=Item(has_varlen, str(torch.__version__), "" if has_varlen else "this torch has no varlen attention"),
+        varlen=CapabilityItem(
+            has_varlen, str(torch.__version__), "" if has_varlen else "this torch has no varlen attention"
+        ),
         triton=_gpu_package("triton", "triton"),
         dali=_gpu_package("nvidia.dali", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         compute_capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0),

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from sicog_mcore.config import Experiment, Part
+from sicog_mcore.config import Experiment, ModelPart
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.capability import AttentionBackend, LayerKind
@@ -95,7 +95,7 @@ class VisionLanguageModel(MegatronModule):
         """Called by Megatron's schedules with the hidden states of the stage before."""
         self.language_model.set_input_tensor(tensor)
 
-    def parameters_of(self, part: Part) -> list[torch.nn.Parameter]:
+    def parameters_of(self, part: ModelPart) -> list[torch.nn.Parameter]:
         """Parameters of one part on this stage; empty where the part is on another stage."""
         module = self.language_model if part == "decoder" else self.tower if part == "tower" else self.resampler
         return [] if module is None else list(module.parameters())

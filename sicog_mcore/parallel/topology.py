@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from sicog_mcore.config import ParallelConfig
 from sicog_mcore.errors import MachineError
 from sicog_mcore.parallel.cpu import install_cpu_support
-from sicog_mcore.parallel.watch import MARGIN_S, RESUME, Watch, watch_parent
+from sicog_mcore.parallel.watch import MARGIN_S, RESUME, RankWatch, watch_parent
 from sicog_mcore.parallel.writers import install_writers
 from sicog_mcore.ranks import read_place
 
@@ -31,7 +31,7 @@ WritersFailed = CheckpointException  # raised on every rank when Megatron's chec
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineChunk:
     """One model chunk of this rank: which part of the pipeline it is."""
 
     chunk: int  # index among this rank's chunks
@@ -62,7 +62,7 @@ class Topology:
     device: torch.device
     rank: int
     world_size: int
-    watch: Watch
+    watch: RankWatch
 
     @property
     def tensor_rank(self) -> int:
@@ -94,11 +94,11 @@ class Topology:
         return self.pipeline_rank == 0
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[PipelineChunk, ...]:
         """The model chunks of this rank, in the order Megatron's schedules expect."""
         chunks, last = self.config.virtual_pipeline, self.config.pipeline - 1
         return tuple(
-            Stage(c, chunks, self.pipeline_rank == 0 and c == 0, self.pipeline_rank == last and c == chunks - 1)
+            PipelineChunk(c, chunks, self.pipeline_rank == 0 and c == 0, self.pipeline_rank == last and c == chunks - 1)
             for c in range(chunks)
         )
 
@@ -239,12 +239,12 @@ def start_topology(
     return Topology(config, groups, tower_groups, device, dist.get_rank(), dist.get_world_size(), watch)
 
 
-def _watch_world(store: Any, timeout_s: float, output: str) -> Watch:
+def _watch_world(store: Any, timeout_s: float, output: str) -> RankWatch:
     """Watches this rank for as long as the world lasts that it has just joined."""
     world, size = dist.group.WORLD, dist.get_world_size()
     store = store.clone() if size > 1 else None  # a connection of its own: the main thread may wait on the other
     folder = Path(output) if output else None
-    watch = Watch(dist.get_rank(), size, timeout_s, store, folder, spins=torch.cuda.is_available())
+    watch = RankWatch(dist.get_rank(), size, timeout_s, store, folder, spins=torch.cuda.is_available())
     watch.start(lambda: dist.is_initialized() and dist.group.WORLD is world)
     return watch
 

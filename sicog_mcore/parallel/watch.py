@@ -111,7 +111,7 @@ def _leave_it_to_parent_watch() -> None:
         time.sleep(LOOK_EVERY_S / 20)
 
 
-class Watch:
+class RankWatch:
     """Notices that this rank gets no further, and finds out which rank keeps it.
 
     Args:

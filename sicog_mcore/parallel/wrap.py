@@ -19,13 +19,13 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig, Part
+from sicog_mcore.config import Experiment, ModelPart, OptimConfig, ParallelConfig
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.parallel.padding import count_strangers, own_weights, repair_description
 from sicog_mcore.parallel.topology import Topology
 
-PARTS: tuple[Part, ...] = get_args(Part)
-REPLICATED_PARTS: tuple[Part, ...] = (
+PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
+REPLICATED_PARTS: tuple[ModelPart, ...] = (
     "tower",
     "resampler",
 )  # same weights on all tensor-parallel ranks, own slices each
@@ -34,7 +34,7 @@ REPLICATED_PARTS: tuple[Part, ...] = (
 class ModelChunk(Protocol):
     """What this package asks of one pipeline chunk of a model (model/vlm.py has it)."""
 
-    def parameters_of(self, part: Part) -> list[torch.nn.Parameter]:
+    def parameters_of(self, part: ModelPart) -> list[torch.nn.Parameter]:
         """Parameters of one part on this chunk."""
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class TrainableModel:
         return kept
 
 
-def freeze_parts(chunks: Sequence[ModelChunk], parts: Sequence[Part]) -> None:
+def freeze_parts(chunks: Sequence[ModelChunk], parts: Sequence[ModelPart]) -> None:
     """Frozen parameters get neither gradient buffers nor optimizer state; call before wrapping."""
     for chunk in chunks:
         for part in parts:
@@ -254,7 +254,7 @@ def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: s
 
 def _group_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
     """One parameter group per part and weight-decay rule: biases and norms are not decayed."""
-    scales: dict[Part, float] = {
+    scales: dict[ModelPart, float] = {
         "tower": optim.tower_lr_scale,
         "resampler": optim.resampler_lr_scale,
         "decoder": optim.decoder_lr_scale,
@@ -269,7 +269,7 @@ def _group_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
     return overrides
 
 
-def _belongs_to(part: Part) -> Any:
+def _belongs_to(part: ModelPart) -> Any:
     return lambda parameter: parameter.sicog_part == part
 
 

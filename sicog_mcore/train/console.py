@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sicog_mcore import __version__
-from sicog_mcore.config import Experiment, Part
+from sicog_mcore.config import Experiment, ModelPart
 from sicog_mcore.errors import printable
 from sicog_mcore.train.flops import CONVENTION
 from sicog_mcore.train.metrics import METRICS_FILE, TENSORBOARD_FOLDER, StepStats, Summary
@@ -46,7 +46,7 @@ class RunFacts:
         memory: what the run needs on one device, by arithmetic.
     """
 
-    parameters: Mapping[Part, int]
+    parameters: Mapping[ModelPart, int]
     num_rows: int
     world_size: int
     device: str

@@ -1,6 +1,6 @@
 """The data as the training loop sees it: the batches of one step, and what they held.
 
-In: Experiment, OpenRows   Out: this rank's PackedBatches of a step, Counts   Next: trainer.py
+In: Experiment, OpenRows   Out: this rank's PackedBatches of a step, WorkCounts   Next: trainer.py
 On ranks that load, every consumed sample id is written to ``consumed-R.jsonl``: the proof of what a run was trained on.
 """
 
@@ -23,7 +23,7 @@ from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_row
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError, writing
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.train.flops import Counts
+from sicog_mcore.train.flops import WorkCounts
 from sicog_mcore.train.metrics import drop_steps_from
 
 CONSUMED = "consumed-{}.jsonl"
@@ -59,7 +59,7 @@ class CountingLoader:
             opened=opened,
         )
         self._opened = opened
-        self._counts = Counts()
+        self._counts = WorkCounts()
         self._ids: list[str] = []
         self._complete = complete
         self._record = output / CONSUMED.format(replica)
@@ -74,7 +74,7 @@ class CountingLoader:
 
     def __next__(self) -> PackedBatch:
         batch = next(self.loader)
-        self._counts += Counts.of(batch)
+        self._counts += WorkCounts.of(batch)
         self._ids += batch.sample_ids
         return self._complete(batch) if self._complete else batch
 
@@ -92,11 +92,11 @@ class CountingLoader:
         loader = self.loader
         return self._opened.state(loader.state(), loader.rows_left, loader.bad_rows.state())
 
-    def take(self, step: int) -> Counts:
+    def take(self, step: int) -> WorkCounts:
         """What was handed out since the last call; records its sample ids under ``step``."""
         with writing(self._record), self._record.open("a", encoding="utf-8") as record:
             record.write(json.dumps({"step": step, "ids": self._ids}, ensure_ascii=False) + "\n")
-        counts, self._counts, self._ids = self._counts, Counts(), []
+        counts, self._counts, self._ids = self._counts, WorkCounts(), []
         return counts
 
 
@@ -196,9 +196,9 @@ class Feed:
         if messages := [text for text in dict.fromkeys(texts) if text]:
             raise DataError("\n".join(messages)) if topology.is_main else PeerError("another rank reports why")
 
-    def take(self, step: int) -> Counts:
+    def take(self, step: int) -> WorkCounts:
         """What this model copy consumed since the last call; zeros on ranks that do not load."""
-        return self.source.take(step) if self.source else Counts()
+        return self.source.take(step) if self.source else WorkCounts()
 
     @property
     def num_rows(self) -> int:

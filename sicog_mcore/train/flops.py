@@ -1,6 +1,6 @@
 """Model FLOPs of a step, from the configuration and from what the step held.
 
-In: ModelConfig, OptimConfig.freeze, Counts   Out: FLOPs, and the share of the device's peak (MFU)   Next: metrics.py
+In: ModelConfig, OptimConfig.freeze, WorkCounts   Out: FLOPs, and the share of the device's peak (MFU)   Next: metrics.py
 The convention is CONVENTION, printed with every run. Norms, softmax, activations and the optimiser are not counted.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
-from sicog_mcore.config import DecoderConfig, ModelConfig, Part, ResamplerConfig, TowerConfig, TrainConfig
+from sicog_mcore.config import DecoderConfig, ModelConfig, ModelPart, ResamplerConfig, TowerConfig, TrainConfig
 from sicog_mcore.data.batch import IGNORED_LABEL, PackedBatch
 
 CONVENTION = (
@@ -22,7 +22,7 @@ SLOWER_VARIANTS = ("H100 PCIe", "H100 NVL", "H200 NVL")
 
 
 @dataclass(frozen=True)
-class Counts:
+class WorkCounts:
     """What went through the model; adds up over micro-batches and over data-parallel ranks.
 
     Attributes:
@@ -45,7 +45,7 @@ class Counts:
     squared_patches: int = 0
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> Counts:
+    def of(cls, batch: PackedBatch) -> WorkCounts:
         """Counts of one packed batch; reads its tensors, so call it before they move to a device."""
         samples = len(batch.sample_ids)
         borders = batch.cu_seqlens.long()
@@ -63,8 +63,8 @@ class Counts:
             squared_patches=int((patches + 1).square().sum()),
         )
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def __add__(self, other: WorkCounts) -> WorkCounts:
+        return WorkCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Forward:
     attention: int
 
 
-def tower_forward(config: TowerConfig, counts: Counts) -> Forward:
+def tower_forward(config: TowerConfig, counts: WorkCounts) -> Forward:
     """Patch embedding and the layers that are used; every slice has a class token."""
     tokens = counts.patches + counts.slices
     layer_weights = 4 * config.hidden**2 + 2 * config.hidden * config.ffn
@@ -86,7 +86,7 @@ def tower_forward(config: TowerConfig, counts: Counts) -> Forward:
     )
 
 
-def resampler_forward(config: ResamplerConfig, tower: TowerConfig, hidden: int, counts: Counts) -> Forward:
+def resampler_forward(config: ResamplerConfig, tower: TowerConfig, hidden: int, counts: WorkCounts) -> Forward:
     """Keys and values projected for every patch, then sampled into each query's window.
 
     The projected queries do not depend on the input and are not counted.
@@ -100,7 +100,7 @@ def resampler_forward(config: ResamplerConfig, tower: TowerConfig, hidden: int, 
     return Forward(linear=features + keys_and_values + output, attention=attention + sampling)
 
 
-def decoder_forward(config: DecoderConfig, counts: Counts) -> Forward:
+def decoder_forward(config: DecoderConfig, counts: WorkCounts) -> Forward:
     """Layers on every position, causal attention inside each sample, the head where there is a label."""
     query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer_weights = config.hidden * (2 * query_width + 2 * kv_width + 3 * config.ffn)
@@ -124,7 +124,7 @@ def _with_backward(forward: Forward, trained: bool, passes_gradient: bool) -> in
     return forward.linear + forward.attention
 
 
-def step_flops(config: ModelConfig, freeze: Collection[Part], counts: Counts) -> int:
+def step_flops(config: ModelConfig, freeze: Collection[ModelPart], counts: WorkCounts) -> int:
     """Model FLOPs of a step over everything that ``counts`` holds."""
     tower, resampler, decoder = (part not in freeze for part in ("tower", "resampler", "decoder"))
     hidden = config.decoder.hidden

@@ -26,7 +26,7 @@ from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.feed import Feed
-from sicog_mcore.train.fingerprint import fingerprint
+from sicog_mcore.train.reference_key import fingerprint
 from sicog_mcore.train.step import Log, run_schedule
 
 FOLDER = "reference"

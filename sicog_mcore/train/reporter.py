@@ -1,6 +1,6 @@
 """Numbers of one step, gathered over all ranks, to console, JSONL and TensorBoard.
 
-In: StepResult, Counts of this model copy   Out: StepStats on rank 0's screen and disk   Next: metrics.py, console.py
+In: StepResult, WorkCounts of this model copy   Out: StepStats on rank 0's screen and disk   Next: metrics.py, console.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.console import Console
 from sicog_mcore.train.feed import Feed
-from sicog_mcore.train.flops import Counts, peak_tflops, step_flops
+from sicog_mcore.train.flops import WorkCounts, peak_tflops, step_flops
 from sicog_mcore.train.health import SpikeWatch
 from sicog_mcore.train.metrics import MetricsLog, StepStats, Summary
 from sicog_mcore.train.step import StepResult
@@ -50,7 +50,7 @@ class Reporter:
         own = feed.take(step)
         sums = torch.tensor([*astuple(own), feed.num_quarantined, feed.num_truncated], device=self.topology.device)
         *totals, quarantined, truncated = self.topology.sum_over_world(sums).tolist()
-        counts = Counts(*totals[: len(fields(Counts))])
+        counts = WorkCounts(*totals[: len(fields(WorkCounts))])
         device = self.topology.device
         peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(device), device=device)).item()
         now = time.perf_counter()

@@ -6,24 +6,18 @@ In: a checked Experiment   Out: the newest checkpoint   Called by every launcher
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
+from sicog_mcore.build import Build, build_chunks, build_model, plan_build
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
-from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.memory import estimate_memory, estimate_text, fitting
-from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
-from sicog_mcore.model.decoder import decoder_transformer_config
-from sicog_mcore.model.initialise import initialise
-from sicog_mcore.model.vlm import StagePlan, VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel, wrap_model
+from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
 from sicog_mcore.train.dpo import Preferences
@@ -32,71 +26,6 @@ from sicog_mcore.train.reference import FrozenReference, precompute_reference
 from sicog_mcore.train.reporter import Reporter, device_name
 from sicog_mcore.train.step import NextToken, Objective
 from sicog_mcore.train.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Build:
-    """What is decided before any process group exists, so that a mistake is still one clear message."""
-
-    experiment: Experiment
-    layers: LayerChoice
-    attention: AttentionChoice
-    decoder: TransformerConfig
-
-
-def plan_build(experiment: Experiment) -> Build:
-    """Chooses layers and attention for this machine and asks Megatron whether it accepts the decoder.
-
-    Raises:
-        ConfigError: a requested back end cannot run here, or Megatron refuses the sizes.
-    """
-    capabilities, train = probe(), experiment.train
-    layers = capabilities.layers
-    decoder = decoder_transformer_config(
-        experiment.model.decoder,
-        experiment.parallel,
-        train,
-        on_gpu=torch.cuda.is_available(),
-        with_te=layers.name == "te",
-    )
-    attention = capabilities.attention(train.attention, experiment.model.decoder.head_dim, train.precision)
-    return Build(experiment, layers, attention, decoder)
-
-
-def build_model(
-    build: Build, topology: Topology, notice: Callable[[str], None] = lambda _: None, imports: bool = True
-) -> TrainableModel:
-    """This rank's part of the model with first weights, gradient buffers and optimizer.
-
-    Args:
-        notice: is told where weights came from.
-        imports: read the weights that ``init`` names; they do not matter where a checkpoint follows.
-    """
-    chunks = build_chunks(build, topology)
-    initialise(chunks, build.experiment.train.seed)
-    for line in import_init(chunks, build.experiment, topology) if imports else []:
-        notice(line)
-    return wrap_model(chunks, build.decoder, build.experiment, topology)
-
-
-def build_chunks(build: Build, topology: Topology) -> list[VisionLanguageModel]:
-    """This rank's part of the model; its weights are undefined."""
-    return [
-        VisionLanguageModel(
-            build.experiment,
-            build.decoder,
-            StagePlan(
-                pre_process=stage.is_first,
-                post_process=stage.is_last,
-                vp_stage=stage.vp_stage,
-                groups=topology.groups,
-                tower_groups=topology.tower_groups,
-                layers=build.layers.name,
-                attention=build.attention.name,
-            ),
-        )
-        for stage in topology.stages
-    ]
 
 
 def build_objective(

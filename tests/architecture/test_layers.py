@@ -24,7 +24,8 @@ CONTRACTS = ("sicog_mcore.config", "sicog_mcore.errors")
 BATCH = (*CONTRACTS, "sicog_mcore.data.batch", "sicog_mcore.sizes", "sicog_kernels")
 BELOW_CHECKPOINT = (*BATCH, "sicog_mcore.cli", "sicog_mcore.data", "sicog_mcore.model", "sicog_mcore.parallel")
 STARTING = ("sicog_mcore.ranks", "sicog_mcore.lock")
-BELOW_TRAIN = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.memory", "sicog_mcore.presets")
+BELOW_BUILD = (*BELOW_CHECKPOINT, "sicog_mcore.checkpoint", "sicog_mcore.memory", "sicog_mcore.presets")
+BELOW_TRAIN = (*BELOW_BUILD, "sicog_mcore.build", "sicog_mcore.rollout")
 TRAINING = ("torch", "megatron.core", "numpy")
 COGNITION = (
     *("xxhash", "rich", "PIL", "pyarrow", "yaml"),
@@ -66,6 +67,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
         "sicog_mcore/checkpoint/",
         Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
     ),
+    ("sicog_mcore/build.py", Rule(BELOW_BUILD, TRAINING)),
+    ("sicog_mcore/rollout/", Rule(BELOW_TRAIN, (*TRAINING, "xxhash"))),
     ("sicog_mcore/train/", Rule((*BELOW_TRAIN, "sicog_mcore.train"), (*TRAINING, "rich", "tensorboard"))),
     (
         "sicog_mcore/cognition/",

@@ -51,9 +51,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def build(topology: Any, name: str, parallel: ParallelConfig, **init: str) -> Any:
     """This rank's chunks of a model that was drawn at random and then filled from ``init``."""
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_init
     from sicog_mcore.model.initialise import initialise
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     experiment = experiment_for(name, parallel, **init)
     chunks = build_chunks(plan_build(experiment), topology)

@@ -83,8 +83,8 @@ def test_a_mistake_in_a_program_stays_what_it_is() -> None:
 
 
 def _die_in_a_save(rank: Rank, experiment: Any, out: Path) -> None:
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint import store
-    from sicog_mcore.train.run import build_model, plan_build
 
     checkpoints = store.CheckpointStore(experiment, rank.start(experiment.parallel))
     model = build_model(plan_build(experiment), checkpoints.topology)

@@ -10,7 +10,7 @@ import pytest
 
 from sicog_mcore import presets
 from sicog_mcore.checkpoint.hf_beside import judge_configs, judge_folder, judge_names
-from sicog_mcore.checkpoint.hf_config import Verdict
+from sicog_mcore.checkpoint.hf_config import ConfigVerdict
 from sicog_mcore.model.vision_tower import CLIP_MEAN, CLIP_STD
 
 MODEL = presets.uhd_qwen2_7b().model
@@ -24,7 +24,7 @@ def folder_with(folder: Path, *names: str) -> Path:
     return folder
 
 
-def judged(folder: Path, *read: str) -> Verdict:
+def judged(folder: Path, *read: str) -> ConfigVerdict:
     return judge_folder(folder, [folder / name for name in read or (SINGLE,)])
 
 
@@ -72,7 +72,7 @@ def test_what_a_trainer_leaves_behind_is_no_second_model(tmp_path: Path) -> None
     folder_with(
         tmp_path, "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "README.md", "merges.txt"
     )
-    assert judged(tmp_path) == Verdict()
+    assert judged(tmp_path) == ConfigVerdict()
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
@@ -113,7 +113,7 @@ def test_pixels_are_what_the_tower_was_trained_on(tmp_path: Path) -> None:
         "do_resize": True,
     }
     write(tmp_path, name, **clip, rescale_factor=0.00392156862745098, image_processor_type="CLIPImageProcessor")
-    assert judge_configs(tmp_path, "tower", MODEL) == Verdict()
+    assert judge_configs(tmp_path, "tower", MODEL) == ConfigVerdict()
     for changes, expected in (
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is [0.5, 0.5, 0.5], our tower has CLIP's"),
         ({"image_std": [0.229, 0.224, 0.225]}, "image_std is"),
@@ -125,7 +125,7 @@ def test_pixels_are_what_the_tower_was_trained_on(tmp_path: Path) -> None:
         write(tmp_path, name, **{**clip, **changes})
         (problem,) = judge_configs(tmp_path, "tower", MODEL).problems
         assert expected in problem
-    assert judge_configs(tmp_path, "decoder", MODEL) == Verdict()  # a decoder sees no pixels
+    assert judge_configs(tmp_path, "decoder", MODEL) == ConfigVerdict()  # a decoder sees no pixels
 
 
 def test_other_slices_and_unknown_keys_are_said(tmp_path: Path) -> None:

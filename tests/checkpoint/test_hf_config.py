@@ -11,7 +11,7 @@ import pytest
 from sicog_mcore import presets
 from sicog_mcore.checkpoint.hf_config import (
     MODEL_TYPE,
-    Verdict,
+    ConfigVerdict,
     decoder_config,
     judge,
     judge_kinds,
@@ -22,7 +22,7 @@ from sicog_mcore.checkpoint.hf_folder import model_config
 from sicog_mcore.checkpoint.hf_keys import NESTED, OTHER_PARTS, fate, reason
 from sicog_mcore.checkpoint.tables import DECODER_CLASSES, RELEASED_CLASSES
 from sicog_mcore.checkpoint.tables import TOWERS as TOWER_CLASSES
-from sicog_mcore.config import ModelConfig, Part
+from sicog_mcore.config import ModelConfig, ModelPart
 from tests.checkpoint.configurations import (
     BASE,
     CLIP_L_336,
@@ -41,11 +41,11 @@ QWEN = model_for(presets.QWEN2_7B)
 LLAMA = model_for(presets.LLAMA3_1_8B)
 
 
-def judged(config: dict[str, Any], model: ModelConfig = QWEN, part: Part = "decoder") -> Verdict:
+def judged(config: dict[str, Any], model: ModelConfig = QWEN, part: ModelPart = "decoder") -> ConfigVerdict:
     return judge(config, part, TOWER_CLASSES if part == "tower" else DECODER_CLASSES, model)
 
 
-def keys_of_part(config: Mapping[str, Any], part: Part) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+def keys_of_part(config: Mapping[str, Any], part: ModelPart) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Every key that an import of a part has to know: at the top and in its own configuration; with its scopes."""
     name, own = nested(config, part)
     for key, value in config.items():
@@ -54,7 +54,7 @@ def keys_of_part(config: Mapping[str, Any], part: Part) -> Iterator[tuple[str, A
         yield key, value, (part,)
 
 
-def assert_every_key_is_settled(config: Mapping[str, Any], part: Part, verdict: Verdict) -> None:
+def assert_every_key_is_settled(config: Mapping[str, Any], part: ModelPart, verdict: ConfigVerdict) -> None:
     said = "\n".join((*verdict.problems, *verdict.notes))
     refused_kind = any("model_type is" in problem for problem in verdict.problems)
     for key, value, scopes in keys_of_part(config, part):
@@ -222,7 +222,7 @@ def test_other_numbers_of_llama_3_scaling_are_refused(changes: dict[str, float])
 def test_values_that_turn_a_layer_off_are_accepted() -> None:
     off = {"final_logit_softcapping": None, "num_experts": 0, "residual_multiplier": 1.0, "use_qk_norm": False}
     off |= {"query_pre_attn_scalar": 128, "partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}}
-    assert judged({**QWEN2_7B, **off, "layer_types": ["full_attention"] * 28}) == Verdict()
+    assert judged({**QWEN2_7B, **off, "layer_types": ["full_attention"] * 28}) == ConfigVerdict()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_tower_without_sizes_has_those_of_its_class() -> None:
 
 def test_a_resampler_is_compared_where_its_numbers_are_named() -> None:
     ours = model_config(QWEN, "bfloat16")
-    assert judged(ours, part="resampler") == Verdict()
+    assert judged(ours, part="resampler") == ConfigVerdict()
     for changes, expected in (
         ({"resampler_heads": 32}, "set model.resampler.num_heads=32"),
         ({"query_grid": 8}, "set model.resampler.query_grid=8"),
@@ -283,7 +283,7 @@ def test_without_config_json_the_user_is_told_what_is_not_compared() -> None:
 
 def test_released_weights_are_judged_by_the_class_inside_their_kind() -> None:
     flat = {**QWEN2_7B, "model_type": "llava_qwen", "architectures": ["LlavaQwenForCausalLM"], "mm_hidden_size": 1024}
-    assert judge(flat, "decoder", RELEASED_CLASSES, QWEN) == Verdict()
+    assert judge(flat, "decoder", RELEASED_CLASSES, QWEN) == ConfigVerdict()
     (problem,) = judge({**flat, "model_type": "llava_mistral"}, "decoder", RELEASED_CLASSES, QWEN).problems
     assert "model_type is 'llava_mistral'" in problem
 
@@ -292,12 +292,12 @@ def test_released_weights_are_judged_by_the_class_inside_their_kind() -> None:
 def test_what_an_export_writes_is_read_without_a_word(decoder: Any) -> None:
     model = model_for(decoder)
     ids = {"eos_token_id": [1, 2], "pad_token_id": 2}
-    assert judged(decoder_config(decoder, "bfloat16") | ids, model) == Verdict()
-    assert judged(tower_config(model.tower, "float32"), model, "tower") == Verdict()
+    assert judged(decoder_config(decoder, "bfloat16") | ids, model) == ConfigVerdict()
+    assert judged(tower_config(model.tower, "float32"), model, "tower") == ConfigVerdict()
     whole = model_config(model, "bfloat16") | ids
     assert whole["model_type"] == MODEL_TYPE
     for part in ("tower", "resampler", "decoder"):
-        assert judged(whole, model, part) == Verdict()  # type: ignore[arg-type]
+        assert judged(whole, model, part) == ConfigVerdict()  # type: ignore[arg-type]
     assert judged(whole, replace(model, tower=replace(model.tower, feature_layer=-3)), "resampler").problems
 
 
@@ -306,7 +306,7 @@ def test_kinds_are_judged_without_a_model_too() -> None:
     config, *_ = DECODERS["PaliGemma"]
     lines = judge_kinds(config, kinds, ["tower", "decoder"]).problems
     assert len(lines) == 2 and "'siglip_vision_model'" in lines[0] and "'gemma'" in lines[1]
-    assert judge_kinds(LLAVA_1_5, kinds, ["tower", "decoder"]) == Verdict()
+    assert judge_kinds(LLAVA_1_5, kinds, ["tower", "decoder"]) == ConfigVerdict()
 
 
 @pytest.mark.slow

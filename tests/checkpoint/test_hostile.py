@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import EXIT_CONFIG, CheckpointError, SicogError
 from sicog_mcore.parallel.topology import start_topology, stop_topology
-from sicog_mcore.train.run import build_model, plan_build
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import TOKENIZER, tiny_experiment, write_dataset
@@ -75,14 +75,14 @@ def fill_one_part(experiment: Experiment, run: Path) -> None:
 
 
 def generate(experiment: Experiment, run: Path) -> None:
-    from sicog_mcore.cognition.generation.load import joined, load_model, read_checkpoint
+    from sicog_mcore.rollout.load import joined, load_model, read_checkpoint
 
     with joined(read_checkpoint(run, tokenizer=TOKENIZER), 1) as (build, topology):
         load_model(build, topology)
 
 
 def measure_perplexity(experiment: Experiment, run: Path) -> None:
-    from sicog_mcore.train.perplexity import measure_losses
+    from sicog_mcore.train.held_out import measure_losses
 
     init = replace(experiment.init, checkpoint=str(run))
     measure_losses(replace(experiment, init=init), start_topology(experiment.parallel, seed=0))

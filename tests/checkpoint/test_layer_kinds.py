@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sicog_mcore.build import Build, build_chunks, build_model, plan_build
 from sicog_mcore.checkpoint.parts import PARTS, load_parts, read_tensors
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.checkpoint.targets import local_parameters
@@ -21,7 +22,6 @@ from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.reference import FrozenReference
-from sicog_mcore.train.run import Build, build_chunks, build_model, plan_build
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import ASSETS, tiny_experiment

@@ -14,9 +14,9 @@ from sicog_mcore.checkpoint.mapping import (
     GatedMLP,
     Mapping,
     OneToOne,
+    PaddedVocabulary,
     Target,
     Transfer,
-    Vocabulary,
     bind,
     matches,
 )
@@ -31,9 +31,9 @@ CASES: list[tuple[Mapping, tuple[int, ...], int]] = [
     (QKV("t", ("q", "k", "v"), GROUPS, QUERIES), (QKV_ROWS, WIDTH), 0),
     (QKV("t", ("q", "k", "v"), GROUPS, QUERIES), (QKV_ROWS,), 0),
     (GatedMLP("t", ("gate", "up")), (16, WIDTH), 0),
-    (Vocabulary("t", "s", 11), (16, WIDTH), 0),
-    (Vocabulary("t", "s", 3), (16, WIDTH), 0),
-    (Vocabulary("t", "s", 16), (16, WIDTH), 0),
+    (PaddedVocabulary("t", "s", 11), (16, WIDTH), 0),
+    (PaddedVocabulary("t", "s", 3), (16, WIDTH), 0),
+    (PaddedVocabulary("t", "s", 16), (16, WIDTH), 0),
 ]
 
 
@@ -93,7 +93,7 @@ def test_a_cut_of_the_gated_layer_holds_its_gate_and_then_its_up_projection() ->
 
 
 def test_padding_of_the_vocabulary_is_zero_and_not_exported() -> None:
-    transfer = transfer_of(Vocabulary("t", "s", 11), (16, WIDTH), 0, 2)
+    transfer = transfer_of(PaddedVocabulary("t", "s", 11), (16, WIDTH), 0, 2)
     parts = list(filled(transfer, numbered(transfer)))
     assert not parts[1][3:].any() and parts[1][:3].all()
     assert transfer.assemble(parts)["s"].shape == (11, WIDTH)

@@ -43,9 +43,9 @@ def init_of(name: str, foreign: Path) -> dict[str, str]:
 
 def build(experiment: Experiment, topology: Any) -> Any:
     """This rank's chunks, drawn at random and then filled from ``init``."""
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_init
     from sicog_mcore.model.initialise import initialise
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     chunks = build_chunks(plan_build(experiment), topology)
     initialise(chunks, seed=9)
@@ -132,8 +132,8 @@ def test_precision_may_change(topology: Any, saved: Any) -> None:
 
 
 def test_a_run_stands_for_its_newest_checkpoint(topology: Any, tmp_path: Path) -> None:
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.store import CheckpointStore, RunState
-    from sicog_mcore.train.run import build_model, plan_build
 
     experiment = replace(experiment_for("qwen2"), output=str(tmp_path / "run"))
     model = build_model(plan_build(experiment), topology)

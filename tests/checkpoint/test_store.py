@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.checkpoint import commit, store
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, CheckpointError, MachineError
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
-from sicog_mcore.train.run import build_model, plan_build
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment

@@ -23,7 +23,7 @@ from sicog_mcore.checkpoint.tables import (
     part_table,
     recognise,
 )
-from sicog_mcore.config import Experiment, ParallelConfig, Part
+from sicog_mcore.config import Experiment, ModelPart, ParallelConfig
 from sicog_mcore.errors import CheckpointError
 
 LAYER = "model.layers.0.self_attn."
@@ -73,7 +73,7 @@ def test_unknown_names_are_refused_with_a_list_of_what_is_known() -> None:
         (OWN, "something.else", None),
     ],
 )
-def test_a_name_belongs_to_one_part(family: Family, name: str, part: Part | None) -> None:
+def test_a_name_belongs_to_one_part(family: Family, name: str, part: ModelPart | None) -> None:
     assert family.part_of(name) == part
 
 
@@ -89,10 +89,10 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
-def our_shapes(experiment: Experiment, part: Part, topology: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def our_shapes(experiment: Experiment, part: ModelPart, topology: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """What we expect of a file for one part, and the patterns we ignore; the model takes no memory."""
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.targets import describe, part_of
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     with torch.device("meta"):
         targets = describe(build_chunks(plan_build(experiment), topology), topology)

@@ -46,9 +46,9 @@ def qwen2(tmp_path: Path) -> Path:
 
 def build(topology: Any, name: str = "qwen2", **init: str) -> Any:
     """The model with first weights, and what the import said."""
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_init
     from sicog_mcore.model.initialise import initialise
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     experiment = experiment_for(name, **init)
     (chunk,) = build_chunks(plan_build(experiment), topology)
@@ -212,10 +212,10 @@ def test_the_optimizer_starts_from_the_imported_weights(topology: Any, qwen2: Pa
     """Import, then wrap: master weights of bf16 parameters are copies of what was imported."""
     from dataclasses import replace
 
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_init
     from sicog_mcore.model.initialise import initialise
     from sicog_mcore.parallel.wrap import wrap_model
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     experiment = experiment_for("qwen2", decoder=str(qwen2))
     experiment = replace(experiment, train=replace(experiment.train, precision="bf16"))
@@ -251,8 +251,8 @@ def place_nan(folder: Path, name: str, value: float) -> None:
 def test_values_that_are_no_numbers_are_named_with_tensor_and_file(
     name: str, value: float, topology: Any, qwen2: Path
 ) -> None:
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_part
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     place_nan(qwen2, name, value)
     chunks = build_chunks(plan_build(experiment_for("qwen2")), topology)
@@ -278,8 +278,8 @@ def test_a_value_too_large_for_the_precision_of_the_run_is_a_fault(topology: Any
     norm = torch.full((64,), 1e39, dtype=torch.float64)
     change(qwen2, model__norm__weight=norm)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight in model\.safetensors \(64 values\)"):
+        from sicog_mcore.build import build_chunks, plan_build
         from sicog_mcore.checkpoint.weights import import_part
-        from sicog_mcore.train.run import build_chunks, plan_build
 
         import_part(build_chunks(plan_build(experiment_for("qwen2")), topology), "decoder", qwen2, topology)
 
@@ -287,8 +287,8 @@ def test_a_value_too_large_for_the_precision_of_the_run_is_a_fault(topology: Any
 def test_rounding_is_said(topology: Any, qwen2: Path) -> None:
     from dataclasses import replace
 
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_part
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     experiment = experiment_for("qwen2")
     experiment = replace(experiment, train=replace(experiment.train, precision="bf16"))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sicog_mcore.cognition.codec import render
-from sicog_mcore.cognition.records import Candidate, Finish, Generation, PromptUse, Sampling, Task
+from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Task
+from sicog_mcore.rollout.requests import Finish, Sampling
 from tests.checkpoint.foreign import write_decoder
 
 PLAIN = {"caption": "caption", "answer": "direct"}

@@ -10,8 +10,8 @@ from sicog_mcore.cognition.codec import (
     COD_STEPS,
     COT_STEPS,
     TITLES,
-    Kind,
     Parsed,
+    StepForm,
     final_clause,
     from_tags,
     parse,
@@ -23,7 +23,7 @@ from sicog_mcore.errors import SampleError
 
 FIVE = ("A street.", "Two red cars.", "One behind the other.", "A dog far left.", "Two red cars stand in a street.")
 FOUR = ("Count the cars.", "Two cars.", "One and one.", "2")
-KINDS: tuple[Kind, ...] = ("cod", "cot")
+KINDS: tuple[StepForm, ...] = ("cod", "cot")
 
 # Pieces that look like what the codec itself writes and reads, between ordinary text.
 PIECES = st.sampled_from(
@@ -50,7 +50,7 @@ def test_the_written_form_is_plain() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(TEXTS, min_size=4, max_size=5))
 def test_rendered_steps_come_back_or_are_refused(steps: list[str]) -> None:
-    kind: Kind = "cod" if len(steps) == 5 else "cot"
+    kind: StepForm = "cod" if len(steps) == 5 else "cot"
     try:
         text = render(steps, kind)
     except SampleError as error:
@@ -65,7 +65,7 @@ def test_rendered_steps_come_back_or_are_refused(steps: list[str]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(TEXTS, min_size=4, max_size=5))
 def test_quoted_steps_always_come_back(steps: list[str]) -> None:
-    kind: Kind = "cod" if len(steps) == 5 else "cot"
+    kind: StepForm = "cod" if len(steps) == 5 else "cot"
     quoted = [quote_headers(step) for step in steps]
     assert [quote_headers(step) for step in quoted] == quoted
     try:
@@ -87,7 +87,7 @@ def test_text_without_white_space_is_never_refused(steps: list[str]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(TEXTS, st.sampled_from(KINDS))
-def test_any_text_has_a_defined_result(text: str, kind: Kind) -> None:
+def test_any_text_has_a_defined_result(text: str, kind: StepForm) -> None:
     found = parse(text, kind)
     assert (found.steps is None) == (found.problem != "")
     assert found.steps is None or (len(found.steps) == len(TITLES[kind]) and all(found.steps))

@@ -13,7 +13,6 @@ from sicog_mcore.cognition.records import (
     Decision,
     Generation,
     PromptUse,
-    Sampling,
     Scores,
     from_json,
     read_by_id,
@@ -22,6 +21,7 @@ from sicog_mcore.cognition.records import (
     write_records,
 )
 from sicog_mcore.errors import RecordError
+from sicog_mcore.rollout.requests import Sampling
 
 GENERATION = Generation(
     *("a/1", "caption", "images/ä.png", "00ff", "What?\nNow.", (PromptUse("cod", 1, 2),), "native-1", "c0ffee"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sicog_mcore.cognition.generation.parts import PartWriter, open_parts
+from sicog_mcore.cognition.generation.record_parts import PartWriter, open_parts
 from sicog_mcore.cognition.loop.steps import write_json
 from sicog_mcore.cognition.records import Scores, read_records, write_records
 from sicog_mcore.cognition.scoring.vectors import VectorStore

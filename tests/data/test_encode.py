@@ -9,8 +9,8 @@ import torch
 
 from sicog_mcore import presets
 from sicog_mcore.data.batch import IGNORED_LABEL
+from sicog_mcore.data.collate import collate
 from sicog_mcore.data.encode import Encoder
-from sicog_mcore.data.packing import collate
 from sicog_mcore.data.sample import ImageRef, Sample, Turn
 from sicog_mcore.errors import SampleError
 from tests.builders import data_config, write_image

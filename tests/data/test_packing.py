@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
-from sicog_mcore.data.packing import collate, pack_window
+from sicog_mcore.data.collate import collate
+from sicog_mcore.data.packing import pack_window
 
 TOKENS, SLICES = 1024, 32
 QUERIES, PATCH_DIM, PAD = 4, 12, 9

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
+from sicog_mcore.data.collate import collate
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.loader import Loader
-from sicog_mcore.data.packing import collate
 from sicog_mcore.data.pairs import build_pair, conversations
 from sicog_mcore.data.quarantine import Quarantine
 from sicog_mcore.data.sample import ImageRef, Sample, Turn

@@ -24,7 +24,8 @@ LAUNCHER = str(REPOSITORY / "launch" / "pretrain_stage15.py")
 
 
 def _train(rank: Rank, experiment: Experiment) -> None:
-    from sicog_mcore.train.run import plan_build, train
+    from sicog_mcore.build import plan_build
+    from sicog_mcore.train.run import train
 
     train(plan_build(experiment), rank.start(experiment.parallel, experiment.train.seed), "the test's command")
 

@@ -50,7 +50,8 @@ def _experiment(data: Path, output: Path, dpo: dict[str, Any], **overrides: Any)
 
 def _train(rank: Rank, experiments: list[Experiment]) -> None:
     """Several runs of one layout, one after the other on the same ranks."""
-    from sicog_mcore.train.run import plan_build, train
+    from sicog_mcore.build import plan_build
+    from sicog_mcore.train.run import train
 
     topology = rank.start(experiments[0].parallel, experiments[0].train.seed)
     for experiment in experiments:
@@ -123,13 +124,13 @@ def _score(rank: Rank, experiment: Experiment) -> dict[str, Any]:
     """Losses of one packed batch of four pairs, beside the same from each conversation run alone, in fp64."""
     import torch
 
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
+    from sicog_mcore.data.collate import collate
     from sicog_mcore.data.encode import Encoder
-    from sicog_mcore.data.packing import collate
     from sicog_mcore.data.pairs import build_pair, conversations
     from sicog_mcore.data.sources import open_sources
     from sicog_mcore.train.dpo import Preferences
-    from sicog_mcore.train.run import build_model, plan_build
     from sicog_mcore.train.step import run_schedule, sum_logs
 
     model = build_model(plan_build(experiment), rank.start(experiment.parallel, 0))

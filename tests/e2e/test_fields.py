@@ -165,12 +165,13 @@ class NoStore:
 
 def observe(experiment: Experiment, topology: Any) -> dict[str, Any]:
     """Trains, and says what a user or the model can see of it."""
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.store import RunState
     from sicog_mcore.errors import SicogError
     from sicog_mcore.train.console import Console
     from sicog_mcore.train.feed import Feed, open_data
     from sicog_mcore.train.reporter import Reporter
-    from sicog_mcore.train.run import build_model, build_objective, plan_build
+    from sicog_mcore.train.run import build_objective
     from sicog_mcore.train.trainer import Trainer
 
     build = plan_build(experiment)

@@ -20,10 +20,11 @@ def _train_and_answer(rank: Rank, experiment: Experiment) -> list[tuple[str, str
     """Trains, then asks every sample's last question; (answer, label) pairs."""
     import torch
 
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.store import CheckpointStore
     from sicog_mcore.data.encode import Encoder
     from sicog_mcore.data.sources import open_sources
-    from sicog_mcore.train.run import build_model, plan_build, train
+    from sicog_mcore.train.run import train
 
     build, topology = plan_build(experiment), rank.start(experiment.parallel, experiment.train.seed)
     train(build, topology, "the test's command")
@@ -45,7 +46,7 @@ def _greedy(model, experiment: Experiment, encoder, sample) -> str:
 
     import torch
 
-    from sicog_mcore.data.packing import collate
+    from sicog_mcore.data.collate import collate
 
     prompt = encoder.encode_prompt(sample)
     answer: list[int] = []

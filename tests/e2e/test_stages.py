@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sicog_mcore.cli import load_experiment
-from sicog_mcore.config import Experiment, Part
-from sicog_mcore.stages import ALIGN, DPO, FINETUNE, PERCEPTION, PRETRAIN, Stage
+from sicog_mcore.config import Experiment, ModelPart
+from sicog_mcore.stages import ALIGN, DPO, FINETUNE, PERCEPTION, PRETRAIN, StageDefaults
 from tests.builders import TOKENIZER, write_dataset
 from tests.dist import Rank, run_ranks
 from tests.e2e.runs import read_metrics
@@ -21,7 +21,7 @@ from tests.pairs import write_pairs
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS, SAMPLES = 2, 6
-SEQUENCE: Mapping[str, tuple[Stage, str]] = {
+SEQUENCE: Mapping[str, tuple[StageDefaults, str]] = {
     "stage0": (PERCEPTION, ""),
     "stage1": (ALIGN, ""),
     "stage15": (PRETRAIN, "init.resampler=stage1"),
@@ -47,10 +47,10 @@ def _recipe(name: str, folder: Path, runs: Path, overrides: list[str]) -> Experi
 
 def _weights(experiment: Experiment, rank: Rank, number: int) -> dict[str, bytes]:
     """This rank's weights after ``init``, by name: what a run starts from, or what one wrote."""
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_init
     from sicog_mcore.model.initialise import initialise
     from sicog_mcore.parallel.topology import stop_topology
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     topology = Rank(rank.rank, rank.world_size, f"{rank.init_method}-w{number}").start(experiment.parallel)
     chunks = build_chunks(plan_build(experiment), topology)
@@ -65,12 +65,13 @@ def _weights(experiment: Experiment, rank: Rank, number: int) -> dict[str, bytes
     return weights
 
 
-def _run_all(rank: Rank, folder: Path, runs: Path, overrides: list[str]) -> dict[str, dict[Part, set[bool]]]:
+def _run_all(rank: Rank, folder: Path, runs: Path, overrides: list[str]) -> dict[str, dict[ModelPart, set[bool]]]:
     """Runs the sequence; for each stage and part, whether its weights on this rank are what they were before."""
+    from sicog_mcore.build import plan_build
     from sicog_mcore.parallel.topology import stop_topology
-    from sicog_mcore.train.run import plan_build, train
+    from sicog_mcore.train.run import train
 
-    unchanged: dict[str, dict[Part, set[bool]]] = {}
+    unchanged: dict[str, dict[ModelPart, set[bool]]] = {}
     for number, name in enumerate(SEQUENCE):
         experiment = _recipe(name, folder, runs, overrides)
         before = _weights(experiment, rank, 2 * number)
@@ -83,7 +84,7 @@ def _run_all(rank: Rank, folder: Path, runs: Path, overrides: list[str]) -> dict
         unchanged[name] = {"tower": set(), "resampler": set(), "decoder": set()}
         for key, value in before.items():
             module = key.split(".")[1]
-            part: Part = "decoder" if module == "language_model" else "tower" if module == "tower" else "resampler"
+            part: ModelPart = "decoder" if module == "language_model" else "tower" if module == "tower" else "resampler"
             unchanged[name][part].add(value == after[key])
     return unchanged
 

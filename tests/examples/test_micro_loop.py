@@ -18,10 +18,11 @@ from examples.micro_loop.lanes import run_lanes, seconds_of
 from examples.micro_loop.plan import ARMS, BASE, EQUAL, FAST, LONG, UNCURATED, Lane, Regime, plan_seed
 from examples.micro_loop.results import Kept, Scores, SeedResult, measure_kept, paired
 from sicog_mcore.cognition.codec import render
-from sicog_mcore.cognition.loop.steps import Step
+from sicog_mcore.cognition.loop.steps import WorkflowStep
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.cognition.records import Candidate, Decision, Generation, PromptUse, Sampling, write_records
+from sicog_mcore.cognition.records import Candidate, Decision, Generation, PromptUse, write_records
 from sicog_mcore.data.chat import Chat
+from sicog_mcore.rollout.requests import Sampling
 
 SMALL = {"labelled": 4, "unlabelled": 5, "validation": 3, "test": 3}
 
@@ -121,10 +122,10 @@ def test_no_two_steps_write_to_the_same_place(tmp_path: Path) -> None:
         assert not any(place.is_relative_to(other) for other in places[:number] + places[number + 1 :])
 
 
-def _step(folder: Path, name: str, out: str, source: str) -> Step:
+def _step(folder: Path, name: str, out: str, source: str) -> WorkflowStep:
     script = folder / f"{name}.py"
     script.write_text(source)
-    return Step(name=name, command=(str(script),), inputs=(script,), outputs=(folder / out,))
+    return WorkflowStep(name=name, command=(str(script),), inputs=(script,), outputs=(folder / out,))
 
 
 def test_lanes_run_in_order_once_and_a_failure_stops_what_comes_after(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.model.capability import LayerChoice, LayerKind, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import StagePlan, VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.train.run import build_model, plan_build
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import ASSETS, tiny_experiment

@@ -42,10 +42,10 @@ def experiment_of(folder: Path, kind: str) -> Experiment:
 
 def _answer_with_ours(rank: Rank, cases: list[tuple[Experiment, str]]) -> list[list[tuple[np.ndarray, list[int]]]]:
     """For every folder and sample: logits of all positions of the prompt, and what greedy decoding adds."""
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.weights import PARTS, import_part
     from sicog_mcore.data.encode import Encoder
     from sicog_mcore.data.sources import open_sources
-    from sicog_mcore.train.run import build_model, plan_build
 
     answers = []
     topology = rank.start(cases[0][0].parallel)

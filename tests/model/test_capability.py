@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sicog_mcore.errors import ConfigError
-from sicog_mcore.model.capability import Capabilities, Item, probe
+from sicog_mcore.model.capability import Capabilities, CapabilityItem, probe
 
-HERE = Item(True, "1.0", "")
-MISSING = Item(False, "", "not installed")
+HERE = CapabilityItem(True, "1.0", "")
+MISSING = CapabilityItem(False, "", "not installed")
 GPU = Capabilities(
     torch=HERE,
     cuda=HERE,
@@ -65,7 +65,7 @@ def test_transformer_engine_comes_first_where_it_has_its_own_kernel(capability: 
 
 def test_transformer_engine_by_name_on_older_devices_needs_flash_attn() -> None:
     assert A100.attention("te", 128, "bf16").name == "te"
-    broken = Item(False, "2.8", "installed, but its import fails: undefined symbol")
+    broken = CapabilityItem(False, "2.8", "installed, but its import fails: undefined symbol")
     for report in (replace(A100, flash_attn=MISSING), replace(L40S, flash_attn=broken)):
         with pytest.raises(ConfigError, match="all scores of a row would be built in memory") as caught:
             report.attention("te", 128, "bf16")
@@ -76,7 +76,7 @@ def test_transformer_engine_by_name_on_older_devices_needs_flash_attn() -> None:
     ("report", "head_dim", "precision", "reason"),
     [
         (replace(GPU, flash_attn=MISSING), 128, "bf16", "not installed"),
-        (replace(GPU, cuda=Item(False, "", "torch is a CPU build")), 128, "bf16", "no CUDA device"),
+        (replace(GPU, cuda=CapabilityItem(False, "", "torch is a CPU build")), 128, "bf16", "no CUDA device"),
         (replace(GPU, compute_capability=(7, 5)), 128, "bf16", "compute capability 7.5, needs 8.0"),
         (GPU, 128, "fp32", "computes in bf16, not in fp32"),
         (GPU, 100, "bf16", "head dimension 100"),

@@ -17,8 +17,8 @@ def _flops(rank: Rank, experiments: list[Experiment]) -> list[int]:
     """FLOPs of all matrix products of one forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.parallel.wrap import freeze_parts
-    from sicog_mcore.train.run import build_chunks, plan_build
     from tests.batches import random_batches
 
     topology = rank.start(experiments[0].parallel)
@@ -36,13 +36,15 @@ def _flops(rank: Rank, experiments: list[Experiment]) -> list[int]:
 
 @pytest.mark.slow
 def test_a_frozen_decoder_runs_no_weight_gradient_products() -> None:
-    from sicog_mcore.train.flops import Counts, decoder_forward
+    from sicog_mcore.train.flops import WorkCounts, decoder_forward
     from tests.batches import random_batches
 
     trained = tiny_experiment(Path("unused"), data={"token_budget": 512})
     frozen = tiny_experiment(Path("unused"), data={"token_budget": 512}, optim={"freeze": ("decoder",)})
     ((all_products, without),) = run_ranks(_flops, 1, [trained, frozen])
     (batch,) = random_batches(trained, 1)
-    positions = Counts(tokens=512, supervised_tokens=Counts.of(batch).supervised_tokens)  # padding runs through too
+    positions = WorkCounts(
+        tokens=512, supervised_tokens=WorkCounts.of(batch).supervised_tokens
+    )  # padding runs through too
     weight_gradients = decoder_forward(trained.model.decoder, positions).linear
     assert all_products - without == pytest.approx(weight_gradients, rel=FLOPS)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sicog_mcore.build import build_chunks, plan_build
 from sicog_mcore.config import Experiment
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.train.run import build_chunks, plan_build
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks

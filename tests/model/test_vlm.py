@@ -9,14 +9,14 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from sicog_mcore.config import Experiment, Part
+from sicog_mcore.build import build_model, plan_build
+from sicog_mcore.config import Experiment, ModelPart
 from sicog_mcore.data.batch import EncodedSample, PackedBatch
-from sicog_mcore.data.packing import collate
+from sicog_mcore.data.collate import collate
 from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.sizes import decoder_params, model_params, resampler_params, tower_params
-from sicog_mcore.train.run import build_model, plan_build
 from tests.batches import SLICED, TEXT_ONLY, WIDE, random_sample
 from tests.builders import tiny_experiment
 from tests.tolerances import PACKED_LOSS
@@ -106,6 +106,6 @@ def test_built_parameters_are_those_of_the_arithmetic(decoder: dict[str, Any], t
         "resampler": resampler_params(sizes.resampler, sizes.tower.hidden, sizes.decoder.hidden),
         "decoder": decoder_params(sizes.decoder),
     }
-    parts: tuple[Part, ...] = get_args(Part)
+    parts: tuple[ModelPart, ...] = get_args(ModelPart)
     assert {part: sum(p.numel() for p in model.parameters_of(part)) for part in parts} == expected
     assert sum(p.numel() for p in model.parameters()) == model_params(sizes)

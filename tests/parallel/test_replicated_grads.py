@@ -56,7 +56,7 @@ def _through_a_copy(grads: list[Tensor], group: Any) -> None:
 
 def _sum(rank: Rank, experiments: list[tuple[Experiment, int | None]]) -> list[dict[str, Any]]:
     import sicog_mcore.parallel.wrap as wrap
-    from sicog_mcore.train.run import build_model, plan_build
+    from sicog_mcore.build import build_model, plan_build
 
     topology = rank.start(experiments[0][0].parallel)
     original, seen = wrap.DistributedDataParallelConfig, []

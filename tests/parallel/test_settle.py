@@ -54,9 +54,9 @@ def _differing(found: list[Tensor], expected: list[Tensor]) -> int:
 
 def _read_back(model: Any, experiment: Experiment, step: int) -> list[Tensor]:
     """Weights from a checkpoint written now, as evaluation, perplexity, conversion and ``init.checkpoint`` read them."""
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.parts import load_parts
     from sicog_mcore.checkpoint.store import CheckpointStore, RunState
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     folder = CheckpointStore(experiment, model.topology).save(model, RunState(step))
     chunks = build_chunks(plan_build(experiment), model.topology)
@@ -65,8 +65,8 @@ def _read_back(model: Any, experiment: Experiment, step: int) -> list[Tensor]:
 
 
 def _reference(model: Any, experiment: Experiment, _: int) -> list[Tensor]:
+    from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.train.reference import FrozenReference
-    from sicog_mcore.train.run import build_chunks, plan_build
 
     return _weights(FrozenReference(build_chunks(plan_build(experiment), model.topology), model)._chunks)
 
@@ -81,7 +81,7 @@ READERS: dict[str, Any] = {
 def _observe(rank: Rank, plain: Experiment, late: Experiment) -> dict[str, Any]:
     """What each reader and writer finds after a step, against a model whose weights never arrive late."""
     import sicog_mcore.parallel.wrap as wrap
-    from sicog_mcore.train.run import build_model, plan_build
+    from sicog_mcore.build import build_model, plan_build
 
     wrap.DistributedDataParallelConfig = functools.partial(  # type: ignore[misc]
         wrap.DistributedDataParallelConfig, bucket_size=SMALL_BUCKET
@@ -120,8 +120,8 @@ def _load(seen: dict[str, Any], model: Any, experiment: Experiment, saved_step: 
 
 def _save_behind(seen: dict[str, Any], model: Any, experiment: Experiment, step: int) -> None:
     """A checkpoint whose weights are a step behind their masters, as versions before this one wrote it."""
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.store import CheckpointStore, RunState
-    from sicog_mcore.train.run import build_model, plan_build
 
     store, kind = CheckpointStore(experiment, model.topology), type(model)
     _advance(model, experiment, step)
@@ -141,9 +141,9 @@ def _save_shifted(model: Any, experiment: Experiment, step: int) -> str:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     import sicog_mcore.parallel.padding as padding
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.store import CheckpointStore, RunState
     from sicog_mcore.errors import CheckpointError
-    from sicog_mcore.train.run import build_model, plan_build
 
     if padding.FAULT not in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable):
         return "mended in Megatron"

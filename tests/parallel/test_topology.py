@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sicog_mcore.config import ParallelConfig
 from sicog_mcore.errors import ConfigError, MachineError
 from sicog_mcore.parallel import topology as topology_module
-from sicog_mcore.parallel.topology import Stage, start_topology, stop_topology
+from sicog_mcore.parallel.topology import PipelineChunk, start_topology, stop_topology
 from tests.dist import Rank, run_ranks
 
 LAYOUTS = {
@@ -30,7 +30,10 @@ def test_a_single_process_is_a_world_of_its_own_and_can_start_again() -> None:
         topology = start_topology(ParallelConfig(), seed)
         assert (topology.rank, topology.world_size, topology.data_size) == (0, 1, 1)
         assert topology.is_main and topology.loads_data and topology.is_first_stage
-        assert topology.stages == (Stage(0, 1, is_first=True, is_last=True),) and topology.stages[0].vp_stage is None
+        assert (
+            topology.stages == (PipelineChunk(0, 1, is_first=True, is_last=True),)
+            and topology.stages[0].vp_stage is None
+        )
         assert topology.gather_objects("x") == ["x"] and topology.broadcast_object({"a": 1}) == {"a": 1}
         drawn = torch.rand(2).tolist()
         stop_topology()

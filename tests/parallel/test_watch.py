@@ -16,7 +16,7 @@ import pytest
 
 from sicog_mcore.errors import EXIT_RETRY, CheckpointError, MachineError
 from sicog_mcore.parallel import watch as watch_module
-from sicog_mcore.parallel.watch import Sign, Watch, describe, is_peer_failure
+from sicog_mcore.parallel.watch import RankWatch, Sign, describe, is_peer_failure
 
 REPOSITORY = Path(__file__).parents[2]
 GLOO = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"
@@ -54,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(watch_module, name, seconds)
 
 
-def watched(store: Any, folder: Path | None, timeout_s: float = 0.3) -> tuple[Watch, threading.Event, list[int]]:
+def watched(store: Any, folder: Path | None, timeout_s: float = 0.3) -> tuple[RankWatch, threading.Event, list[int]]:
     """A watch of this thread as rank 0 of 2; what it ended with, and an event that is set then."""
     ended, codes = threading.Event(), list[int]()
 
@@ -62,13 +62,13 @@ def watched(store: Any, folder: Path | None, timeout_s: float = 0.3) -> tuple[Wa
         codes.append(code)
         ended.set()
 
-    return Watch(0, 2, timeout_s, store, folder, end), ended, codes
+    return RankWatch(0, 2, timeout_s, store, folder, end), ended, codes
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_silence_ends_with_who_is_missing_and_all_stacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store()
-    Watch(1, 2, 0.3, store)._show()  # rank 1 gave one sign, and no second
+    RankWatch(1, 2, 0.3, store)._show()  # rank 1 gave one sign, and no second
     watch, ended, codes = watched(store, tmp_path)
     watch.beat("step 4")
     watch.start(lambda: not codes)
@@ -151,7 +151,7 @@ def test_a_machine_that_slept_has_not_waited(tmp_path: Path, monkeypatch: pytest
 
 def test_one_rank_waits_for_nobody() -> None:
     before = set(threading.enumerate())
-    Watch(0, 1, 1.0, Store()).start(lambda: True)
+    RankWatch(0, 1, 1.0, Store()).start(lambda: True)
     assert set(threading.enumerate()) <= before  # those of other tests may end meanwhile
 
 
@@ -174,7 +174,7 @@ def _raise(error: BaseException, cause: BaseException | None = None) -> Callable
 )
 def test_a_collective_that_failed_is_one_message(act: Callable[[], None], tmp_path: Path) -> None:
     store = Store()
-    Watch(1, 2, 0.3, store)._show()
+    RankWatch(1, 2, 0.3, store)._show()
     watch, _, _ = watched(store, tmp_path)
     watch._show()
     watch.beat("the save of step 4")
@@ -186,7 +186,7 @@ def test_a_collective_that_failed_is_one_message(act: Callable[[], None], tmp_pa
     with pytest.raises(MachineError) as second, watched(store, tmp_path)[0].explaining():
         act()
     assert second.value.is_said_by(is_main=True)  # the same rank has the word
-    third = Watch(1, 2, 0.3, store, tmp_path)
+    third = RankWatch(1, 2, 0.3, store, tmp_path)
     with pytest.raises(MachineError) as other, third.explaining():
         act()
     assert not other.value.is_said_by(is_main=False) and not other.value.is_said_by(is_main=True)
@@ -204,13 +204,13 @@ def test_a_collective_that_failed_is_one_message(act: Callable[[], None], tmp_pa
 )
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert not is_peer_failure(error)
-    with pytest.raises(type(error)) as caught, Watch(0, 2, 1.0).explaining():
+    with pytest.raises(type(error)) as caught, RankWatch(0, 2, 1.0).explaining():
         raise error
     assert caught.value is error
 
 
 def test_a_single_rank_has_no_peer_to_lose() -> None:
-    with pytest.raises(RuntimeError, match="gloo") as caught, Watch(0, 1, 1.0).explaining():
+    with pytest.raises(RuntimeError, match="gloo") as caught, RankWatch(0, 1, 1.0).explaining():
         raise RuntimeError(CLOSED)
     assert not isinstance(caught.value, MachineError)
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sicog_mcore.config import Experiment, Part
+from sicog_mcore.build import build_model, plan_build
+from sicog_mcore.config import Experiment, ModelPart
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.parallel.wrap import TrainableModel
-from sicog_mcore.train.run import build_model, plan_build
 from sicog_mcore.train.step import NextToken, StepResult, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
 from tests.tolerances import LAYOUT_GRAD_NORM, LAYOUT_LOSS
 
-PARTS: tuple[Part, ...] = get_args(Part)
+PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 LR = 1e-2
 BF16_LOSS = 0.01  # against fp32
-SCALES: dict[Part, float] = {"tower": 0.1, "resampler": 3.0, "decoder": 1.0}
+SCALES: dict[ModelPart, float] = {"tower": 0.1, "resampler": 3.0, "decoder": 1.0}
 
 MICRO_BATCHES = 6  # of five kinds: the third has no image, the fifth no sample
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def named(model: TrainableModel) -> dict[str, torch.nn.Parameter]:
     return dict(model.chunks[0].named_parameters())  # type: ignore[attr-defined]
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str) -> ModelPart:
     return next(part for part in PARTS if name.startswith("language_model" if part == "decoder" else part))
 
 
@@ -67,7 +67,7 @@ def group_of(parameter: torch.nn.Parameter, model: TrainableModel) -> dict[str, 
 
 
 @pytest.mark.parametrize("frozen", [("tower",), ("decoder",), ("tower", "resampler"), ("resampler", "decoder")])
-def test_frozen_parts_have_no_buffers_and_do_not_move(frozen: tuple[Part, ...], topology: Topology) -> None:
+def test_frozen_parts_have_no_buffers_and_do_not_move(frozen: tuple[ModelPart, ...], topology: Topology) -> None:
     model, before, result = step(experiment_with(freeze=frozen), topology)
     (optimizer,) = model.optimizer.chained_optimizers
     for name, parameter in named(model).items():

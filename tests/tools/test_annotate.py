@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sicog_mcore.cognition.annotation.annotate import LEDGER_FILE
+from sicog_mcore.cognition.annotation.annotator import LEDGER_FILE
 from sicog_mcore.cognition.codec import parse
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from tests.builders import write_image

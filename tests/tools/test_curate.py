@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sicog_mcore.cognition.curation.filters import PerPrompt
-from sicog_mcore.cognition.curation.selection import ScoreFile, Source
+from sicog_mcore.cognition.curation.selection import CandidateSource, ScoreFile
 from sicog_mcore.errors import ConfigError
 from tests.curation import Said, item, write_round
 from tools.curate import main, parse, read_options
@@ -84,7 +84,7 @@ def test_a_source_may_have_several_scorers_with_thresholds_of_their_own(argument
         ScoreFile(Path("votes.jsonl"), PerPrompt(0.6)),
     )
     second = (ScoreFile(Path("t.jsonl"), PerPrompt(0.7)),)
-    assert curation.sources == (Source(Path("a.jsonl"), first), Source(Path("b.jsonl"), second))
+    assert curation.sources == (CandidateSource(Path("a.jsonl"), first), CandidateSource(Path("b.jsonl"), second))
     assert curation.mix == (("text", 0.5),)
     with pytest.raises(ConfigError):
         read_options(parse([*arguments, "--source", "a.jsonl", "s.jsonl", "cod=0.9"]))

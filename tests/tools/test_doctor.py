@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from sicog_mcore.model import capability
-from sicog_mcore.model.capability import Item
+from sicog_mcore.model.capability import CapabilityItem
 from tools import doctor
 from tools.doctor import Feature, Package, Report, environment_facts, main, show, version_warnings
 
@@ -33,12 +33,15 @@ def test_json_names_every_package_and_the_path_of_every_feature(capsys: pytest.C
 
 @pytest.mark.parametrize(
     ("flash", "chosen", "named"),
-    [(Item(True, "2.8", ""), "flash", "te"), (Item(False, "", "not installed"), "varlen", "refused")],
+    [
+        (CapabilityItem(True, "2.8", ""), "flash", "te"),
+        (CapabilityItem(False, "", "not installed"), "varlen", "refused"),
+    ],
 )
 def test_an_older_gpu_with_transformer_engine_says_which_attention_it_gets(
-    flash: Item, chosen: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flash: CapabilityItem, chosen: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = Item(True, "1", "")
+    here = CapabilityItem(True, "1", "")
     report = replace(
         capability.probe(), cuda=here, transformer_engine=here, flash_attn=flash, varlen=here, compute_capability=(8, 0)
     )

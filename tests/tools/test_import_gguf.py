@@ -50,9 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def _answer(rank: Rank, experiment: Experiment, path: str) -> tuple[list[int], np.ndarray, list[int]]:
+    from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.checkpoint.weights import import_part
     from sicog_mcore.data.encode import Encoder
-    from sicog_mcore.train.run import build_model, plan_build
 
     topology = rank.start(experiment.parallel)
     model = build_model(plan_build(experiment), topology)

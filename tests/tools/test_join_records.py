@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sicog_mcore.cognition.records import Generation, Sampling, Scores, read_records, write_records
+from sicog_mcore.cognition.records import Generation, Scores, read_records, write_records
+from sicog_mcore.rollout.requests import Sampling
 from tools.join_records import main
 
 RECORD = Generation("", "caption", "", "", "", (), "engine", "checkpoint", Sampling(), 0)

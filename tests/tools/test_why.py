@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sicog_mcore.cognition.curation.curate import curate
+from sicog_mcore.cognition.curation.curated_round import curate
 from sicog_mcore.train.feed import CONSUMED as WRITTEN
 from tests.curation import Said, curation, failed, item, write_round
 from tools.why import CONSUMED, consumed_steps, main

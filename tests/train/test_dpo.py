@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sicog_mcore.config import DpoConfig, Experiment
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
-from sicog_mcore.data.packing import collate
+from sicog_mcore.data.collate import collate
 from sicog_mcore.data.resume import open_rows
 from sicog_mcore.train.dpo import GlobalTerms, Preferences, preference_losses
-from sicog_mcore.train.fingerprint import fingerprint
 from sicog_mcore.train.reference import ReferenceTable, answer_log_probs
+from sicog_mcore.train.reference_key import fingerprint
 from sicog_mcore.train.step import SUMS
 from tests.pairs import pair_experiment, write_pairs
 from tests.tolerances import PACKED_LOSS

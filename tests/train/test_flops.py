@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sicog_mcore.config import Part, TrainConfig
+from sicog_mcore.config import ModelPart, TrainConfig
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.presets import uhd_qwen2_7b
 from sicog_mcore.train.flops import (
     CONVENTION,
-    Counts,
+    WorkCounts,
     decoder_forward,
     peak_tflops,
     resampler_forward,
@@ -19,13 +19,13 @@ from sicog_mcore.train.flops import (
 )
 
 MODEL = uhd_qwen2_7b().model
-FULL_SLICE = Counts(slices=1, patches=576, squared_patches=577**2)
+FULL_SLICE = WorkCounts(slices=1, patches=576, squared_patches=577**2)
 
 
-def sample(slices: int, patches: int, prompt: int, answer: int) -> Counts:
+def sample(slices: int, patches: int, prompt: int, answer: int) -> WorkCounts:
     """Slices of equal size; 144 visual tokens each, and a separator between two slices."""
     tokens = slices * 144 + max(0, slices - 1) + prompt + answer
-    return Counts(
+    return WorkCounts(
         samples=1,
         tokens=tokens,
         squared_tokens=tokens**2,
@@ -53,9 +53,9 @@ def test_resampler_forward_of_a_full_slice_is_41_gigaflop() -> None:
 
 
 def test_decoder_forward_of_7b() -> None:
-    assert decoder_forward(MODEL.decoder, Counts(tokens=1)).linear == 13_050_576_896
-    assert decoder_forward(MODEL.decoder, Counts(supervised_tokens=1)).linear == 1_089_994_752
-    assert decoder_forward(MODEL.decoder, Counts(squared_tokens=4096**2)).attention == 3_367_254_360_064
+    assert decoder_forward(MODEL.decoder, WorkCounts(tokens=1)).linear == 13_050_576_896
+    assert decoder_forward(MODEL.decoder, WorkCounts(supervised_tokens=1)).linear == 1_089_994_752
+    assert decoder_forward(MODEL.decoder, WorkCounts(squared_tokens=4096**2)).attention == 3_367_254_360_064
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_decoder_forward_of_7b() -> None:
         (TEXT, ("decoder",), 11_190_796_288_000),
     ],
 )
-def test_step_flops_of_every_stage(counts: Counts, freeze: tuple[Part, ...], expected: int) -> None:
+def test_step_flops_of_every_stage(counts: WorkCounts, freeze: tuple[ModelPart, ...], expected: int) -> None:
     assert step_flops(MODEL, freeze, counts) == expected
 
 
@@ -104,7 +104,7 @@ def test_counts_of_a_batch_leave_out_the_padded_tail() -> None:
         num_images=1,
         sample_ids=("a", "b"),
     )
-    assert Counts.of(batch) == Counts(
+    assert WorkCounts.of(batch) == WorkCounts(
         samples=2,
         positions=16,
         tokens=10,

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.checkpoint.commit import committed_steps
 from sicog_mcore.errors import EXIT_GIVE_UP, CheckpointError, TrainingError
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from sicog_mcore.train.health import Soundness, SpikeWatch, measure, require_sound, require_sound_start
-from sicog_mcore.train.run import build_model, plan_build, train
+from sicog_mcore.train.run import train
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment, write_dataset

@@ -1,6 +1,6 @@
 """One question to an OpenAI-compatible endpoint: a text with its token counts, or a fault that says what to do next.
 
-In: messages of a chat   Out: Reply; raises Fault   Next: annotate.py
+In: messages of a chat   Out: Reply; raises EndpointFault   Next: annotator.py
 Faults that pass (busy, server error, broken connection, too slow) may be tried again; wrong keys and models stop the run.
 The key stands in one header, and in no message: texts of the endpoint are quoted without it.
 """
@@ -27,7 +27,7 @@ NO_MONEY = "insufficient_quota"
 LONGEST_WAIT_S = 3600.0
 DETAIL_LETTERS = 300
 
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reply:
     completion_tokens: int | None
 
 
-class Fault(Exception):
+class EndpointFault(Exception):
     """A call without an answer.
 
     Attributes:
@@ -121,7 +121,7 @@ class Endpoint:
     ) -> None:
         await self._client.aclose()
 
-    async def ask(self, messages: Sequence[Message]) -> Reply:
+    async def ask(self, messages: Sequence[ChatMessage]) -> Reply:
         """One answer to a chat.
 
         Raises:
@@ -137,23 +137,25 @@ class Endpoint:
             async with asyncio.timeout(self._timeout_s):  # httpx limits the pauses, not the whole
                 response = await self._client.post(self._url, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise Fault("no_connection", self._quote(str(error) or type(error).__name__)) from error
+            raise EndpointFault("no_connection", self._quote(str(error) or type(error).__name__)) from error
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise Fault("timeout", f"no answer within {self._timeout_s:g} s", maybe_paid=True) from error
+            raise EndpointFault("timeout", f"no answer within {self._timeout_s:g} s", maybe_paid=True) from error
         except httpx.HTTPError as error:
-            raise Fault("connection_lost", self._quote(str(error) or type(error).__name__), maybe_paid=True) from error
+            raise EndpointFault(
+                "connection_lost", self._quote(str(error) or type(error).__name__), maybe_paid=True
+            ) from error
         if not response.is_success:
             raise self._http_fault(response)
         try:
             return _reply(response.json())
         except (ValueError, LookupError, TypeError) as error:
             detail = self._quote(f"{error!r} in {response.text}")
-            raise Fault("answer_malformed", detail, maybe_paid=True) from error
+            raise EndpointFault("answer_malformed", detail, maybe_paid=True) from error
 
-    def _http_fault(self, response: httpx.Response) -> Fault:
+    def _http_fault(self, response: httpx.Response) -> EndpointFault:
         status = response.status_code
         broke = NO_MONEY in response.text
-        return Fault(
+        return EndpointFault(
             f"http_{status}",
             "" if status in (401, 403) else self._quote(response.text),  # some endpoints quote the key
             retry=(status in RETRIED or status >= 500) and not broke,

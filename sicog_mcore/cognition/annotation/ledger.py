@@ -1,6 +1,6 @@
 """What an annotator was asked, what it answered, and what that cost: one file that only grows.
 
-In: calls begun and ended   Out: JSON lines; which items are done; tokens and costs   Next: annotate.py
+In: calls begun and ended   Out: JSON lines; which items are done; tokens and costs   Next: annotator.py
 A call is written down before it starts and again when it ends, so one that a kill cut off is known and counted as paid at
 its upper bound. A half-written last line is dropped when the file is opened; every other damage is an error.
 """
@@ -22,7 +22,7 @@ from sicog_mcore.cognition.whole_files import disk_faults, made_folder
 from sicog_mcore.errors import RecordError
 
 FORMAT = 1
-Outcome = Literal["answer", "refused", "fault"]
+CallOutcome = Literal["answer", "refused", "fault"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Call:
         cost: price in USD; None where the endpoint may ask for one and did not tell how many tokens.
     """
 
-    outcome: Outcome
+    outcome: CallOutcome
     reason: str = ""
     detail: str = ""
     final: bool = False

@@ -11,18 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sicog_mcore.cognition.annotation.rows import TAGGED_KEYS, asked_row, build_tagged, choose, open_rows, write_rows
+from sicog_mcore.cognition.annotation.annotated_rows import (
+    TAGGED_KEYS,
+    asked_row,
+    build_tagged,
+    choose,
+    open_rows,
+    write_rows,
+)
 from sicog_mcore.cognition.codec import from_tags, has_tags, quote_headers, render
 from sicog_mcore.cognition.item_keys import KeyTally
-from sicog_mcore.data.rows import Row
+from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import SampleIndex
 from sicog_mcore.errors import SampleError
 
-Form = Literal["cot", "direct"]
-FORMS: tuple[Form, ...] = get_args(Form)
+CotForm = Literal["cot", "direct"]
+FORMS: tuple[CotForm, ...] = get_args(CotForm)
 BOTH = "both"
-_Usable = tuple[int, tuple[Form, ...]]  # number of the row, and what can be made of it
+_Usable = tuple[int, tuple[CotForm, ...]]  # number of the row, and what can be made of it
 REFUSED_FILE = "refused.jsonl"
 
 
@@ -36,7 +43,7 @@ class Converted:
         notes: keys of the rows that are not read, for the user.
     """
 
-    written: Mapping[Form, int]
+    written: Mapping[CotForm, int]
     refused: Counter[str]
     only_direct: Counter[str]
     notes: Sequence[str]
@@ -59,7 +66,7 @@ def convert(rows: Path, images: Path, out: Path, take: int | None, seed: int) ->
     usable, refused = _survey(samples, images)
     notes = list(tally.lines())
     chosen = choose(usable, take, seed)
-    written: dict[Form, int] = {}
+    written: dict[CotForm, int] = {}
     for form in FORMS:
         numbers = [number for number, forms in chosen if form in forms]
         written[form] = write_rows(out / f"{form}.jsonl", _rows(samples, numbers, images, form))
@@ -68,13 +75,13 @@ def convert(rows: Path, images: Path, out: Path, take: int | None, seed: int) ->
     return Converted(written, counts[BOTH], counts["cot"], notes)
 
 
-def convert_row(sample: Sample, images: Path, form: Form) -> Row:
+def convert_row(sample: Sample, images: Path, form: CotForm) -> JsonRow:
     """One training row. Beside an answer with tags, an answer without any is kept as it is, asked for without steps.
 
     Raises:
         SampleError: tags as ``from_tags`` refuses them, steps as ``render``, rows as ``asked_row``.
     """
-    texts, prompts = list[str](), list[Form]()
+    texts, prompts = list[str](), list[CotForm]()
     answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
     has_steps = any(map(has_tags, answers))
     for answer in answers:
@@ -92,7 +99,7 @@ def _survey(samples: SampleIndex, images: Path) -> tuple[list[tuple[str, _Usable
     """Ids and numbers of the rows of which a row can be made, with its forms, and what is wrong with the others."""
     usable, refused = [], []
     for number in range(len(samples)):
-        name, forms = "", list[Form]()
+        name, forms = "", list[CotForm]()
         try:
             sample = samples.read(number)
             name = sample.id
@@ -108,6 +115,6 @@ def _survey(samples: SampleIndex, images: Path) -> tuple[list[tuple[str, _Usable
     return usable, refused
 
 
-def _rows(samples: SampleIndex, numbers: list[int], images: Path, form: Form) -> Iterator[Row]:
+def _rows(samples: SampleIndex, numbers: list[int], images: Path, form: CotForm) -> Iterator[JsonRow]:
     for number in numbers:
         yield convert_row(samples.read(number), images, form)

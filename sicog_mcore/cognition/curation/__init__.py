@@ -1,1 +1,1 @@
-"""What is kept, and as which training rows. Start: curate.py."""
+"""What is kept, and as which training rows. Start: curated_round.py."""

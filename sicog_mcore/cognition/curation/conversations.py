@@ -1,6 +1,6 @@
 """What a kept item teaches: its winner as rows of training data, and as the better side of a preference pair.
 
-In: Generation, Scores   Out: Row in LLaVA form, pair rows of sicog_mcore/data/pairs.py   Next: datasets.py
+In: Generation, Scores   Out: TrainingRow in LLaVA form, pair rows of sicog_mcore/data/pairs.py   Next: datasets.py
 Answers in steps are written as codec.py writes them, whole, whatever markup the model chose: one form is learnt, and neither
 side of a pair is known by its looks. Every user turn is the one that generation uses.
 """
@@ -21,7 +21,7 @@ from sicog_mcore.data.rows import build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Role, Sample, Turn
 from sicog_mcore.errors import SampleError
 
-Form = Literal["chain", "plain", "turns"]
+RowForm = Literal["chain", "plain", "turns"]
 
 PLAIN_PROMPTS: Mapping[Task, str] = {"caption": "caption", "answer": "direct"}
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -36,7 +36,7 @@ TURN_QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """One row of training data.
 
     Attributes:
@@ -51,7 +51,7 @@ class Row:
     image: str
     turns: tuple[Turn, ...]
     record: str
-    form: Form | Literal["text"]
+    form: RowForm | Literal["text"]
     prompt: str
 
     def fields(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class PairBounds:
     length_ratio: float = 1.5
 
 
-def make_rows(generation: Generation, winner: Candidate, forms: Sequence[Form]) -> list[Row]:
+def make_rows(generation: Generation, winner: Candidate, forms: Sequence[RowForm]) -> list[TrainingRow]:
     """The rows of a kept item, in the order of ``forms``.
 
     "chain" is the winner's whole answer; "plain" is a chain's last step, asked for without steps; "turns" asks for each
@@ -90,7 +90,7 @@ def make_rows(generation: Generation, winner: Candidate, forms: Sequence[Form]) 
         if form == "turns" and prompt.task != "caption":
             continue
         turns = _turns(form, prompt, generation, winner)
-        row = Row(
+        row = TrainingRow(
             f"{generation.id}#{form}",
             generation.image,
             tuple(turns),
@@ -103,9 +103,9 @@ def make_rows(generation: Generation, winner: Candidate, forms: Sequence[Form]) 
     return rows
 
 
-def text_row(sample: Sample) -> Row:
+def text_row(sample: Sample) -> TrainingRow:
     """A row of text that came from elsewhere."""
-    return Row(f"{sample.id}#text", "", sample.turns, sample.id, "text", "")
+    return TrainingRow(f"{sample.id}#text", "", sample.turns, sample.id, "text", "")
 
 
 def make_pair(generation: Generation, winner: int, rejected: int) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def chance(seed: int, item_id: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{seed}:{item_id}".encode("utf-8", "surrogatepass"))
 
 
-def _turns(form: Form, prompt: Prompt, generation: Generation, winner: Candidate) -> list[Turn]:
+def _turns(form: RowForm, prompt: Prompt, generation: Generation, winner: Candidate) -> list[Turn]:
     num_images = len(_images(generation))
     if form == "chain":
         question, answer = ask(prompt, generation.question, num_images), _whole(prompt, winner.text)

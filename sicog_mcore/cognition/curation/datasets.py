@@ -1,6 +1,6 @@
 """Rows of training data to files, in the forms that trainers read; equal rows give equal bytes.
 
-In: Row, folder of images   Out: train.json, train.jsonl, train.parquet, or train-N.tar (WebDataset)   Next: data/sources.py
+In: TrainingRow, folder of images   Out: train.json, train.jsonl, train.parquet, train-N.tar   Next: data/sources.py
 Files are streamed. A tar shard holds the images too: bytes as they are for JPEG, PNG and WebP, pixels as PNG for the rest.
 Parquet is for others: its columns are id, image, conversations (a list of from and value), record, form, prompt.
 """
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from sicog_mcore.cognition.curation.conversations import Row
+from sicog_mcore.cognition.curation.conversations import TrainingRow
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import decode_image, read_bytes
 from sicog_mcore.data.rows import locate_image
@@ -35,7 +35,7 @@ MEMBERS: Mapping[bytes, str] = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIF
 class RowWriter(Protocol):
     """Takes rows one by one."""
 
-    def write(self, row: Row) -> None: ...
+    def write(self, row: TrainingRow) -> None: ...
 
 
 @contextmanager
@@ -73,7 +73,7 @@ class _JsonWriter:
         self._file, self._separator = file, separator
         self._first = True
 
-    def write(self, row: Row) -> None:
+    def write(self, row: TrainingRow) -> None:
         self._file.write(("" if self._first else self._separator) + encode(row.fields()))
         self._first = False
 
@@ -101,7 +101,7 @@ class _ParquetWriter:
         self._table = pyarrow.Table.from_pylist
         self._rows: list[dict[str, Any]] = []
 
-    def write(self, row: Row) -> None:
+    def write(self, row: TrainingRow) -> None:
         self._rows.append(row.fields())
         if len(self._rows) == PARQUET_ROWS:
             self._flush()
@@ -133,7 +133,7 @@ class _ShardWriter:
         self._archive: tarfile.TarFile | None = None
         self._shards = self._rows = 0
 
-    def write(self, row: Row) -> None:
+    def write(self, row: TrainingRow) -> None:
         if self._archive is None or self._archive.offset >= self._shard_bytes:
             self.close()
             path = self._folder / f"{NAME}-{self._shards:06d}.tar"

@@ -1,6 +1,6 @@
 """Which items are worth learning from, judged one by one.
 
-In: Generation, Scores   Out: None, or the Drop that says why not   Next: curate.py (what needs all items: duplicates)
+In: Generation, Scores   Out: None, or the Drop that says why not   Next: curated_round.py (what needs all items: duplicates)
 Reasons, in this order, the first that applies: the failure code of the item, no_image, no_candidates, no_clause, cut,
 below_threshold, too_short, too_long, repetition. All but the first three look at the winner alone: only it is learnt.
 """
@@ -18,7 +18,7 @@ from sicog_mcore.cognition.prompts import Prompt, find_prompt
 from sicog_mcore.cognition.records import Generation, Scores
 from sicog_mcore.errors import ConfigError, ConfigProblem, RecordError
 
-Stage = Literal["item", "score", "form", "row", "image", "evaluation", "duplicate", "mix"]
+FilterStage = Literal["item", "score", "form", "row", "image", "evaluation", "duplicate", "mix"]
 
 REPETITION_WORDS = 4
 STYLES = ("steps", "plain")
@@ -41,7 +41,7 @@ class PerPrompt:
 
 
 @dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """What a winner must keep to.
 
     Attributes:
@@ -57,7 +57,7 @@ class Limits:
 class Drop(NamedTuple):
     """Why an item is not kept: the filter, a code that is counted, and the numbers behind it."""
 
-    stage: Stage
+    stage: FilterStage
     reason: str
     detail: str
 
@@ -91,7 +91,7 @@ def _finite(text: str) -> float:
 
 
 def judge(
-    generation: Generation, scores: Sequence[Scores], thresholds: Sequence[PerPrompt], limits: Limits
+    generation: Generation, scores: Sequence[Scores], thresholds: Sequence[PerPrompt], limits: LengthLimits
 ) -> Drop | None:
     """What speaks against an item, or None.
 
@@ -120,7 +120,7 @@ def judge(
     return _judge_form(candidate.text, candidate.tokens, prompt, limits)
 
 
-def _judge_form(text: str, tokens: int, prompt: Prompt, limits: Limits) -> Drop | None:
+def _judge_form(text: str, tokens: int, prompt: Prompt, limits: LengthLimits) -> Drop | None:
     """What speaks against a winner by its length and wording."""
     shortest, longest = limits.min_tokens.of(prompt), limits.max_tokens.of(prompt)
     if tokens < shortest:

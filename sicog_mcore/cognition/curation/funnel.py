@@ -15,13 +15,13 @@ from typing import Any, get_args
 from rich.table import Table
 from rich.text import Text
 
-from sicog_mcore.cognition.curation.filters import Drop, Stage
+from sicog_mcore.cognition.curation.filters import Drop, FilterStage
 from sicog_mcore.cognition.records import Task
 from sicog_mcore.errors import DataError, printable
 
 FORMAT = 1
 TASKS: tuple[Task, ...] = get_args(Task)
-STAGES: tuple[Stage, ...] = get_args(Stage)
+STAGES: tuple[FilterStage, ...] = get_args(FilterStage)
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Funnel:
     """
 
     items: Counter[Task] = field(default_factory=Counter)
-    dropped: Counter[tuple[Stage, str, Task]] = field(default_factory=Counter)
+    dropped: Counter[tuple[FilterStage, str, Task]] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     text: Counter[str] = field(default_factory=Counter)
     pairs: Counter[str] = field(default_factory=Counter)
@@ -64,7 +64,7 @@ class Funnel:
         failed = sum(count for (stage, _, _), count in self.dropped.items() if stage != "mix")
         return 1 - failed / self.items.total() if self.items else 0.0
 
-    def steps(self) -> list[tuple[Stage, str, Mapping[Task, int]]]:
+    def steps(self) -> list[tuple[FilterStage, str, Mapping[Task, int]]]:
         """Stage, reason and number of dropped items by task, in the order of the filters."""
         keys = {(stage, reason) for stage, reason, _ in self.dropped}
         order = sorted(keys, key=lambda key: (STAGES.index(key[0]), key[1]))

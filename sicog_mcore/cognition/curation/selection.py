@@ -1,6 +1,6 @@
 """Which items are kept: first each by itself, then with a view to the evaluation images, to each other, and to the mix.
 
-In: Curation   Out: Selection: for every item None, or the Drop that says why not   Next: curate.py (writes what is kept)
+In: Curation   Out: Selection: for every item None, or the Drop that says why not   Next: curated_round.py (writes what is kept)
 Of items that are alike the one with the best agreement stays, and of equals the one with the first id. Images are compared
 among items that were asked the same; texts by what scoring compared, together with the item's question if it was asked.
 """
@@ -13,9 +13,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-from sicog_mcore.cognition.curation.conversations import Form, PairBounds, chance, make_rows
+from sicog_mcore.cognition.curation.conversations import PairBounds, RowForm, chance, make_rows
 from sicog_mcore.cognition.curation.datasets import Format
-from sicog_mcore.cognition.curation.filters import Drop, Limits, PerPrompt, judge
+from sicog_mcore.cognition.curation.filters import Drop, LengthLimits, PerPrompt, judge
 from sicog_mcore.cognition.curation.image_marks import mark_evaluation, mark_items
 from sicog_mcore.cognition.curation.near_duplicates import (
     ImageIndex,
@@ -31,7 +31,7 @@ from sicog_mcore.cognition.prompts import bare_question, find_prompt
 from sicog_mcore.cognition.records import Generation, Scores, Task, read_records
 from sicog_mcore.errors import RecordError, SampleError
 
-Kind = Literal["caption", "answer", "text"]
+RowKind = Literal["caption", "answer", "text"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ScoreFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class CandidateSource:
     """Items of one generation run; ``scores[0]`` names their winners, and each of the scorers may object."""
 
     generations: Path
@@ -67,18 +67,18 @@ class Curation:
         workers: threads that decode images; without effect on the result.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[CandidateSource, ...]
     images: Path
     text: Path | None = None
     evaluation: tuple[Path, ...] = ()
-    limits: Limits = field(default_factory=Limits)
+    limits: LengthLimits = field(default_factory=LengthLimits)
     image_radius: int = 4
     evaluation_radius: int = 8
     text_similarity: float = 0.9
     text_min_words: int = 20
-    forms: tuple[Form, ...] = ("chain",)
+    forms: tuple[RowForm, ...] = ("chain",)
     formats: tuple[Format, ...] = ("jsonl",)
-    mix: tuple[tuple[Kind, float], ...] = ()
+    mix: tuple[tuple[RowKind, float], ...] = ()
     pairs: PairBounds = field(default_factory=PairBounds)
     seed: int = 42
     min_rows: int = 1
@@ -113,7 +113,7 @@ class _Survivor:
     num_rows: int
 
 
-def read_source(source: Source) -> Iterator[tuple[Generation, tuple[Scores, ...]]]:
+def read_source(source: CandidateSource) -> Iterator[tuple[Generation, tuple[Scores, ...]]]:
     """The records of a source, item by item.
 
     Raises:
@@ -180,7 +180,7 @@ def select(curation: Curation, text_ids: Mapping[int, str]) -> Selection:
 
 
 def _judge_alone(
-    number: int, generation: Generation, scores: Sequence[Scores], source: Source, curation: Curation
+    number: int, generation: Generation, scores: Sequence[Scores], source: CandidateSource, curation: Curation
 ) -> Drop | _Survivor:
     drop = judge(generation, scores, [file.threshold for file in source.scores], curation.limits)
     if drop:
@@ -276,7 +276,7 @@ def _mix(
     if not curation.mix:
         return frozenset(text_ids), sum(survivor.num_rows for survivor in survivors) + len(text_ids)
     parts = dict(curation.mix)
-    pools: dict[Kind, dict[int, tuple[str, int]]] = {
+    pools: dict[RowKind, dict[int, tuple[str, int]]] = {
         "caption": {s.number: (s.id, s.num_rows) for s in survivors if s.task == "caption"},
         "answer": {s.number: (s.id, s.num_rows) for s in survivors if s.task == "answer"},
         "text": {number: (name, 1) for number, name in text_ids.items()},

@@ -1,1 +1,1 @@
-"""Benchmarks, judgements, intervals. Start: evaluate.py."""
+"""Benchmarks, judgements, intervals. Start: judging.py."""

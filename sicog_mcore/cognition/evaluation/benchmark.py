@@ -1,7 +1,7 @@
 """Benchmarks to items: question, options, reference answers, pictures. Cells are data; nothing in them is ever evaluated.
 
-In: TSV with VLMEvalKit's columns, JSONL, or easy-vqa from its wheel   Out: Item; LLaVA rows and images to generate from
-Next: launch/generate.py (answers the rows), evaluate.py (judges the answers)
+In: TSV with VLMEvalKit's columns, JSONL, or easy-vqa from its wheel   Out: BenchmarkItem; LLaVA rows and images
+Next: launch/generate.py (answers the rows), judging.py (judges the answers)
 A row that cannot be used stops everything: a benchmark with fewer items is another benchmark. All of them are named by line.
 """
 
@@ -20,11 +20,18 @@ from typing import Literal
 
 import xxhash
 
-from sicog_mcore.cognition.evaluation.cells import Unread, is_missing, read_letter, read_options, texts, unread_keys
+from sicog_mcore.cognition.evaluation.cells import (
+    UnreadCells,
+    is_missing,
+    read_letter,
+    read_options,
+    texts,
+    unread_keys,
+)
 from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import read_bytes, read_size
-from sicog_mcore.data.rows import Row, build_sample, locate_image, parse_row
+from sicog_mcore.data.rows import JsonRow, build_sample, locate_image, parse_row
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef
 from sicog_mcore.errors import RecordError, SampleError
 
@@ -57,7 +64,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Item:
+class BenchmarkItem:
     """One question.
 
     Attributes:
@@ -77,7 +84,7 @@ class Item:
     origin: str = ""
 
 
-def read_items(benchmark: str, unread: Unread | None = None) -> list[Item]:
+def read_items(benchmark: str, unread: UnreadCells | None = None) -> list[BenchmarkItem]:
     """All items, without their pictures.
 
     Args:
@@ -106,14 +113,14 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def prompt_text(item: Item) -> str:
+def prompt_text(item: BenchmarkItem) -> str:
     """What is asked: hint, question, options, and for these the request for a letter."""
     options = [f"{letter}. {text}" for letter, text in item.options.items()]
     lines = [item.hint, item.question, *options, LETTER_REQUEST if options else ""]
     return "\n".join(line for line in lines if line)
 
 
-def write_rows(benchmark: str, images: Path | None, out: Path, unread: Unread | None = None) -> int:
+def write_rows(benchmark: str, images: Path | None, out: Path, unread: UnreadCells | None = None) -> int:
     """Writes ``rows.jsonl`` (LLaVA form) and ``images/`` (named by content). The rows appear last, whole or not at all.
 
     Args:
@@ -145,13 +152,13 @@ def write_rows(benchmark: str, images: Path | None, out: Path, unread: Unread | 
     return count
 
 
-def _row(item: Item, names: Sequence[str]) -> Row:
+def _row(item: BenchmarkItem, names: Sequence[str]) -> JsonRow:
     text, answer = (t.replace(IMAGE_PLACEHOLDER, HARMLESS_IMAGE) for t in (prompt_text(item), item.answers[0]))
     turns = [
         {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n" * len(names) + text},
         {"from": "gpt", "value": answer},
     ]
-    row: Row = {"id": item.id, **({"image": [f"images/{name}" for name in names]} if names else {})}
+    row: JsonRow = {"id": item.id, **({"image": [f"images/{name}" for name in names]} if names else {})}
     row["conversations"] = turns
     build_sample(row, [ImageRef(name) for name in names], item.id, item.origin)
     return row
@@ -180,7 +187,7 @@ def _decode(text: str) -> bytes:
         raise SampleError("image_unidentified", f"{text[:40]!r}... is not base64: {error}") from error
 
 
-def _checked(benchmark: str, unread: Unread | None = None) -> Iterator[Item]:
+def _checked(benchmark: str, unread: UnreadCells | None = None) -> Iterator[BenchmarkItem]:
     """All items; the bad rows are reported at the end, all together."""
     problems: list[str] = []
     seen: dict[str, str] = {}
@@ -212,7 +219,7 @@ def _refuse(problems: Sequence[str], count: int) -> None:
         raise RecordError(f"{len(problems)} of {count} rows cannot be used; repair or remove them:\n{shown}{more}")
 
 
-def _rows(benchmark: str) -> Iterator[tuple[str, Row | SampleError]]:
+def _rows(benchmark: str) -> Iterator[tuple[str, JsonRow | SampleError]]:
     """(origin, row) or (origin, problem) in the order of the file."""
     path = _file(benchmark)
     if benchmark.startswith(EASY_VQA):
@@ -232,7 +239,7 @@ def _rows(benchmark: str) -> Iterator[tuple[str, Row | SampleError]]:
                         yield f"{path}:{number}", error
 
 
-def _tsv_rows(path: Path) -> Iterator[tuple[str, Row | SampleError]]:
+def _tsv_rows(path: Path) -> Iterator[tuple[str, JsonRow | SampleError]]:
     """Rows with the column ``index`` as id and the column ``image`` as pixels."""
     csv.field_size_limit(MAX_CELL)  # of the whole process: the module has no other way
     with path.open("rb") as file:
@@ -270,7 +277,7 @@ def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
             raise RecordError(f"{path}:{number}: not UTF-8 ({error}); convert the file") from error
 
 
-def _item(row: Row, origin: str) -> tuple[Item, bool]:
+def _item(row: JsonRow, origin: str) -> tuple[BenchmarkItem, bool]:
     """A row of either format as an item, and whether its answer is the index of an option.
 
     Raises:
@@ -295,10 +302,10 @@ def _item(row: Row, origin: str) -> tuple[Item, bool]:
     if not isinstance(question, str) or is_missing(question):
         raise SampleError("field_missing", f"question is {question!r:.80}, expected a text")
     hint, category = ("" if is_missing(row.get(key)) else str(row[key]).strip() for key in ("hint", "category"))
-    return Item(name, question.strip(), answers, options, hint, category, _pictures(row), origin), by_index
+    return BenchmarkItem(name, question.strip(), answers, options, hint, category, _pictures(row), origin), by_index
 
 
-def _of_conversation(row: Row, origin: str) -> Row:
+def _of_conversation(row: JsonRow, origin: str) -> JsonRow:
     """A LLaVA row of one question and its answer."""
     paths = texts(row.get("image"))
     sample = build_sample(row, [ImageRef(path) for path in paths], "", origin)
@@ -309,7 +316,7 @@ def _of_conversation(row: Row, origin: str) -> Row:
     return {**row, "id": sample.id, "question": question, "answer": turns[1].text, "image": paths}
 
 
-def _pictures(row: Row) -> tuple[Picture, ...]:
+def _pictures(row: JsonRow) -> tuple[Picture, ...]:
     """Pixels or the index of another row, else paths."""
     found = {key: [] if is_missing(row.get(key)) else texts(row[key]) for key in ("pixels", "image", "image_path")}
     if pixels := found["pixels"]:

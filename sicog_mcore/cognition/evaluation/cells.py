@@ -1,6 +1,6 @@
 """Cells of a benchmark's row: texts, options, the letter of the reference, and the keys that nothing reads.
 
-In: a row of JSON or TSV   Out: texts and letters; Unread, which names and counts the other keys   Next: benchmark.py
+In: a row of JSON or TSV   Out: texts and letters; UnreadCells, which names and counts the other keys   Next: benchmark.py
 An empty cell is "", null, or what pandas writes for it: nan. "None", "null" and "N/A" are texts like any other.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from sicog_mcore.cognition.answer_grammar import lone_letter
 from sicog_mcore.cognition.answers import normalise
-from sicog_mcore.data.rows import Row
+from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.errors import SampleError
 
 MAX_LIST = 1 << 20  # characters of a cell that holds a list
@@ -54,7 +54,7 @@ LIKE_PICTURES = re.compile(
 )
 
 
-class Unread:
+class UnreadCells:
     """Counts keys of a benchmark's rows that nothing reads, and remembers where each stands first."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ def unread_keys(row: Mapping[str, Any]) -> list[str]:
     return keys
 
 
-def read_options(row: Row) -> tuple[dict[str, str], dict[str, str]]:
+def read_options(row: JsonRow) -> tuple[dict[str, str], dict[str, str]]:
     """From "options" or "choices" (a list, or an object by letter), or from columns A, B, ....
 
     Returns:

@@ -1,6 +1,6 @@
 """How sure a number is: bootstrap intervals of means and of paired differences, and McNemar's exact test.
 
-In: a value per item, maybe a weight   Out: bounds, p   Used by: evaluate.py
+In: a value per item, maybe a weight   Out: bounds, p   Used by: judging.py
 Items are what is drawn: an interval says how the number would vary over items of the same kind, not over seeds of training.
 """
 

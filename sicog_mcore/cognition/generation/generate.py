@@ -1,7 +1,7 @@
 """Candidates for every item: asks the engine, commits each record as it is done, and puts them in order at the end.
 
-In: GenerationOptions   Out: ``generations.jsonl`` in the order of the items   Next: score.py
-Items are dealt out to the copies of the model; each writes a part of its own (parts.py). The bytes of the result depend on
+In: GenerationOptions   Out: ``generations.jsonl`` in the order of the items   Next: agreement.py
+Items are dealt out to the copies of the model; each writes a part of its own (record_parts.py). The bytes of the result depend on
 the inputs alone: not on ranks, batches, or how often the run was killed.
 """
 
@@ -14,18 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.cognition.generation.engine import NATIVE, Answer, Counters, Engine, NativeEngine, Request, Result
-from sicog_mcore.cognition.generation.items import Item, digest, read_items
-from sicog_mcore.cognition.generation.load import Checkpoint, joined, load_model, read_checkpoint
+from sicog_mcore.build import Build
+from sicog_mcore.cognition.generation.items import GenerationItem, digest, read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
-from sicog_mcore.cognition.generation.parity import PROBE, check_parity
-from sicog_mcore.cognition.generation.parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.generation.progress import GenerationProgress
-from sicog_mcore.cognition.generation.sampling import candidate_seed
-from sicog_mcore.cognition.generation.vllm_engine import VllmEngine, vllm_name
+from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import Prompt, ask
-from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Sampling
+from sicog_mcore.cognition.records import Candidate, Generation, PromptUse
 from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.sample import Turn
@@ -33,8 +29,13 @@ from sicog_mcore.data.tokenizer import find_tokenizer_file
 from sicog_mcore.errors import DataError, SampleError
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
+from sicog_mcore.rollout.engine import NATIVE, NativeEngine
+from sicog_mcore.rollout.load import Checkpoint, joined, load_model, read_checkpoint
+from sicog_mcore.rollout.parity import PROBE, check_parity
+from sicog_mcore.rollout.requests import Answer, Counters, Engine, Request, Result, Sampling
+from sicog_mcore.rollout.sampling import candidate_seed
+from sicog_mcore.rollout.vllm_engine import VllmEngine, vllm_name
 from sicog_mcore.train.console import duration_text
-from sicog_mcore.train.run import Build
 
 RECORDS = "generations.jsonl"
 DECODER = "decoder"  # exported for vLLM
@@ -44,7 +45,7 @@ LOG_PROB_DIGITS = 2
 
 
 @dataclass(frozen=True)
-class Task:
+class RecordFacts:
     """What every record of a run has in common."""
 
     prompts: tuple[tuple[Prompt, int], ...]
@@ -53,7 +54,7 @@ class Task:
     engine: str
     checkpoint: str
 
-    def request(self, item: Item) -> Request:
+    def request(self, item: GenerationItem) -> Request:
         """What the engine is asked about an item.
 
         Raises:
@@ -78,7 +79,7 @@ class Task:
             ),
         )
 
-    def record(self, item: Item, result: Result) -> Generation:
+    def record(self, item: GenerationItem, result: Result) -> Generation:
         """The row of an item."""
         return Generation(
             id=item.id,
@@ -103,7 +104,7 @@ class Task:
             detail=result.detail,
         )
 
-    def _candidate(self, item: Item, prompt: Prompt, index: int, answer: Answer) -> Candidate:
+    def _candidate(self, item: GenerationItem, prompt: Prompt, index: int, answer: Answer) -> Candidate:
         return Candidate(
             prompt=prompt.id,
             index=index,
@@ -127,7 +128,7 @@ def run(options: GenerationOptions, world_size: int = 1, rank: int = 0, init_met
     """
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
-    task = Task(options.uses, options.sampling, options.seed, engine_name(options), checkpoint.fingerprint)
+    task = RecordFacts(options.uses, options.sampling, options.seed, engine_name(options), checkpoint.fingerprint)
     told: list[str] = []  # by the rank that reads the rows
     items, done = _prepare(options, checkpoint, task, told) if rank == 0 else ([], frozenset())
     failures: Counter[str] = Counter()
@@ -173,8 +174,8 @@ def engine_name(options: GenerationOptions) -> str:
 
 
 def _prepare(
-    options: GenerationOptions, checkpoint: Checkpoint, task: Task, told: list[str]
-) -> tuple[list[Item], frozenset[str]]:
+    options: GenerationOptions, checkpoint: Checkpoint, task: RecordFacts, told: list[str]
+) -> tuple[list[GenerationItem], frozenset[str]]:
     """What one rank finds out for all: the items, and which of them are done. Lines for the user are added to ``told``."""
     tally = KeyTally()
     items = read_items(options.rows, options.images, options.limit, tally)
@@ -182,7 +183,7 @@ def _prepare(
     return items, open_parts(options.out, make_header(options, checkpoint, task))
 
 
-def _refusals(task: Task, items: Sequence[Item]) -> Iterator[str]:
+def _refusals(task: RecordFacts, items: Sequence[GenerationItem]) -> Iterator[str]:
     """One line for every reason why rows cannot be asked about, with the first of them."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
@@ -196,7 +197,7 @@ def _refusals(task: Task, items: Sequence[Item]) -> Iterator[str]:
         yield f"refused    {count:,} of {len(items):,} items: {reason}, first {first[reason]:.400}"
 
 
-def make_header(options: GenerationOptions, checkpoint: Checkpoint, task: Task) -> Mapping[str, Any]:
+def make_header(options: GenerationOptions, checkpoint: Checkpoint, task: RecordFacts) -> Mapping[str, Any]:
     """Everything that the bytes of a record depend on; the checkpoint's hash covers sizes, template and system prompt."""
     tokenizer = find_tokenizer_file(checkpoint.experiment.data.tokenizer)
     assert tokenizer is not None, "read_checkpoint looked for it"
@@ -214,8 +215,8 @@ def make_header(options: GenerationOptions, checkpoint: Checkpoint, task: Task) 
 
 def _generate(
     options: GenerationOptions,
-    task: Task,
-    own: Sequence[Item],
+    task: RecordFacts,
+    own: Sequence[GenerationItem],
     build: Build,
     topology: Topology,
     progress: GenerationProgress,
@@ -253,7 +254,7 @@ def _build_engine(
     return VllmEngine(model, encoder, topology, options.out / DECODER, options.batch, answers, longest)
 
 
-def _requests(task: Task, items: Sequence[Item]) -> tuple[list[Request], list[Result]]:
+def _requests(task: RecordFacts, items: Sequence[GenerationItem]) -> tuple[list[Request], list[Result]]:
     """What can be asked, and the results of what cannot."""
     requests, refused = [], []
     for item in items:
@@ -265,8 +266,12 @@ def _requests(task: Task, items: Sequence[Item]) -> tuple[list[Request], list[Re
 
 
 def _results(
-    task: Task, items: Sequence[Item], requests: Sequence[Request], refused: Sequence[Result], engine: Engine
-) -> Iterator[tuple[Item, Result]]:
+    task: RecordFacts,
+    items: Sequence[GenerationItem],
+    requests: Sequence[Request],
+    refused: Sequence[Result],
+    engine: Engine,
+) -> Iterator[tuple[GenerationItem, Result]]:
     by_id = {item.id: item for item in items}
     for result in refused:
         yield by_id[result.id], result
@@ -306,7 +311,7 @@ def _report(
     )
 
 
-def _image_hash(item: Item) -> str:
+def _image_hash(item: GenerationItem) -> str:
     try:
         return digest(Path(item.refs[0].path)) if item.refs else ""
     except OSError:
@@ -317,7 +322,7 @@ def estimate(options: GenerationOptions, world_size: int) -> list[str]:
     """What a run would take, as lines for the user; no weight is read and nothing is written."""
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
-    task = Task(options.uses, options.sampling, options.seed, engine_name(options), checkpoint.fingerprint)
+    task = RecordFacts(options.uses, options.sampling, options.seed, engine_name(options), checkpoint.fingerprint)
     tally = KeyTally()
     items = read_items(options.rows, options.images, options.limit, tally)
     requests, refused = _requests(task, items)

@@ -1,6 +1,6 @@
 """The user's rows as items to be asked about: an image, a question, or both; labels are not needed.
 
-In: LLaVA rows {id, image, conversations}, the last two optional   Out: Item   Next: generate.py
+In: LLaVA rows {id, image, conversations}, the last two optional   Out: GenerationItem   Next: generate.py
 Of a conversation only the first question counts. A row that cannot be used is an item too, with the reason, so that every
 file of the loop has one row per item. Nothing of a row is passed over in silence: see row_keys.py.
 """
@@ -17,7 +17,7 @@ import xxhash
 from sicog_mcore.cognition.item_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
-from sicog_mcore.data.rows import ROLES, Row, build_sample
+from sicog_mcore.data.rows import ROLES, JsonRow, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Item:
+class GenerationItem:
     """One row.
 
     Attributes:
@@ -51,7 +51,9 @@ class Item:
     unasked: tuple[str, ...] = ()
 
 
-def read_items(rows: Sequence[Path], images: Path, limit: int = 0, tally: KeyTally | None = None) -> list[Item]:
+def read_items(
+    rows: Sequence[Path], images: Path, limit: int = 0, tally: KeyTally | None = None
+) -> list[GenerationItem]:
     """The items of all files, in order.
 
     Args:
@@ -80,11 +82,11 @@ def read_items(rows: Sequence[Path], images: Path, limit: int = 0, tally: KeyTal
         try:
             items.append(builder.item(index.read(row), root, origin))
         except SampleError as error:
-            items.append(Item(origin, failure=error.reason, detail=error.detail, origin=origin))
+            items.append(GenerationItem(origin, failure=error.reason, detail=error.detail, origin=origin))
     return items
 
 
-def build_item(row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+def build_item(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
     """A row as a Sample whose first user turn is the question; see rows.build_sample, which checks it.
 
     Raises:
@@ -107,7 +109,7 @@ class _Builder:
         self._problem: SampleError | None = None
         self._unasked: tuple[str, ...] = ()
 
-    def build(self, row: Row, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
+    def build(self, row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
         """As ``build_item``; of a row whose picture is not read, only the id is."""
         if is_blank(row.get("image")):
             images = ()
@@ -121,16 +123,16 @@ class _Builder:
             row, images = {"id": row.get("id")}, ()
         return build_item(row, images, fallback_id, origin)
 
-    def item(self, sample: Sample, root: str, origin: str) -> Item:
+    def item(self, sample: Sample, root: str, origin: str) -> GenerationItem:
         """The item of the row that was built last."""
         if self._problem:
-            return Item(sample.id, failure=self._problem.reason, detail=self._problem.detail, origin=origin)
+            return GenerationItem(sample.id, failure=self._problem.reason, detail=self._problem.detail, origin=origin)
         question = sample.turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
         image = os.path.relpath(sample.images[0].path, root) if sample.images else ""
-        return Item(sample.id, question, image, sample.images, origin=origin, unasked=self._unasked)
+        return GenerationItem(sample.id, question, image, sample.images, origin=origin, unasked=self._unasked)
 
 
-def _question(row: Row) -> Row:
+def _question(row: JsonRow) -> JsonRow:
     """The turn that is asked; empty where there is none."""
     turns = row.get("conversations")
     turn = _first_question(turns) if isinstance(turns, list) and turns else None

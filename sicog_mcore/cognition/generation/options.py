@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from sicog_mcore.cognition.prompts import Prompt, find_prompt, load_prompts
-from sicog_mcore.cognition.records import Sampling
 from sicog_mcore.errors import ConfigError, ConfigProblem, RecordError
+from sicog_mcore.rollout.requests import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

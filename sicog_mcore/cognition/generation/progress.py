@@ -12,8 +12,8 @@ from rich.console import Console as Screen
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from sicog_mcore.cognition.generation.engine import Counters
 from sicog_mcore.errors import printable
+from sicog_mcore.rollout.requests import Counters
 from sicog_mcore.train.console import duration_text
 
 LINE_EVERY_S = 30.0

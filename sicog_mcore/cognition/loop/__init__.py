@@ -1,1 +1,1 @@
-"""The steps of all rounds as a graph of processes. Start: graph.py."""
+"""The steps of all rounds as a graph of processes. Start: workflow.py."""

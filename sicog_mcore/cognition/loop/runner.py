@@ -1,6 +1,6 @@
 """Runs steps as processes of their own, one after the other: a log for each, one live line, and stamps that survive any end.
 
-In: Steps   Out: exit code, logs/STEP.log, steps/STEP.json   Next: console.py (plan and ledger as tables)
+In: WorkflowSteps   Out: exit code, logs/STEP.log, steps/STEP.json   Next: loop_console.py (plan and ledger as tables)
 A step is locked while its process lives, even if this one is gone, so that no two write to the same place.
 """
 
@@ -21,16 +21,16 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from sicog_mcore.cognition.loop.console import LiveLine
+from sicog_mcore.cognition.loop.loop_console import LiveLine
 from sicog_mcore.cognition.loop.steps import (
     EXIT_INTERRUPTED,
     FOLDER,
     HASHES,
-    Contents,
+    ContentHashes,
     Planned,
     Stamp,
     Stamps,
-    Step,
+    WorkflowStep,
     foreign_files,
     plan,
 )
@@ -68,9 +68,9 @@ class StepRunner:
         self.project, self.folder, self.ranks, self.screen = project, folder, ranks, screen
         self._environment = environment
         self.stamps = Stamps(folder / FOLDER)
-        self.contents = Contents(folder / FOLDER / HASHES)
+        self.contents = ContentHashes(folder / FOLDER / HASHES)
 
-    def plan(self, steps: Sequence[Step]) -> list[Planned]:
+    def plan(self, steps: Sequence[WorkflowStep]) -> list[Planned]:
         """What has to be done.
 
         Raises:
@@ -80,7 +80,7 @@ class StepRunner:
             raise ConfigError(problems)
         return plan(steps, self.stamps, self.contents)
 
-    def run_all(self, steps: Sequence[Step]) -> int:
+    def run_all(self, steps: Sequence[WorkflowStep]) -> int:
         """Runs what is not done. A step is looked at when its turn comes, for those before it may have changed nothing.
 
         Returns:
@@ -94,7 +94,7 @@ class StepRunner:
                 return exit_code
         return EXIT_OK
 
-    def run_only(self, steps: Sequence[Step], name: str) -> int:
+    def run_only(self, steps: Sequence[WorkflowStep], name: str) -> int:
         """Runs one step if it is not done and those it needs are.
 
         Raises:
@@ -112,7 +112,7 @@ class StepRunner:
             return EXIT_OK
         return self.run(step, name)
 
-    def run(self, step: Step, title: str) -> int:
+    def run(self, step: WorkflowStep, title: str) -> int:
         """Runs one step, whatever its state; returns its exit code, which is not 0 if it did not write what it should."""
         log = self.folder / LOGS / f"{step.name}.log"
         with disk_faults(log):
@@ -153,7 +153,7 @@ class StepRunner:
             self.screen.finished(title, seconds, told[-1] if told else "")
         return exit_code
 
-    def command(self, step: Step) -> list[str]:
+    def command(self, step: WorkflowStep) -> list[str]:
         """The words that start a step here."""
         words = [str(self.project / step.command[0]), *step.command[1:]]
         if step.is_parallel and self.ranks > 1:
@@ -171,7 +171,7 @@ class StepRunner:
                     lines = _tail(log, start)
                     show(lines[-1] if lines else "")
 
-    def _spent(self, step: Step, stamp: Stamp, clock: float) -> Stamp:
+    def _spent(self, step: WorkflowStep, stamp: Stamp, clock: float) -> Stamp:
         """The stamp with what this attempt took added."""
         seconds = time.monotonic() - clock
         return replace(
@@ -182,7 +182,7 @@ class StepRunner:
         )
 
     @contextmanager
-    def _lock(self, step: Step) -> Iterator[int]:
+    def _lock(self, step: WorkflowStep) -> Iterator[int]:
         """The descriptor of a locked file; whoever inherits it holds the lock.
 
         Raises:
@@ -243,7 +243,7 @@ def _tail(log: Path, start: int) -> list[str]:
     return ["".join(character if character.isprintable() else " " for character in line).rstrip() for line in lines]
 
 
-def _count_tokens(step: Step) -> int:
+def _count_tokens(step: WorkflowStep) -> int:
     """What the command itself has counted, over all its attempts."""
     if step.usage is None or not step.usage.is_file():
         return 0

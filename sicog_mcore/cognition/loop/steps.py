@@ -1,7 +1,7 @@
 """A chain of commands that is never repeated in vain: what each step depends on, what it came to, what a change touches.
 
-In: Step (a command, the files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
-Next: loop.py (the steps of the self-improvement loop), runner.py (runs them)
+In: WorkflowStep (a command, the files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
+Next: workflow.py (the steps of the self-improvement loop), runner.py (runs them)
 A step is done if a stamp stands for it that was written after success, with the fingerprint that it would have now, and its
 outputs are what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the
 matter there.
@@ -38,7 +38,7 @@ State = Literal["done", "run", "open"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class WorkflowStep:
     """One command.
 
     Attributes:
@@ -103,13 +103,13 @@ class Planned:
         stamp: of its last run, if there was one.
     """
 
-    step: Step
+    step: WorkflowStep
     state: State
     why: str
     stamp: Stamp | None
 
 
-class Contents:
+class ContentHashes:
     """Hashes of files by their bytes; those of files that kept size and time are remembered.
 
     Args:
@@ -167,12 +167,12 @@ class Stamps:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, step: Step) -> Stamp | None:
+    def read(self, step: WorkflowStep) -> Stamp | None:
         """None if there is none, or one of another version of this program."""
         found = _read_json(self._path(step))
         return Stamp(**found) if found and found.keys() == {item.name for item in fields(Stamp)} else None
 
-    def begin(self, step: Step, contents: Contents) -> Stamp:
+    def begin(self, step: WorkflowStep, contents: ContentHashes) -> Stamp:
         """Notes that a step starts. What it left when it ran on other inputs is removed first.
 
         A run that was stopped keeps its files: the command goes on with them.
@@ -189,7 +189,7 @@ class Stamps:
         self._write(step, now)
         return now
 
-    def end(self, step: Step, stamp: Stamp, exit_code: int, contents: Contents) -> None:
+    def end(self, step: WorkflowStep, stamp: Stamp, exit_code: int, contents: ContentHashes) -> None:
         """Notes how it ended; only with exit code 0 it is finished.
 
         Args:
@@ -199,14 +199,14 @@ class Stamps:
         ended = {"is_finished": exit_code == 0, "outputs": outputs, "exit_code": exit_code}
         self._write(step, Stamp(**asdict(stamp) | ended))
 
-    def _write(self, step: Step, stamp: Stamp) -> None:
+    def _write(self, step: WorkflowStep, stamp: Stamp) -> None:
         write_json(self._path(step), asdict(stamp))
 
-    def _path(self, step: Step) -> Path:
+    def _path(self, step: WorkflowStep) -> Path:
         return self.folder / f"{step.name}.json"
 
 
-def in_order(steps: Sequence[Step]) -> list[Step]:
+def in_order(steps: Sequence[WorkflowStep]) -> list[WorkflowStep]:
     """The steps, each behind those it needs; otherwise as they were given.
 
     Raises:
@@ -215,7 +215,7 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
     names = [step.name for step in steps]
     if len(set(names)) < len(names):
         raise ValueError(f"a name occurs twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
-    waiting, ordered = list(steps), list[Step]()
+    waiting, ordered = list(steps), list[WorkflowStep]()
     done: set[str] = set()
     while waiting:
         ready = next((step for step in waiting if done.issuperset(step.needs)), None)
@@ -229,7 +229,7 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
     return ordered
 
 
-def fingerprint(step: Step, inputs: Mapping[str, str]) -> str:
+def fingerprint(step: WorkflowStep, inputs: Mapping[str, str]) -> str:
     """Of command, contents of inputs, and version: whatever changes the result changes it.
 
     Args:
@@ -238,7 +238,7 @@ def fingerprint(step: Step, inputs: Mapping[str, str]) -> str:
     return digest([FORMAT, __version__, step.name, step.command[:1], step.meaning or step.command, [*inputs.values()]])
 
 
-def plan(steps: Sequence[Step], stamps: Stamps, contents: Contents) -> list[Planned]:
+def plan(steps: Sequence[WorkflowStep], stamps: Stamps, contents: ContentHashes) -> list[Planned]:
     """What would happen now, step by step."""
     planned: list[Planned] = []
     ahead: dict[str, str] = {}  # names of steps that will run or may run
@@ -255,7 +255,7 @@ def plan(steps: Sequence[Step], stamps: Stamps, contents: Contents) -> list[Plan
     return planned
 
 
-def foreign_files(steps: Sequence[Step], stamps: Stamps) -> Iterator[ConfigProblem]:
+def foreign_files(steps: Sequence[WorkflowStep], stamps: Stamps) -> Iterator[ConfigProblem]:
     """Files in places where steps write that no step has written: they would be taken for results, or removed."""
     for step in steps:
         if stamps.read(step) is None:
@@ -276,7 +276,7 @@ def write_json(path: Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _judge(step: Step, stamp: Stamp | None, contents: Contents) -> tuple[State, str]:
+def _judge(step: WorkflowStep, stamp: Stamp | None, contents: ContentHashes) -> tuple[State, str]:
     """The state of a step as if nothing before it would run."""
     if stamp is None:
         return "run", "never ran"
@@ -300,7 +300,7 @@ def _what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return "its options changed"
 
 
-def _hashes(step: Step, contents: Contents) -> dict[str, str]:
+def _hashes(step: WorkflowStep, contents: ContentHashes) -> dict[str, str]:
     return {
         **{str(path): contents.of(path) for path in step.inputs},
         **{f"{folder} (images)": contents.of_images(folder) for folder in step.images},

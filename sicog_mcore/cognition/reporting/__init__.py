@@ -1,1 +1,1 @@
-"""One HTML file about a round, and drift between rounds. Start: report.py."""
+"""One HTML file about a round, and drift between rounds. Start: page.py."""

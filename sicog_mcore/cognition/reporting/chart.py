@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sicog_mcore.cognition.reporting.survey import Bar, Threshold
+from sicog_mcore.cognition.reporting.overview import Bar, Threshold
 
 WIDTH, HEIGHT = 560, 200
 LEFT, RIGHT, TOP, BOTTOM = 40, 548, 26, 174  # of the plot

@@ -1,6 +1,6 @@
 """Numbers of a round that show where the loop drifts, and an alarm for a model that collapses onto few words.
 
-In: items of several rounds   Out: Drift per task   Next: report.py
+In: items of several rounds   Out: Drift per task   Next: page.py
 A model trained on its own answers can come to agree with itself because it has less to say: agreement then rises while the
 wording dries up, and no score of a single round shows it. Diversity depends on how much text is looked at, so all rounds
 are measured on equally many words, of the same items where they have the same.
@@ -18,7 +18,7 @@ from typing import Literal
 import xxhash
 
 from sicog_mcore.cognition.records import Task
-from sicog_mcore.cognition.reporting.rounds import Item
+from sicog_mcore.cognition.reporting.rounds import RoundItem
 
 WORD = re.compile(r"\w+")
 TEXT_ITEMS = 2000  # whose best candidates are measured
@@ -86,7 +86,7 @@ class RoundNumbers:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DriftVerdict:
     """What a round's numbers say against the first round's.
 
     Attributes:
@@ -110,10 +110,10 @@ class Drift:
     names: tuple[str, ...]
     rounds: tuple[RoundNumbers, ...]
     budget: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[DriftVerdict, ...]
 
     @property
-    def judged(self) -> tuple[tuple[str, Verdict], ...]:
+    def judged(self) -> tuple[tuple[str, DriftVerdict], ...]:
         """Name and verdict of each round but the first."""
         return tuple(zip(self.names[1:], self.verdicts, strict=True))
 
@@ -146,7 +146,7 @@ class Gatherer:
         self._sums: dict[Task, list[float]] = {}
         self._texts: dict[Task, list[tuple[int, str, tuple[str, ...]]]] = {}
 
-    def add(self, item: Item) -> None:
+    def add(self, item: RoundItem) -> None:
         generation, task = item.generation, item.generation.task
         counts = self._counts.setdefault(task, [0, 0, 0, 0])
         sums = self._sums.setdefault(task, [0.0, 0.0])
@@ -178,11 +178,11 @@ class Gatherer:
         return RoundText(items, failed, kept, agreement, tokens, alike, texts)
 
 
-def _best_text(item: Item) -> str:
+def _best_text(item: RoundItem) -> str:
     return item.generation.candidates[item.scores.winner].text
 
 
-def _all_alike(item: Item) -> bool:
+def _all_alike(item: RoundItem) -> bool:
     """Whether there are several candidates and all of them say the same where they were compared."""
     said = [None if clause is None else words(clause) for clause in item.scores.clauses]
     return len(said) > 1 and None not in said and len(set(said)) == 1
@@ -225,7 +225,7 @@ def _numbers(content: RoundText, budget: int) -> RoundNumbers:
     )
 
 
-def judge(first: RoundNumbers, later: RoundNumbers) -> Verdict:
+def judge(first: RoundNumbers, later: RoundNumbers) -> DriftVerdict:
     """What RULE says about a later round."""
     poorer = list(_signs_of_poverty(first, later))
     length = later.words / first.words if first.words else 1.0
@@ -234,7 +234,7 @@ def judge(first: RoundNumbers, later: RoundNumbers) -> Verdict:
         signs.append(f"the best answer has {later.words:.0f} words on average, it had {first.words:.0f}")
     has_held = later.agreement >= first.agreement - AGREEMENT_SLACK
     level: Level = "alarm" if poorer and has_held else "watch" if signs else "steady"
-    return Verdict(level, tuple(signs))
+    return DriftVerdict(level, tuple(signs))
 
 
 def _signs_of_poverty(first: RoundNumbers, later: RoundNumbers) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The files of one round, joined row by row.
 
-In: folder with generations, scores and decisions   Out: Items in the order of the files   Next: drift.py, report.py
+In: folder with generations, scores and decisions   Out: RoundItems in the order of the files   Next: drift.py, page.py
 Every step writes one row per item in the order of the items, so joining needs no memory and a gap is found at once.
 """
 
@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
-class Item:
+class RoundItem:
     """All that a round wrote about one item."""
 
     generation: Generation
@@ -33,14 +33,14 @@ def record_file(folder: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Source:
+class RoundSource:
     """Generations and their scores; of several scorers the one that named the winners."""
 
     generations: Path
     scores: Path
 
 
-def read_round(folder: Path, sources: Sequence[Source] = ()) -> Iterator[Item]:
+def read_round(folder: Path, sources: Sequence[RoundSource] = ()) -> Iterator[RoundItem]:
     """All items of a round.
 
     Args:
@@ -50,18 +50,18 @@ def read_round(folder: Path, sources: Sequence[Source] = ()) -> Iterator[Item]:
     Raises:
         RecordError: a file is missing or damaged, or the files do not speak of the same items.
     """
-    sources = sources or [Source(record_file(folder, "generations"), record_file(folder, "scores"))]
+    sources = sources or [RoundSource(record_file(folder, "generations"), record_file(folder, "scores"))]
     generations = chain.from_iterable(read_records(source.generations, Generation) for source in sources)
     scores = chain.from_iterable(read_records(source.scores, Scores) for source in sources)
     decisions = read_records(record_file(folder, "decisions"), Decision)
     for row, (generation, score, decision) in enumerate(zip_longest(generations, scores, decisions), 1):
         if generation is None or score is None or decision is None:
             raise RecordError(f"{folder}: the three files have different lengths (row {row}); score and curate again")
-        _require_fit(Item(generation, score, decision), f"{folder}: row {row}")
-        yield Item(generation, score, decision)
+        _require_fit(RoundItem(generation, score, decision), f"{folder}: row {row}")
+        yield RoundItem(generation, score, decision)
 
 
-def _require_fit(item: Item, where: str) -> None:
+def _require_fit(item: RoundItem, where: str) -> None:
     """That the three rows are of one item, and that what points at candidates points at one."""
     ids = (item.generation.id, item.scores.id, item.decision.id)
     if len(set(ids)) > 1:

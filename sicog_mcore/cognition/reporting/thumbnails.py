@@ -1,6 +1,6 @@
 """Small pictures for a page that loads nothing: pixels encoded anew, and where the slices of the image lie.
 
-In: path of a record's image   Out: Thumbnail, or SampleError   Next: report.py
+In: path of a record's image   Out: Thumbnail, or SampleError   Next: page.py
 Nothing of the file itself gets into the page: neither its metadata, nor bytes that a browser would read in another way.
 """
 

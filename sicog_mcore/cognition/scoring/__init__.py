@@ -1,1 +1,1 @@
-"""How far the candidates of an item agree. Start: score.py."""
+"""How far the candidates of an item agree. Start: agreement.py."""

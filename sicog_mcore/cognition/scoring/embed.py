@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from sicog_mcore.cognition.scoring.encoders import DecoderEncoder, Encoder, Pooling, SentenceEncoder
+from sicog_mcore.cognition.scoring.encoders import DecoderEncoder, Pooling, SentenceEncoder, TextEncoder
 from sicog_mcore.errors import ConfigError, ConfigProblem
 
 BATCH = 64
@@ -43,7 +43,7 @@ class Embedder(Protocol):
         ...
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A text, or as much of it as a model takes."""
 
     source: int  # which text
@@ -54,11 +54,11 @@ class Piece(NamedTuple):
 class ModelEmbedder:
     """An encoder, fed with pieces in batches of equal length as far as possible."""
 
-    def __init__(self, name: str, load: Callable[[], Encoder], batch: int):
+    def __init__(self, name: str, load: Callable[[], TextEncoder], batch: int):
         self.name = name
         self._load = load
         self._batch = batch
-        self._encoder: Encoder | None = None
+        self._encoder: TextEncoder | None = None
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors as float32 [n, d]; a function of these texts alone, whatever was embedded before."""
@@ -108,7 +108,7 @@ class TfIdf:
         return unit(weights[:, present].toarray().astype(np.float32))
 
 
-def split(source: int, text: str, encoder: Encoder) -> Iterator[Piece]:
+def split(source: int, text: str, encoder: TextEncoder) -> Iterator[TextPiece]:
     """The text, or pieces of it that fit the encoder; cut between words where there is a blank."""
     places = encoder.offsets(text)
     start = 0
@@ -116,10 +116,10 @@ def split(source: int, text: str, encoder: Encoder) -> Iterator[Piece]:
         end = start + encoder.limit
         blanks = (i for i in range(end, start, -1) if any(map(str.isspace, text[places[i - 1][1] : places[i][0] + 1])))
         cut = next(blanks, end)
-        yield Piece(source, text[places[start][0] : places[cut - 1][1]].strip(), cut - start)
+        yield TextPiece(source, text[places[start][0] : places[cut - 1][1]].strip(), cut - start)
         start = cut
     rest = text[places[start][0] :].strip() if start else text
-    yield Piece(source, rest, len(places) - start)
+    yield TextPiece(source, rest, len(places) - start)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

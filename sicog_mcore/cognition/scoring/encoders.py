@@ -1,6 +1,6 @@
 """Models that turn a batch of texts into vectors, and the settings by which a decoder is made to.
 
-In: a folder on disk   Out: Encoder   Next: embed.py (pieces, batches, unit norm)
+In: a folder on disk   Out: TextEncoder   Next: embed.py (pieces, batches, unit norm)
 Everything is read from the folder, nothing downloaded, and no code in it is run.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # a GPU where there is one
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """A model that is in memory."""
 
     limit: int  # tokens of a piece, special ones not counted

@@ -1,6 +1,6 @@
 """How alike two clauses are, on one scale from 0 to 1: by vectors, by votes, by the attributes they name.
 
-In: distinct clauses   Out: [n, n] similarities   Next: score.py
+In: distinct clauses   Out: [n, n] similarities   Next: agreement.py
 A clause that is not like itself (0 on the diagonal) has nothing that could be compared, and wins nothing. None of these
 knows what is true: answers that share a mistake agree.
 """

@@ -37,7 +37,7 @@ class Shard:
 WHOLE = Shard(0, 1)
 
 
-class Part(NamedTuple):
+class VectorBlock(NamedTuple):
     """A block of distinct texts and the file of their vectors."""
 
     number: int
@@ -107,7 +107,7 @@ class VectorStore:
         places = [divmod(self._places[_key(text)], self._block) for text in texts]
         return np.stack([self._part(part)[row] for part, row in places])
 
-    def _parts(self, texts: Iterable[str]) -> Iterator[Part]:
+    def _parts(self, texts: Iterable[str]) -> Iterator[VectorBlock]:
         block: list[str] = []
         for text in distinct(texts, self._places):
             block.append(text)
@@ -117,13 +117,13 @@ class VectorStore:
         if block:
             yield self._new_part(block)
 
-    def _new_part(self, texts: list[str]) -> Part:
+    def _new_part(self, texts: list[str]) -> VectorBlock:
         content = xxhash.xxh3_128(self.name.encode())
         for text in texts:
             content.update(b"\0" + _key(text))
         path = self._folder / f"{content.hexdigest()}.npy"
         self._paths.append(path)
-        return Part(len(self._paths) - 1, path, texts)
+        return VectorBlock(len(self._paths) - 1, path, texts)
 
     def _part(self, number: int) -> np.ndarray:
         if number in self._open:

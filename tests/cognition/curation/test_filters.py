@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sicog_mcore.cognition.curation.filters import Limits, PerPrompt, judge, parse_per_prompt, repetition
+from sicog_mcore.cognition.curation.filters import LengthLimits, PerPrompt, judge, parse_per_prompt, repetition
 from sicog_mcore.cognition.prompts import find_prompt
 from sicog_mcore.errors import ConfigError
 from tests.curation import Said, chain, failed, item
@@ -17,9 +17,9 @@ LOW = Said("cod", "A blue cup.", 0.2)
 NO_STEPS = "Step 1: only one of five."
 
 
-def reason(folder: Path, said: list[Said], limits: Limits | None = None, tau: PerPrompt = PerPrompt(0.8)) -> str:  # noqa: B008
+def reason(folder: Path, said: list[Said], limits: LengthLimits | None = None, tau: PerPrompt = PerPrompt(0.8)) -> str:  # noqa: B008
     made = item(folder, "a", said)
-    drop = judge(made.generation, [made.scores], [tau], limits or Limits())
+    drop = judge(made.generation, [made.scores], [tau], limits or LengthLimits())
     return drop.reason if drop else "kept"
 
 
@@ -42,7 +42,7 @@ def reason(folder: Path, said: list[Said], limits: Limits | None = None, tau: Pe
     ],
 )
 def test_a_winner_is_dropped_for_the_first_reason_that_applies(winner: Said, expected: str, tmp_path: Path) -> None:
-    assert reason(tmp_path, [LOW, winner], Limits(max_tokens=PerPrompt(30))) == expected
+    assert reason(tmp_path, [LOW, winner], LengthLimits(max_tokens=PerPrompt(30))) == expected
 
 
 def test_only_the_winner_counts(tmp_path: Path) -> None:
@@ -52,22 +52,22 @@ def test_only_the_winner_counts(tmp_path: Path) -> None:
 
 def test_a_failed_item_is_dropped_under_its_own_code() -> None:
     made = failed("a", "image_corrupt")
-    assert judge(made.generation, [made.scores], [PerPrompt(0)], Limits()) == (
+    assert judge(made.generation, [made.scores], [PerPrompt(0)], LengthLimits()) == (
         "item",
         "image_corrupt",
         "no file",
     )
     empty = replace(made.generation, failure=""), replace(made.scores, failure="")
-    drop = judge(empty[0], [empty[1]], [PerPrompt(0)], Limits())
+    drop = judge(empty[0], [empty[1]], [PerPrompt(0)], LengthLimits())
     assert drop and drop.reason == "no_candidates"
 
 
 def test_every_scorer_may_object(tmp_path: Path) -> None:
     made = item(tmp_path, "a", [LOW, GOOD])
     votes = replace(made.scores, scorer="vote", scores=(0.9, 0.5), winner=0)
-    objection = judge(made.generation, [made.scores, votes], [PerPrompt(0.8), PerPrompt(0.6)], Limits())
+    objection = judge(made.generation, [made.scores, votes], [PerPrompt(0.8), PerPrompt(0.6)], LengthLimits())
     assert objection == ("score", "below_threshold", "0.5000 by vote, at least 0.6 expected")
-    assert judge(made.generation, [made.scores, votes], [PerPrompt(0.8), PerPrompt(0.5)], Limits()) is None
+    assert judge(made.generation, [made.scores, votes], [PerPrompt(0.8), PerPrompt(0.5)], LengthLimits()) is None
 
 
 def test_a_number_of_the_prompt_goes_before_that_of_its_style_and_the_general_one(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_came_before() -> Non
 def test_a_synthesis_may_say_again_what_the_steps_said(tmp_path: Path) -> None:
     last = "A red cup. It has one handle. It stands on a table. A window is behind it."
     assert repetition(chain("cod", last)) > 0.1
-    assert reason(tmp_path, [GOOD._replace(text=last)], Limits(max_repetition=0.0)) == "kept"
+    assert reason(tmp_path, [GOOD._replace(text=last)], LengthLimits(max_repetition=0.0)) == "kept"
 
 
 def test_a_description_without_a_picture_is_never_kept(tmp_path: Path) -> None:
     made = item(tmp_path, "a", [LOW, GOOD], image=None)
-    drop = judge(made.generation, [made.scores], [PerPrompt(0.1)], Limits())
+    drop = judge(made.generation, [made.scores], [PerPrompt(0.1)], LengthLimits())
     assert drop is not None and (drop.stage, drop.reason) == ("item", "no_image")

@@ -13,8 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sicog_mcore.cognition.evaluation.benchmark import LETTER_REQUEST, Item, prompt_text, read_items, write_rows
-from sicog_mcore.cognition.evaluation.cells import Unread
+from sicog_mcore.cognition.evaluation.benchmark import (
+    LETTER_REQUEST,
+    BenchmarkItem,
+    prompt_text,
+    read_items,
+    write_rows,
+)
+from sicog_mcore.cognition.evaluation.cells import UnreadCells
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.sources import open_sources
@@ -51,7 +57,7 @@ def test_a_tsv_with_options_becomes_items_rows_and_images(tmp_path: Path) -> Non
     )
     items = read_items(benchmark)
     assert [item.id for item in items] == ["7", "8", "9"]
-    assert items[0] == Item(
+    assert items[0] == BenchmarkItem(
         id="7",
         question='What "is" it?',
         answers=("B",),
@@ -74,7 +80,7 @@ def test_a_tsv_with_options_becomes_items_rows_and_images(tmp_path: Path) -> Non
 
 
 def test_the_request_for_a_letter_gives_way_where_steps_are_asked_for() -> None:
-    text = prompt_text(Item("1", "Which?", ("A",), {"A": "x", "B": "y"}))
+    text = prompt_text(BenchmarkItem("1", "Which?", ("A",), {"A": "x", "B": "y"}))
     assert LETTER_REQUEST in ask(find_prompt("direct"), text, 1)
     assert LETTER_REQUEST not in ask(find_prompt("cot"), text, 1)
 
@@ -220,7 +226,7 @@ def test_every_key_is_read_or_irrelevant_or_named(tmp_path: Path) -> None:
         lambda unread: read_items(benchmark, unread),
         lambda unread: write_rows(benchmark, None, tmp_path, unread),
     ):
-        unread = Unread()
+        unread = UnreadCells()
         read(unread)
         assert list(unread.lines()) == [
             f"{benchmark}:3: the key 'candidates' is not read (1 rows have it); rename it if it matters",

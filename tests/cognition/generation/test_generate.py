@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
-from sicog_mcore.cognition.generation.generate import Task, estimate, run
+from sicog_mcore.cognition.generation.generate import RecordFacts, estimate, run
 from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
-from sicog_mcore.cognition.generation.parts import PartWriter, merge_parts, open_parts
-from sicog_mcore.cognition.generation.sampling import candidate_seed
+from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.cognition.records import Generation, Sampling, from_json, read_records, to_json
+from sicog_mcore.cognition.records import Generation, from_json, read_records, to_json
 from sicog_mcore.config import ParallelConfig
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, RecordError, SampleError
 from sicog_mcore.parallel.topology import start_topology, stop_topology
+from sicog_mcore.rollout.requests import Sampling
+from sicog_mcore.rollout.sampling import candidate_seed
 from tests.answering import write_checkpoint, write_items
 from tests.builders import tiny_experiment, write_image
 
@@ -164,8 +165,8 @@ def test_an_empty_image_is_none_and_a_question_without_one_is_text(tmp_path: Pat
     assert items_of(tmp_path, {"id": "a", "image": [""], "conversations": HUMAN})[0][3] == "field_type"
 
 
-def task_of(*prompts: str) -> Task:
-    return Task(tuple((find_prompt(name), 1) for name in prompts), DRAW, 0, "engine", "checkpoint")
+def task_of(*prompts: str) -> RecordFacts:
+    return RecordFacts(tuple((find_prompt(name), 1) for name in prompts), DRAW, 0, "engine", "checkpoint")
 
 
 @pytest.mark.parametrize(

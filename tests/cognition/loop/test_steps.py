@@ -19,9 +19,18 @@ import xxhash
 from rich.console import Console
 
 from sicog_mcore.cognition.loop import steps as steps_module
-from sicog_mcore.cognition.loop.console import LiveLine, ledger_rows, plan_summary
+from sicog_mcore.cognition.loop.loop_console import LiveLine, ledger_rows, plan_summary
 from sicog_mcore.cognition.loop.runner import StepRunner
-from sicog_mcore.cognition.loop.steps import Contents, Stamps, Step, digest, fingerprint, foreign_files, in_order, plan
+from sicog_mcore.cognition.loop.steps import (
+    ContentHashes,
+    Stamps,
+    WorkflowStep,
+    digest,
+    fingerprint,
+    foreign_files,
+    in_order,
+    plan,
+)
 from sicog_mcore.errors import EXIT_CRASH, ConfigError
 from tests.interrupts import heeded
 
@@ -44,10 +53,10 @@ if "none" not in text:
 OLD = 10**18  # ns; a time that is not lately
 
 
-def step(name: str, inputs: Sequence[str], needs: Sequence[str] = (), **more: Any) -> Step:
+def step(name: str, inputs: Sequence[str], needs: Sequence[str] = (), **more: Any) -> WorkflowStep:
     """One fake: reads ``inputs``, writes ``out/NAME.txt``."""
     output = Path("out") / f"{name}.txt"
-    return Step(
+    return WorkflowStep(
         name=name,
         command=("fake.py", *inputs, str(output)),
         inputs=tuple(map(Path, inputs)),
@@ -76,13 +85,13 @@ class World:
         console = Console(file=self.screen, width=200)
         self.runner = StepRunner(folder, Path("loop"), 1, LiveLine(console))
 
-    def run(self, steps: Sequence[Step] = STEPS) -> tuple[int, list[str]]:
+    def run(self, steps: Sequence[WorkflowStep] = STEPS) -> tuple[int, list[str]]:
         """Exit code, and the names of what ran."""
         Path("ran.txt").write_text("")
         exit_code = self.runner.run_all(steps)
         return exit_code, Path("ran.txt").read_text().split()
 
-    def states(self, steps: Sequence[Step] = STEPS) -> dict[str, str]:
+    def states(self, steps: Sequence[WorkflowStep] = STEPS) -> dict[str, str]:
         return {entry.step.name: entry.state for entry in self.runner.plan(steps)}
 
 
@@ -107,7 +116,7 @@ def test_steps_stand_behind_those_they_need_and_else_as_given() -> None:
         ([step("a", []), step("a", [])], "occurs twice: a"),
     ],
 )
-def test_steps_that_can_never_run_are_refused(steps: list[Step], message: str) -> None:
+def test_steps_that_can_never_run_are_refused(steps: list[WorkflowStep], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         in_order(steps)
 
@@ -236,7 +245,7 @@ def start_runner() -> subprocess.Popen[str]:
     """STEPS run by a process of its own, once the first of them waits; in a process group of its own."""
     code = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from tests.cognition.loop.test_steps import STEPS; from sicog_mcore.cognition.loop.console import LiveLine\n"
+        "from tests.cognition.loop.test_steps import STEPS; from sicog_mcore.cognition.loop.loop_console import LiveLine\n"
         "from sicog_mcore.cognition.loop.runner import StepRunner, interruptible\n"
         "with interruptible():\n"
         "    StepRunner(Path.cwd(), Path('loop'), 1, LiveLine(Console())).run_all(STEPS)\n"
@@ -288,18 +297,18 @@ def test_hashes_are_remembered_by_size_and_time(tmp_path: Path) -> None:
     file = tmp_path / "a.bin"
     file.write_bytes(b"1")
     os.utime(file, ns=(OLD, OLD))
-    contents = Contents(tmp_path / "hashes.json")
+    contents = ContentHashes(tmp_path / "hashes.json")
     before = contents.of(file)
     file.write_bytes(b"2")
     os.utime(file, ns=(OLD, OLD))
     contents.save()
-    assert Contents(tmp_path / "hashes.json").of(file) == before  # nobody looked inside
+    assert ContentHashes(tmp_path / "hashes.json").of(file) == before  # nobody looked inside
     os.utime(file, ns=(OLD + 1, OLD + 1))
-    assert Contents(tmp_path / "hashes.json").of(file) != before
+    assert ContentHashes(tmp_path / "hashes.json").of(file) != before
 
 
 def test_a_file_written_just_now_is_always_read(tmp_path: Path) -> None:
-    file, contents = tmp_path / "a.bin", Contents(tmp_path / "hashes.json")
+    file, contents = tmp_path / "a.bin", ContentHashes(tmp_path / "hashes.json")
     found = set()
     for content in (b"1", b"2", b"3"):
         file.write_bytes(content)
@@ -317,7 +326,7 @@ def write_manifest(folder: Path, weights: str, rng: str) -> None:
 
 
 def test_the_manifest_stands_for_a_checkpoint_and_the_newest_for_a_run(tmp_path: Path) -> None:
-    contents, run = Contents(tmp_path / "hashes.json"), tmp_path / "run"
+    contents, run = ContentHashes(tmp_path / "hashes.json"), tmp_path / "run"
     first, second = (run / "checkpoints" / f"step_{number:08d}" for number in (1, 2))
     for folder in (first, second):
         folder.mkdir(parents=True)
@@ -334,7 +343,7 @@ def test_the_manifest_stands_for_a_checkpoint_and_the_newest_for_a_run(tmp_path:
 
 
 def test_of_a_folder_of_images_only_the_images_count(tmp_path: Path) -> None:
-    contents, folder = Contents(tmp_path / "hashes.json"), tmp_path / "images"
+    contents, folder = ContentHashes(tmp_path / "hashes.json"), tmp_path / "images"
     (folder / "below").mkdir(parents=True)
     (folder / "below/a.PNG").write_bytes(b"1")
     before = contents.of_images(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sicog_mcore.cognition.reporting.chart import BOTTOM, LEFT, RIGHT, TOP, Mark, lay_out_chart
-from sicog_mcore.cognition.reporting.survey import Bar, Threshold
+from sicog_mcore.cognition.reporting.overview import Bar, Threshold
 
 BARS = [Bar(0.5, 0.75, kept=0, dropped=0), Bar(0.75, 1.0, kept=3, dropped=1)]
 WIDTH = RIGHT - LEFT

@@ -19,7 +19,7 @@ from sicog_mcore.cognition.reporting.drift import (
     judge,
     words,
 )
-from sicog_mcore.cognition.reporting.rounds import Item
+from sicog_mcore.cognition.reporting.rounds import RoundItem
 from tests.rounds import make_item
 
 FIRST = RoundNumbers(
@@ -36,7 +36,7 @@ FIRST = RoundNumbers(
 )
 
 
-def drift_of(*rounds: Sequence[Item]) -> tuple[Drift, ...]:
+def drift_of(*rounds: Sequence[RoundItem]) -> tuple[Drift, ...]:
     gathered = []
     for number, items in enumerate(rounds):
         gatherer = Gatherer()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sicog_mcore.cognition.records import write_records
-from sicog_mcore.cognition.reporting.rounds import Source, read_round
+from sicog_mcore.cognition.reporting.rounds import RoundSource, read_round
 from sicog_mcore.errors import RecordError
 from tests.rounds import make_item, write_round
 
@@ -29,7 +29,7 @@ def test_parquet_files_are_found_too(tmp_path: Path) -> None:
 def test_sources_stand_one_after_the_other(tmp_path: Path) -> None:
     first, second = write_round(tmp_path / "1", ITEMS[:2]), write_round(tmp_path / "2", ITEMS[2:])
     both = write_round(tmp_path / "both", ITEMS)
-    sources = [Source(folder / "generations.jsonl", folder / "scores.jsonl") for folder in (first, second)]
+    sources = [RoundSource(folder / "generations.jsonl", folder / "scores.jsonl") for folder in (first, second)]
     assert list(read_round(both, sources)) == ITEMS
 
 

@@ -19,7 +19,7 @@ from sicog_mcore.cognition.scoring.embed import (
     split,
     unit,
 )
-from sicog_mcore.cognition.scoring.encoders import Encoder, Pooling, pool, read_pooling
+from sicog_mcore.cognition.scoring.encoders import Pooling, TextEncoder, pool, read_pooling
 from sicog_mcore.errors import ConfigError
 from tests.builders import TOKENIZER
 from tests.cognition.agreeing import write_word_decoder
@@ -50,7 +50,7 @@ class Letters:
         return np.array([[text.count(letter) for letter in "abcdef"] for text in texts], np.float32)
 
 
-def embedder(encoder: Encoder, batch: int = 2) -> ModelEmbedder:
+def embedder(encoder: TextEncoder, batch: int = 2) -> ModelEmbedder:
     return ModelEmbedder("letters", lambda: encoder, batch)
 
 
@@ -111,7 +111,7 @@ def test_pieces_are_cut_between_words() -> None:
 
 
 def test_nothing_is_loaded_before_the_first_text() -> None:
-    def fail() -> Encoder:
+    def fail() -> TextEncoder:
         raise AssertionError("loaded")
 
     assert ModelEmbedder("none", fail, 2).name == "none"

@@ -1,0 +1,327 @@
+"""What a self-improvement loop is asked to do: one YAML file, read strictly, all mistakes reported together.
+
+In: YAML   Out: LoopConfig   Next: workflow.py (makes steps of it)
+How models are trained stands in the files of the stages, see config.py; the loop adds first weights and curated data.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from sicog_mcore.errors import ConfigError, ConfigProblem
+
+LoopMetric = Literal["auto", "exact", "numeric", "choice", "yes_no", "attributes"]
+SAME_WORD = 0.6
+# Options of tools/curate.py that a loop may pass on, and those that it gives itself.
+CURATE_OPTIONS = (
+    *("--text", "--min-tokens", "--max-tokens", "--max-repetition", "--image-radius", "--evaluation-radius"),
+    *(
+        "--text-similarity",
+        "--text-min-words",
+        "--min-kept",
+        "--min-share",
+        "--max-share",
+        "--forms",
+        "--formats",
+        "--mix",
+    ),
+    *("--pair-margin", "--pair-length-ratio", "--workers"),
+)
+SET_BY_LOOP = ("--round", "--images", "--tau", "-t", "--source", "--evaluation", "-e", "--seed")
+PLAIN_SCORERS, PLACED_SCORERS = ("tfidf", "vote"), ("sentence", "decoder", "attributes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemsConfig:
+    """What the model is asked about; labels are not needed.
+
+    Attributes:
+        images: folder that image paths are relative to.
+        captions: files of LLaVA rows whose images are described.
+        answers: files of LLaVA rows whose first questions are answered. Ids differ from those of ``captions``.
+    """
+
+    images: str
+    captions: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """How a stage is trained.
+
+    Attributes:
+        config: YAML files of a training run, read in order.
+        set: values on top of them, by dotted path.
+    """
+
+    config: tuple[str, ...] = ()
+    set: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig:
+    """The training stages; output, first weights and curated data are set by the loop.
+
+    Attributes:
+        common: what all of them have in common, read first.
+        perception, reasoning: stage 0, on annotated rows; one for each kind of items.
+        align: stage 1.
+        pretrain: stage 1.5; its data are the curated rows, or for the baseline those of ``finetune``.
+        finetune: stage 2.
+    """
+
+    common: StageConfig = StageConfig()
+    perception: StageConfig = StageConfig()
+    reasoning: StageConfig = StageConfig()
+    align: StageConfig = StageConfig()
+    pretrain: StageConfig = StageConfig()
+    finetune: StageConfig = StageConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How candidates are drawn.
+
+    Attributes:
+        captions, answers: prompts and their candidates, e.g. {cod: 2, caption: 1}.
+        temperature, top_p, top_k, max_new_tokens: see records.Sampling.
+        batch: items that a copy of the model answers at the same time.
+        tensor: ranks that share a copy of the model.
+    """
+
+    captions: Mapping[str, int] = field(default_factory=lambda: {"cod": 2, "caption": 1})
+    answers: Mapping[str, int] = field(default_factory=lambda: {"cot": 2, "direct": 1})
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    max_new_tokens: int = 1200
+    batch: int = 16
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Scorers of tools/score.py.
+
+    Attributes:
+        captions, answers: tfidf, sentence:FOLDER_OR_WHEEL, decoder:FOLDER, vote, or attributes:FILE.
+    """
+
+    captions: str = "tfidf"
+    answers: str = "vote"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurationConfig:
+    """Which items are kept, see tools/curate.py.
+
+    Attributes:
+        tau: least agreement, for all prompts or by id or style, e.g. [cod=0.9, answer=0.8].
+        options: further options of tools/curate.py, word by word.
+    """
+
+    tau: tuple[str, ...] = ("0.85",)
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the new model and the baseline are compared on; they answer greedily.
+
+    Attributes:
+        benchmark: .tsv, .jsonl, easy-vqa:test or easy-vqa:train.
+        images: folder that its image paths are relative to.
+        prompt: whose answers are judged.
+        metric: see tools/evaluate.py.
+        max_new_tokens: of an answer.
+    """
+
+    benchmark: str
+    images: str = "."
+    prompt: str = "direct"
+    metric: LoopMetric = "auto"
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """One loop, whole.
+
+    Attributes:
+        output: folder of everything that is written.
+        items: what the model is asked about.
+        stages: training.
+        evaluation: what shows whether it helped.
+        base: weights of the model that stage 0 warms up; empty for the baseline.
+        rounds: from the second on, the model of the round before generates.
+        seed: of generation and curation; stages have their own.
+        generation, scoring, curation: how candidates become training data.
+        report_items: items that the report shows in full.
+    """
+
+    output: str
+    items: ItemsConfig
+    stages: StagesConfig
+    evaluation: EvaluationConfig
+    base: str = ""
+    rounds: int = 1
+    seed: int = 42
+    generation: GenerationConfig = GenerationConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    curation: CurationConfig = CurationConfig()
+    report_items: int = 500
+
+
+def read_loop(path: Path) -> LoopConfig:
+    """The loop that a YAML file describes.
+
+    Raises:
+        ConfigError: all that is wrong with the file, its fields and their values.
+    """
+    problems: list[ConfigProblem] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text)
+        problems += _repeated(yaml.compose(text, yaml.SafeLoader), "")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = f"cannot be read: {' '.join(str(error).split())}"
+        raise ConfigError([ConfigProblem("config", str(path), problem, "give a YAML file")]) from error
+    config = _build(LoopConfig, value, "", problems)
+    if not problems:
+        problems += [*_check_values(config), *_check_words(config)]
+    if problems:
+        raise ConfigError(problems)
+    assert isinstance(config, LoopConfig)
+    return config
+
+
+def _repeated(node: yaml.Node | None, path: str) -> Iterator[ConfigProblem]:
+    """Names that a group has twice; YAML would take the last one without a word."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, child in enumerate(node.value):
+            yield from _repeated(child, f"{path}[{number}]")
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, child in node.value:
+            name = f"{path}.{key.value}" if path else str(key.value)
+            if name in seen:
+                place = f"is given twice, again in line {key.start_mark.line + 1}"
+                yield ConfigProblem(
+                    name, child.value if isinstance(child, yaml.ScalarNode) else None, place, "keep one of the two"
+                )
+            seen.add(name)
+            yield from _repeated(child, name)
+
+
+def _check_words(config: LoopConfig) -> Iterator[ConfigProblem]:
+    """Words that a step behind hours of training would refuse, or that would take the place of what the loop sets."""
+    for word in (word.partition("=")[0] for word in config.curation.options):
+        is_option = word.startswith("-") and not _is_number(word)
+        if is_option and word in SET_BY_LOOP:
+            fix = "leave it out; thresholds stand under curation.tau"
+            yield ConfigProblem("curation.options", word, "is set by the loop", fix)
+        elif is_option and word not in CURATE_OPTIONS:
+            yield ConfigProblem("curation.options", word, "is no option of curation", _suggest(word, CURATE_OPTIONS))
+    for name, scorer in vars(config.scoring).items():
+        kind, colon, place = scorer.partition(":")
+        if kind not in (PLACED_SCORERS if colon else PLAIN_SCORERS):
+            fix = f"use {', '.join(PLAIN_SCORERS)}, or one of {', '.join(PLACED_SCORERS)} with : and a place"
+            yield ConfigProblem(f"scoring.{name}", scorer, "is no scorer", fix)
+        elif colon and not Path(place).exists():
+            yield ConfigProblem(f"scoring.{name}", scorer, f"{place or 'its place'} does not exist", "correct the path")
+    if config.evaluation.metric == "attributes":
+        fix = "use another; tools/evaluate.py score judges by attributes afterwards"
+        yield ConfigProblem("evaluation.metric", "attributes", "needs a vocabulary, which a loop cannot name", fix)
+
+
+def _is_number(word: str) -> bool:
+    return word.lstrip("-").replace(".", "", 1).isdecimal()
+
+
+def _check_values(config: LoopConfig) -> Iterator[ConfigProblem]:
+    items, output = config.items, Path(config.output)
+    for name, number in (("rounds", config.rounds), ("report_items", config.report_items)):
+        if number < 1:
+            yield ConfigProblem(name, number, "is below 1", "give 1 or more")
+    if not (items.captions or items.answers):
+        yield ConfigProblem("items", "", "names no rows", "give captions, answers, or both")
+    for name, files in (("items.captions", items.captions), ("items.answers", items.answers)):
+        for file in files:
+            if not Path(file).is_file():
+                yield ConfigProblem(name, file, "is no file", "correct the path")
+    for name, folder in (("items.images", items.images), ("evaluation.images", config.evaluation.images)):
+        if not Path(folder).is_dir():
+            yield ConfigProblem(name, folder, "is no folder", "correct the path")
+    if output.resolve().is_relative_to(Path(items.images).resolve()):
+        fix = "write to a folder outside of it: the images there count as inputs"
+        yield ConfigProblem("output", config.output, "lies in items.images", fix)
+    if not config.evaluation.benchmark.startswith("easy-vqa:") and not Path(config.evaluation.benchmark).is_file():
+        yield ConfigProblem("evaluation.benchmark", config.evaluation.benchmark, "is no file", "correct the path")
+    if config.base and not Path(config.base).is_dir():
+        yield ConfigProblem("base", config.base, "is no folder", "give a run or a checkpoint of ours, or leave it out")
+
+
+def _build(kind: Any, value: Any, path: str, problems: list[ConfigProblem]) -> Any:
+    """A YAML value as the annotated type; where it does not fit, a problem is noted and the value is of no use."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _build_fields(kind, value, path, problems)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_build(arguments[0], entry, f"{path}[{i}]", problems) for i, entry in enumerate(value))
+    if origin is Mapping:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: _build(arguments[1], entry, f"{path}.{key}", problems) for key, entry in value.items()}
+    elif kind is Any or origin is Literal and value in arguments:
+        return value
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif kind is str and type(value) in (int, float) and path.startswith("curation."):
+        return str(value)  # words of a command line
+    elif isinstance(kind, type) and type(value) is kind:
+        return value
+    problems.append(ConfigProblem(path, value, f"is not {_words(kind)}", f"give {_words(kind)}"))
+    return None
+
+
+def _build_fields(kind: type, value: Any, path: str, problems: list[ConfigProblem]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(ConfigProblem(path or "config", value, "is no group of fields", "write field: value lines"))
+        return None
+    hints = get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for name in [name for name in value if name not in hints]:
+        problems.append(
+            ConfigProblem(f"{prefix}{name}", value[name], "no such field", _suggest(str(name), list(hints)))
+        )
+    arguments = {}
+    for item in fields(kind):
+        if item.name in value:
+            arguments[item.name] = _build(hints[item.name], value[item.name], f"{prefix}{item.name}", problems)
+        elif item.default is MISSING and item.default_factory is MISSING:
+            problems.append(
+                ConfigProblem(f"{prefix}{item.name}", None, "is missing", f"give {_words(hints[item.name])}")
+            )
+            arguments[item.name] = None
+    return kind(**arguments)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, SAME_WORD)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return "a list of texts"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if is_dataclass(kind) and isinstance(kind, type):
+        return f"a group of {', '.join(item.name for item in fields(kind))}"
+    return {str: "a text", int: "a whole number", float: "a number"}.get(kind, "a group of name: value lines")

@@ -1,0 +1,177 @@
+"""What the rows of all data sets have in common, counted while they are indexed and said before the run starts.
+
+In: every parsed row, every member of a shard   Out: a few lines of notes   Next: sources.py (SampleIndex.notes)
+Texts of the data stand in the notes as ``repr`` writes them: no control sequence reaches a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from sicog_mcore.data.row_keys import (
+    IGNORED,
+    IGNORED_IN_TURNS,
+    LLAVA_TURN,
+    MAX_KEY_CHARS,
+    MESSAGE_TURN,
+    TURN_KEYS,
+    did_you_mean,
+    is_empty,
+    row_faults,
+    shown_keys,
+    suggestion,
+    turn_faults,
+    unused_keys,
+)
+
+MAX_DISTINCT = 1000  # things that are counted by name; further ones are counted together
+MAX_NOTES = 6  # of each kind: refusals, remarks, keys that are not used
+MAX_PLACE_CHARS = 300
+UNITS: Mapping[str, str] = {
+    "row": "rows",
+    "sample": "samples",
+    "member": "members",
+    "file": "files",
+    "shard": "shards",
+    "entry": "entries",
+}
+
+
+@dataclass
+class Count:
+    """How often something occurred, and where first."""
+
+    text: str
+    first: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        units = self.unit if self.number == 1 else UNITS[self.unit]
+        return f"{self.text}: {self.number:,} {units}, first at {self.first}"
+
+
+class NameCounts:
+    """Occurrences by name; memory is bounded however many names there are."""
+
+    def __init__(self, others: str) -> None:
+        self._others = others
+        self._counts: dict[str, Count] = {}
+
+    def again(self, name: str) -> bool:
+        """Counts a further occurrence; says whether it is one."""
+        if count := self._counts.get(name):
+            count.number += 1
+        return count is not None
+
+    def add(self, name: str, text: str, path: str, place: object, unit: str = "row") -> None:
+        """Counts one occurrence.
+
+        Args:
+            name: what it is counted under.
+            text: what the note says of it.
+            path: file that holds the row.
+            place: line, or key of the sample in a shard.
+            unit: what is counted.
+        """
+        if len(self._counts) >= MAX_DISTINCT:
+            name = text = self._others
+        if not self.again(name):
+            self._counts[name] = Count(text, escaped(f"{path}:{place}"), unit, 1)
+
+    def notes(self) -> Iterator[str]:
+        """The most frequent ones; the rest by its number."""
+        counts = sorted(self._counts.values(), key=lambda count: -count.number)
+        shown = counts if len(counts) <= MAX_NOTES else counts[: MAX_NOTES - 1]
+        yield from map(str, shown)
+        if rest := counts[len(shown) :]:
+            yield f"{len(rest):,} more of this kind, the most frequent of them: {rest[0]}"
+
+
+class RowSurvey:
+    """Counts what is not used and what is refused, over all files.
+
+    Args:
+        used: keys of a row that have a meaning in this run.
+    """
+
+    def __init__(self, used: frozenset[str]) -> None:
+        self._used = used
+        self._plain = used | IGNORED
+        self._refused = NameCounts("other keys for which rows are refused")
+        self._unused = NameCounts("other keys are not used")
+        self._remarks = NameCounts("other remarks")
+        self._lacks: dict[str, str] = {}  # by missing key and keys of the row; looking for a suggestion takes its time
+
+    def add_row(self, row: dict[str, Any], num_images: int, path: str, place: object) -> None:
+        """Counts the keys of a row and of its turns, each once."""
+        refused, unused = self._of_row(row, num_images)
+        for name in ("conversations", "chosen", "rejected"):
+            turns = row.get(name)
+            for turn in turns if isinstance(turns, list) else [turns]:
+                if isinstance(turn, dict) and turn.keys() != LLAVA_TURN and turn.keys() != MESSAGE_TURN:
+                    _add_turn(turn, refused, unused)
+        for found, counts in ((refused, self._refused), (unused, self._unused)):
+            for key, text in found.items():
+                if not counts.again(key):
+                    counts.add(key, text or self._not_used(key), path, place)
+
+    def remark(self, text: str, path: str, place: object, unit: str = "sample") -> None:
+        """Counts one sample, or another unit, of which ``text`` is true; data stand in the text as repr writes them."""
+        if not self._remarks.again(text):
+            self._remarks.add(text, text, path, place, unit)
+
+    def notes(self) -> list[str]:
+        """What is to be said before the start; empty if everything is used or known not to matter."""
+        return [*self._refused.notes(), *self._remarks.notes(), *self._unused.notes()]
+
+    def _of_row(self, row: dict[str, Any], num_images: int) -> tuple[dict[str, str], dict[str, str]]:
+        """What is said of a row's own keys: those that are refused, and those that are not used."""
+        texts = [self._lack(row, key) for key in self._missing(row)]
+        refused = dict(zip(texts, texts, strict=True))
+        if row.keys() <= self._plain:
+            return refused, {}
+        faults = row_faults(row, self._used, num_images)
+        refused |= {fault.key: f"refused: {fault.detail}" for fault in faults}
+        keys = (key[:MAX_KEY_CHARS] for key in unused_keys(row, self._used, num_images > 0))
+        names = islice((key for key in keys if key not in refused), MAX_DISTINCT)
+        return refused, dict.fromkeys(names, "")
+
+    def _not_used(self, key: str) -> str:
+        return f"key {key!r} is not used{did_you_mean(key, self._used)}"
+
+    def _lack(self, row: dict[str, Any], key: str) -> str:
+        looks = f"{key} {shown_keys(row)}"
+        if looks not in self._lacks:
+            if len(self._lacks) >= MAX_DISTINCT:
+                return f"refused: no key {key!r}"
+            self._lacks[looks] = f"refused: no key {key!r}{suggestion(row, key)}"
+        return self._lacks[looks]
+
+    def _missing(self, row: dict[str, Any]) -> list[str]:
+        """Keys without which a row says nothing."""
+        if "rejected" not in self._used:
+            return [key for key in ("conversations",) if key not in row]
+        wanted = [key for key in ("chosen", "rejected") if key not in row]
+        return wanted if "prompt" in row or "conversations" in row else ["conversations", *wanted]
+
+
+def _add_turn(turn: dict[str, Any], refused: dict[str, str], unused: dict[str, str]) -> None:
+    is_answer = turn.get("from", turn.get("role")) in ("gpt", "assistant")
+    for fault in turn_faults(turn, is_answer):
+        refused.setdefault(f"turn {fault.key}", f"refused: {fault.detail}")
+    for key, value in turn.items():
+        name = f"turn {key[:MAX_KEY_CHARS]}"
+        if key in TURN_KEYS or key in IGNORED_IN_TURNS or is_empty(value) or name in refused:
+            continue
+        if len(unused) < MAX_DISTINCT:
+            unused.setdefault(name, f"key {key[:MAX_KEY_CHARS]!r} of turns is not used")
+
+
+def escaped(text: str) -> str:
+    """A place in the data as one printable line of bounded length."""
+    cut = text if len(text) <= MAX_PLACE_CHARS else f"...{text[-MAX_PLACE_CHARS:]}"
+    return repr(cut)[1:-1]

@@ -1,0 +1,373 @@
+"""Token by token with a cache: what the decoder has read of an item is kept, and all its answers look at it together.
+
+In: PromptTree of each item, then one token per answer and step   Out: logits of the next tokens
+Next: rollout/engine.py
+An item has one row of keys and values: what its prompts have in common (images, as a rule), the rest of each prompt, then
+the tokens of all its answers in the order they come. A table says which answer sees which entry, so nothing is computed or
+stored twice, and a step reads every key once, whatever the number of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
+from sicog_mcore.errors import ConfigError, ConfigProblem
+from sicog_mcore.model.attention import CachedPass, PackedAttention
+from sicog_mcore.model.vlm import VisionLanguageModel
+
+ROUNDING = 64  # entries by which a cache grows, and to which the part that is looked at is rounded
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """The prompts of one item: what they begin with in common, once, then the rest of each.
+
+    Attributes:
+        tokens: int64 [s]; the first ``common`` are shared, the rests follow, one after the other.
+        common: shared tokens; every prompt has at least one of its own.
+        rests: lengths of the rests.
+        patches, grids, image_slots, visual_rows: as in EncodedSample; slots are positions in ``tokens``.
+    """
+
+    tokens: Tensor
+    common: int
+    rests: tuple[int, ...]
+    patches: Tensor
+    grids: Tensor
+    image_slots: Tensor
+    visual_rows: Tensor
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        return tuple(self.common + rest for rest in self.rests)
+
+
+def join_prompts(prompts: Sequence[EncodedSample]) -> PromptTree:
+    """Finds what the prompts of an item have in common; all of them show the same slices."""
+    first = prompts[0]
+    contents = [_content(prompt) for prompt in prompts]  # token, and the visual row in its place: [s, 2]
+    common = min(len(content) for content in contents) - 1
+    for content in contents[1:]:
+        differs = (content[:common] != contents[0][:common]).any(-1).nonzero()
+        common = min(common, int(differs[0])) if len(differs) else common
+    joined = torch.cat([contents[0][:common], *(content[common:] for content in contents)])
+    slots = (joined[:, 1] >= 0).nonzero().squeeze(-1)
+    return PromptTree(
+        tokens=joined[:, 0].contiguous(),
+        common=common,
+        rests=tuple(len(content) - common for content in contents),
+        patches=first.patches,
+        grids=first.grids,
+        image_slots=slots,
+        visual_rows=joined[slots, 1],
+    )
+
+
+def _content(prompt: EncodedSample) -> Tensor:
+    rows = torch.full_like(prompt.tokens, -1).index_copy(0, prompt.image_slots, prompt.visual_rows)
+    return torch.stack([prompt.tokens, rows], dim=-1)
+
+
+class LayerCache:
+    """Keys and values of one layer: [items, length, g, d] each."""
+
+    def __init__(self) -> None:
+        self.key = self.value = torch.empty(0)
+
+    def write(self, at: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int]) -> None:
+        """Stores entries, in a cache that is first made as long as ``shape`` says.
+
+        Args:
+            at: int64 [t] places, items one after the other.
+            key: [t, g, d]
+            value: [t, g, d]
+            shape: (items, length) of the cache.
+        """
+        self.key, self.value = self._grown(self.key, key, shape), self._grown(self.value, value, shape)
+        self.key.flatten(0, 1).index_copy_(0, at, key)
+        self.value.flatten(0, 1).index_copy_(0, at, value)
+
+    @staticmethod
+    def _grown(old: Tensor, entry: Tensor, shape: tuple[int, int]) -> Tensor:
+        if old.shape[:2] == shape:
+            return old
+        new = entry.new_zeros(
+            *shape, *entry.shape[1:]
+        )  # zeros: what is hidden is multiplied by zero, and must be finite
+        if old.numel():
+            new[:, : old.shape[1]] = old
+        return new
+
+
+@dataclass
+class _CommonPass(CachedPass):
+    """Ordinary packed attention over the common beginnings of some items, whose keys and values are kept."""
+
+    caches: Sequence[LayerCache] = ()
+    shape: tuple[int, int] = (0, 0)
+    at: Tensor | None = None  # int64 [t] place of each token in the cache
+
+    def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[t, n, d] of each sequence by itself, by the back end that training uses."""
+        assert self.at is not None
+        self.caches[core.layer_number - 1].write(self.at, key, value, self.shape)
+        return core.attend(query, key, value, self)
+
+
+@dataclass
+class _TreePass(CachedPass):
+    """Tokens that look at what is in the cache of their item.
+
+    Attributes:
+        at: int64 [t] place of each token in the cache.
+        grid: int64 [t] place of each query among [items, queries].
+        items: int64 [i] items that are looked at; None for all.
+        visible: bool [i, queries, seen].
+        mask: the same for all heads of a key, made by the first layer.
+    """
+
+    caches: Sequence[LayerCache] = ()
+    shape: tuple[int, int] = (0, 0)
+    at: Tensor | None = None
+    grid: Tensor | None = None
+    items: Tensor | None = None
+    visible: Tensor | None = None
+    mask: Tensor | None = None
+
+    def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[t, n, d]. Heads that share a key stand beside each other as further queries, so each key is read once."""
+        assert self.at is not None and self.grid is not None and self.visible is not None
+        cache = self.caches[core.layer_number - 1]
+        cache.write(self.at, key, value, self.shape)
+        num_items, queries, seen = self.visible.shape
+        groups, heads, d = key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
+        if self.mask is None:
+            self.mask = self.visible.repeat(1, heads, 1)[:, None]  # [i, 1, heads * queries, seen]
+        keys, values = (x[:, :seen] if self.items is None else x[self.items, :seen] for x in (cache.key, cache.value))
+        padded = query.new_zeros(num_items * queries, *query.shape[1:]).index_copy(0, self.grid, query)
+        grouped = padded.view(num_items, queries, groups, heads, d).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(
+            grouped,  # [i, g, heads * queries, d]
+            keys.transpose(1, 2),  # [i, g, seen, d]
+            values.transpose(1, 2),
+            attn_mask=self.mask,
+            scale=core.softmax_scale,
+        )
+        out = out.view(num_items, groups, heads, queries, d).permute(0, 3, 1, 2, 4).reshape(padded.shape)
+        return out.index_select(0, self.grid)
+
+
+class CachedDecoder:
+    """A model that reads prompts once and then answers token by token.
+
+    Rows are answers: row ``item * answers + number``. An item's place may be given to another at any time. All
+    tensor-parallel ranks must make the same calls.
+
+    Args:
+        model: the only chunk of a model without pipeline stages.
+        items: places for items.
+        answers: most answers of an item.
+
+    Raises:
+        ConfigError: the model is cut into pipeline stages.
+    """
+
+    def __init__(self, model: VisionLanguageModel, items: int, answers: int):
+        if not (model.pre_process and model.post_process):
+            fix = "set it to 1 for generation; checkpoints of any layout load"
+            size = model.config.pipeline_model_parallel_size
+            raise ConfigError([ConfigProblem("parallel.pipeline", size, "generation needs whole models", fix)])
+        self._model = model
+        self._items, self._answers = items, answers
+        self._device = next(model.parameters()).device
+        self._caches = [LayerCache() for _ in range(model.config.num_layers)]
+        self._length = 0  # of the caches
+        self._filled = [0] * items  # entries of each item
+        self._position = [0] * (items * answers)  # of the next token of each row
+        self._visible = torch.zeros(items, answers, 0, dtype=torch.bool, device=self._device)
+
+    @torch.no_grad()
+    def read(self, items: Sequence[int], trees: Sequence[PromptTree], uses: Sequence[Sequence[int]]) -> Tensor:
+        """Reads the prompts of new items.
+
+        Args:
+            items: the places they get.
+            trees: their prompts.
+            uses: for each item the prompt of each of its answers.
+
+        Returns:
+            fp32 [rows, v]: for every answer of every item the logits of its first token.
+        """
+        self._reserve(max(len(tree.tokens) for tree in trees))
+        batch = _pack(trees, self._model.model_config.resampler.queries, self._device)
+        embeddings = self._model.embed(batch)  # [t, 1, h]
+        self._read_common(items, trees, embeddings)
+        hidden = self._read_rests(items, trees, embeddings)
+        last, done = [], 0
+        for item, tree, prompts in zip(items, trees, uses, strict=True):
+            self._admit(item, tree, prompts)
+            ends = torch.tensor(tree.rests).cumsum(0) - 1 + done
+            last.append(ends[list(prompts)])
+            done += sum(tree.rests)
+        return self._logits(hidden, torch.cat(last).to(self._device))
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One more token for each of these rows.
+
+        Args:
+            rows: distinct.
+            tokens: as many.
+
+        Returns:
+            fp32 [len(rows), v] logits of the tokens after these.
+        """
+        self._reserve(max(self._filled[row // self._answers] for row in rows) + self._answers)
+        places, positions = [], []
+        for row in rows:
+            item = row // self._answers
+            places.append(self._filled[item])
+            positions.append(self._position[row])
+            self._filled[item] += 1
+            self._position[row] += 1
+        seen = _rounded(max(places) + 1)
+        numbers = torch.tensor([[*rows], places, positions, [*tokens]]).to(self._device)  # one copy to the device
+        grid, place, position, token = numbers.unbind(0)
+        self._visible.flatten(0, 1).index_put_((grid, place), torch.tensor(True, device=self._device))
+        plan = _TreePass(
+            qkv_format="sbhd",
+            max_seqlen_q=_rounded(max(positions) + 1),
+            caches=self._caches,
+            shape=(self._items, self._length),
+            at=grid // self._answers * self._length + place,
+            grid=grid,
+            visible=self._visible[:, :, :seen],
+        )
+        embeddings = self._model.language_model.embedding(token[None], position[None])
+        hidden = self._model.language_model(embeddings, position, plan)
+        return self._logits(hidden, torch.arange(len(rows), device=self._device))
+
+    def _read_common(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> None:
+        lengths = [tree.common for tree in trees]
+        starts = torch.tensor([0, *(len(tree.tokens) for tree in trees)]).cumsum(0)[:-1].tolist()
+        rows = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+        if not len(rows):
+            return
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
+        borders = torch.tensor([0, *(n for n in lengths if n)]).cumsum(0).to(torch.int32)
+        plan = _CommonPass(
+            qkv_format="sbhd",
+            cu_seqlens_q=borders.to(self._device),
+            cu_seqlens_kv=borders.to(self._device),
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            caches=self._caches,
+            shape=(self._items, self._length),
+            at=self._places(items, lengths) + positions,
+        )
+        self._model.language_model(embeddings[rows.to(self._device)], positions, plan)
+
+    def _read_rests(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> Tensor:
+        lengths = [sum(tree.rests) for tree in trees]
+        starts = torch.tensor([0, *(len(tree.tokens) for tree in trees)]).cumsum(0)[:-1].tolist()
+        own = [torch.arange(tree.common, len(tree.tokens)) for tree in trees]  # places in the item's cache
+        rows = torch.cat([start + places for start, places in zip(starts, own, strict=True)]).to(self._device)
+        positions = torch.cat([tree.common + _restarting(tree.rests) for tree in trees]).to(self._device)
+        seen, queries = _rounded(max(len(tree.tokens) for tree in trees)), max(lengths)
+        plan = _TreePass(
+            qkv_format="sbhd",
+            max_seqlen_q=_rounded(max(max(tree.prompt_lengths) for tree in trees)),
+            caches=self._caches,
+            shape=(self._items, self._length),
+            at=self._places(items, lengths) + torch.cat(own).to(self._device),
+            grid=torch.cat([i * queries + torch.arange(n) for i, n in enumerate(lengths)]).to(self._device),
+            items=torch.tensor(list(items), device=self._device),
+            visible=torch.stack([_visible_to_rests(tree, queries, seen) for tree in trees]).to(self._device),
+        )
+        return self._model.language_model(embeddings[rows], positions, plan)
+
+    def _places(self, items: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Where each item's cache begins, once for every token: int64 [sum of lengths]."""
+        first = torch.tensor(list(items)) * self._length
+        return first.repeat_interleave(torch.tensor(list(lengths))).to(self._device)
+
+    def _admit(self, item: int, tree: PromptTree, prompts: Sequence[int]) -> None:
+        """What the answers of an item see before their first token."""
+        self._filled[item] = len(tree.tokens)
+        self._visible[item] = False
+        self._visible[item, :, : tree.common] = True
+        for number, prompt in enumerate(prompts):
+            start = tree.common + sum(tree.rests[:prompt])
+            self._visible[item, number, start : start + tree.rests[prompt]] = True
+            self._position[item * self._answers + number] = tree.prompt_lengths[prompt]
+
+    def _reserve(self, length: int) -> None:
+        """Makes room for items of this length; each layer's cache follows when it is written to."""
+        if length > self._length:
+            self._length = _rounded(max(length, self._length + self._length // 2))
+            added = self._length - self._visible.shape[2]
+            self._visible = F.pad(self._visible, (0, added))
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        cut = self._model.language_model.project(hidden, rows)  # [r, 1, v / tensor]
+        return gather_from_tensor_model_parallel_region(cut, group=self._model.groups.tp)[:, 0].float()
+
+
+@torch.no_grad()
+def prompt_embeddings(model: VisionLanguageModel, trees: Sequence[PromptTree]) -> list[list[Tensor]]:
+    """What the decoder reads of every prompt of every item, for another engine: [s, h] each, images encoded once."""
+    device = next(model.parameters()).device
+    embeddings = model.embed(_pack(trees, model.model_config.resampler.queries, device))[:, 0]  # [t, h]
+    found = []
+    for tree, rows in zip(trees, embeddings.split([len(tree.tokens) for tree in trees]), strict=True):
+        common, *rests = rows.split([tree.common, *tree.rests])
+        found.append([torch.cat([common, rest]) for rest in rests])
+    return found
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ROUNDING) * ROUNDING
+
+
+def _restarting(lengths: Sequence[int]) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def _visible_to_rests(tree: PromptTree, queries: int, seen: int) -> Tensor:
+    """Each prompt's rest sees what is common and itself, causally: bool [queries, seen]."""
+    visible = torch.zeros(queries, seen, dtype=torch.bool)
+    visible[: sum(tree.rests), : tree.common] = True
+    start = 0
+    for length in tree.rests:
+        block = torch.ones(length, length, dtype=torch.bool).tril()
+        visible[start : start + length, tree.common + start : tree.common + start + length] = block
+        start += length
+    return visible
+
+
+def _pack(trees: Sequence[PromptTree], queries: int, device: torch.device) -> PackedBatch:
+    """All trees as one batch, for what ``embed`` needs of it; a slice has ``queries`` visual tokens."""
+    lengths = [len(tree.tokens) for tree in trees]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    slices = torch.tensor([0, *(len(tree.grids) for tree in trees)]).cumsum(0)
+    tokens = torch.cat([tree.tokens for tree in trees])
+    return PackedBatch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORED_LABEL),
+        positions=_restarting(lengths),
+        cu_seqlens=starts.to(torch.int32),
+        patches=torch.cat([tree.patches for tree in trees]),
+        grids=torch.cat([tree.grids for tree in trees]),
+        image_slots=torch.cat([tree.image_slots + starts[i] for i, tree in enumerate(trees)]),
+        visual_rows=torch.cat([tree.visual_rows + queries * slices[i] for i, tree in enumerate(trees)]),
+        num_tokens=len(tokens),
+        num_images=0,
+        sample_ids=(),
+    ).to(device)

@@ -1,0 +1,135 @@
+"""A checkpoint as a model that answers, under any layout without pipeline stages.
+
+In: the output folder of a run, or one of its ``step_N`` folders   Out: Loaded   Next: engine.py
+Sizes, tokenizer and template come from the checkpoint itself; nothing else of the run that wrote it takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sicog_mcore.build import Build, build_chunks, plan_build
+from sicog_mcore.checkpoint import commit
+from sicog_mcore.checkpoint.parts import read_experiment
+from sicog_mcore.checkpoint.store import STATE
+from sicog_mcore.checkpoint.weights import import_init
+from sicog_mcore.config import Experiment, InitConfig, ParallelConfig
+from sicog_mcore.data.tokenizer import find_tokenizer_file
+from sicog_mcore.data.tokenizer_files import tokenizer_notes
+from sicog_mcore.errors import CheckpointError, ConfigError, ConfigProblem
+from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
+
+Precision = Literal["bf16", "fp32"]
+CHECKPOINTS = "checkpoints"
+# Replicas have different amounts to do and wait for each other only at the end.
+TIMEOUT_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known before any process joins another.
+
+    Attributes:
+        folder: ``step_N``.
+        fingerprint: of its files.
+        experiment: as the run had it, with the layout and precision that were asked for.
+    """
+
+    folder: Path
+    fingerprint: str
+    experiment: Experiment
+
+
+def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = None, tokenizer: str = "") -> Checkpoint:
+    """Finds a checkpoint and reads what it says about itself; no weight is read.
+
+    Args:
+        path: output folder of a run (its newest checkpoint counts) or a ``step_N`` folder.
+        tensor: ranks that share the model.
+        precision: of the computation; None for that of the run.
+        tokenizer: another place of the tokenizer; empty for the one of the run.
+
+    Raises:
+        CheckpointError: there is none, or another version wrote it.
+        ConfigError: its tokenizer is not where it was.
+    """
+    folder = _find(path)
+    saved = read_experiment(folder)
+    data = replace(saved.data, tokenizer=tokenizer or saved.data.tokenizer, sources=())
+    if find_tokenizer_file(data.tokenizer) is None:
+        problem = "holds no tokenizer"
+        raise ConfigError([ConfigProblem("tokenizer", data.tokenizer, problem, "say where it is with --tokenizer")])
+    experiment = replace(
+        saved,
+        data=data,
+        parallel=ParallelConfig(tensor=tensor, timeout_s=TIMEOUT_S),
+        train=replace(
+            saved.train,
+            precision=precision or saved.train.precision,
+            recompute_decoder="none",
+            recompute_tower="none",
+            attention="auto",
+        ),
+        init=InitConfig(checkpoint=str(folder)),
+    )
+    return Checkpoint(folder, commit.fingerprint(folder), experiment)
+
+
+def _find(path: Path) -> Path:
+    steps = commit.committed_steps(path / CHECKPOINTS)
+    folder = commit.step_folder(path / CHECKPOINTS, steps[-1]) if steps else path
+    if not (folder / STATE).is_file() or not (folder / commit.MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} is no checkpoint of ours; give the output folder of a run or one of its {CHECKPOINTS}/step_N "
+            "folders (tools/convert.py turns other weights into one)"
+        )
+    return folder
+
+
+@contextmanager
+def joined(
+    checkpoint: Checkpoint, world_size: int, init_method: str = "", rank: int = 0, output: str = ""
+) -> Iterator[tuple[Build, Topology]]:
+    """Checks the layout, joins the other ranks, and leaves them at the end.
+
+    Args:
+        init_method: see ``start_topology``; empty under torchrun and in a single process.
+        output: folder for the stacks of ranks that wait in vain.
+
+    Raises:
+        MachineError: a rank is missing, or was lost.
+        ConfigError: the ranks cannot be shared out, or Megatron refuses the layout.
+    """
+    parallel = checkpoint.experiment.parallel
+    if world_size % parallel.tensor:
+        problem = f"does not divide the {world_size} ranks"
+        raise ConfigError([ConfigProblem("tensor", parallel.tensor, problem, "start as many ranks, or a multiple")])
+    build = plan_build(checkpoint.experiment)
+    topology = start_topology(parallel, checkpoint.experiment.train.seed, init_method, rank, world_size, output)
+    try:
+        topology.watch.beat("generation")
+        with topology.watch.explaining():
+            yield build, topology
+    finally:
+        stop_topology()
+
+
+def load_model(build: Build, topology: Topology, notice: Callable[[str], None] = lambda _: None) -> VisionLanguageModel:
+    """This rank's part of the model, with the checkpoint's weights.
+
+    Args:
+        notice: is told what is to be said of weights and tokenizer.
+
+    Raises:
+        CheckpointError: on every rank alike.
+    """
+    (model,) = chunks = build_chunks(build, topology)
+    of_tokenizer = tokenizer_notes(build.experiment.data) if topology.is_main else []
+    for line in [*import_init(chunks, build.experiment, topology), *of_tokenizer]:
+        notice(line)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,166 @@
+"""How well a checkpoint predicts given answers: the loss of training, forward only, per sample.
+
+In: an Experiment whose ``init`` names the weights, its rows   Out: per sample the loss and the tokens it was taken over
+Next: launch/perplexity.py. Packing, forward pass and loss are the trainer's own, under any tensor and pipeline layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sicog_mcore.build import build_chunks, plan_build
+from sicog_mcore.checkpoint.weights import import_init
+from sicog_mcore.config import Experiment
+from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.encode import Encoder
+from sicog_mcore.data.loader import PackBuilder, WindowPlanner
+from sicog_mcore.data.packing import PackPlan
+from sicog_mcore.data.quarantine import Rejection
+from sicog_mcore.data.resume import EpochRows
+from sicog_mcore.data.sources import open_sources
+from sicog_mcore.data.tokenizer_files import tokenizer_notes
+from sicog_mcore.errors import ConfigError, ConfigProblem
+from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
+from sicog_mcore.parallel.topology import Topology
+from sicog_mcore.train.reference import owners
+from sicog_mcore.train.step import Log, run_schedule
+
+PACKS_AT_ONCE = 8  # micro-batches of one pass through the pipeline
+SUMS = "segment_sums"
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """What a sample costs.
+
+    Attributes:
+        loss_sum: cross entropy summed over the tokens of its answers, in nats.
+        tokens: supervised ones, the end of each answer among them.
+    """
+
+    id: str
+    loss_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """All rows: measured, or refused with a reason; both by id. ``notes`` say what of files and rows is not used."""
+
+    samples: tuple[SampleLoss, ...]
+    refused: tuple[Rejection, ...]
+    notes: tuple[str, ...] = ()
+
+
+def segment_sums(batch: PackedBatch, losses: Tensor) -> Tensor:
+    """Loss and number of supervised tokens of each segment of a batch, padding included.
+
+    Args:
+        losses: fp32 [t_s] of the supervised positions.
+
+    Returns:
+        fp64 [2, n]
+    """
+    segments = torch.arange(len(batch.cu_seqlens) - 1, device=losses.device)
+    belongs = owners(batch, supervised_rows(batch.labels)) == segments[:, None]  # [n, t_s]
+    return torch.stack([(losses.double() * belongs).sum(-1), belongs.double().sum(-1)])
+
+
+def measure_losses(experiment: Experiment, topology: Topology) -> Losses:
+    """Asks the model that ``experiment.init`` names for every row, each exactly once. Collective; equal on all ranks.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+        ConfigError: the rows cannot be opened.
+    """
+    build = plan_build(experiment)
+    chunks = build_chunks(build, topology)
+    said = import_init(chunks, experiment, topology)
+    said += tokenizer_notes(experiment.data) if topology.is_main else []
+    packs, refused = _plan(experiment, topology)
+    mine = packs[topology.data_rank :: topology.data_size]
+    source = PackSource(experiment, mine) if topology.loads_data else None
+    distributor = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), source)
+    sums: list[Tensor] = []
+    for start in range(0, len(mine), PACKS_AT_ONCE):
+        batches = [next(distributor) for _ in mine[start : start + PACKS_AT_ONCE]]
+        sums += _ask(chunks, build.decoder, topology, batches)
+    measured = [
+        SampleLoss(name, loss, int(tokens))
+        for ids, batch_sums in zip(source.ids if source else (), sums, strict=False)
+        for name, loss, tokens in zip(ids, *batch_sums.tolist(), strict=False)  # the padded tail has no id
+    ]
+    parts = topology.gather_objects((measured, source.refused if source else []))
+    samples = sorted((sample for part, _ in parts for sample in part), key=lambda sample: sample.id)
+    refused += [rejection for _, part in parts for rejection in part]
+    said += [f"data: {note}" for note in source.notes] if source else []
+    return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)), tuple(said))
+
+
+class PackSource:
+    """The packs of one model copy, decoded one after the other.
+
+    Attributes:
+        ids: sample ids of each pack that was handed out.
+        notes: what is to be said of the data.
+        refused: samples of these packs whose pixels turned out to be unusable.
+    """
+
+    ends_step = True
+
+    def __init__(self, experiment: Experiment, packs: Sequence[PackPlan]):
+        samples = open_sources(experiment.data.sources, experiment.data)
+        encoder = Encoder(experiment.model, experiment.data)
+        self.notes = samples.notes
+        self.ids: list[tuple[str, ...]] = []
+        self.refused: list[Rejection] = []
+        self._packs = iter(packs)
+        self._builder = PackBuilder(EpochRows(samples), encoder, experiment.model, experiment.data)
+
+    def __next__(self) -> PackedBatch:
+        batch, refused = self._builder[next(self._packs)]
+        self.ids.append(batch.sample_ids)
+        self.refused += refused
+        return batch
+
+
+def _plan(experiment: Experiment, topology: Topology) -> tuple[list[PackPlan], list[Rejection]]:
+    """All packs and the rows that cannot be used: rank 0 reads texts and image headers, for all ranks."""
+    plan: Any = _plan_here(experiment) if topology.is_main else None
+    plan = topology.broadcast_object(plan)
+    if isinstance(plan, list):
+        raise ConfigError(plan)
+    return plan
+
+
+def _plan_here(experiment: Experiment) -> tuple[list[PackPlan], list[Rejection]] | list[ConfigProblem]:
+    try:
+        samples = open_sources(experiment.data.sources, experiment.data)
+    except ConfigError as error:
+        return error.problems
+    encoder = Encoder(experiment.model, experiment.data)
+    planner = WindowPlanner(EpochRows(samples), encoder, experiment.data, experiment.train.seed)
+    windows = [planner.plan(0, window) for window in range(planner.num_windows(0))]
+    refused = [rejection for window in windows for rejection in window.rejected.values()]
+    return [pack for window in windows for pack in window.packs], refused
+
+
+def _ask(chunks: Sequence[Any], config: Any, topology: Topology, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    """fp64 [2, n] of each batch, on all ranks of the model copy."""
+    sizes = [len(batch.cu_seqlens) - 1 for batch in batches]
+    logs = run_schedule(chunks, config, topology, batches, _log_sums, forward_only=True)
+    flat = torch.zeros(2, sum(sizes), dtype=torch.float64, device=topology.device)
+    if logs and topology.tensor_rank == 0:  # only the last stage has logs
+        flat += torch.cat([log[SUMS] for log in logs], dim=1)
+    return list(topology.sum_over_copy(flat).cpu().split(sizes, dim=1))
+
+
+def _log_sums(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, Log]:
+    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return losses.sum(), count, {SUMS: segment_sums(batch, losses)}
