@@ -1,6 +1,7 @@
 """Answers in steps: how they are written for training, and how they are read back from what a model wrote.
 
-In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read   Next: annotator.py, agreement.py
+In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read
+Next: annotator.py, agreement.py
 Reading is tolerant in form (markup, blank lines, titles) and strict in content: each step once, in order, with text.
 Problems: no_steps, step_unknown, step_doubled, step_missing, step_order, step_empty, think_not_closed.
 """

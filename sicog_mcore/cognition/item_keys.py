@@ -1,6 +1,7 @@
 """Keys of a row that its reader does not use: harmless, unknown, or holding what would be lost without a word.
 
-In: a row, the keys that are used   Out: UnreadKeys; counts for the user   Next: generation/items.py, annotation/annotated_rows.py
+In: a row, the keys that are used   Out: UnreadKeys; counts for the user
+Next: generation/items.py, annotation/annotated_rows.py
 A picture, film or sound that is not read is known by its key (`images`, `img_path`, `video`), by its value (`cat.jpg`,
 `data:image/...`), or by a tag in the text (`<img>`, `<video>`), so that no list of keys has to be complete.
 """

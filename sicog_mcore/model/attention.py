@@ -40,7 +40,7 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
 
 
 class CachedPass(PackedSeqParams):
-    """A forward pass that fills or reads a cache of keys and values, see rollout/kv_cache.py; takes the place of the borders."""
+    """A forward pass that fills or reads a KV cache (rollout/kv_cache.py); it stands where the borders stand otherwise."""
 
     def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer.

@@ -1,6 +1,7 @@
 """Images on disk to what they are recognised by: those of the items, and those that evaluation owns.
 
-In: paths inside the folder of images; files, folders or TSV files of evaluation images   Out: ImageMark   Next: curated_round.py
+In: paths inside the folder of images; files, folders or TSV files of evaluation images   Out: ImageMark
+Next: curated_round.py
 An evaluation image that cannot be decoded is still known by its bytes. A source of evaluation images that has none is an
 error: silence would let them into the training data.
 """

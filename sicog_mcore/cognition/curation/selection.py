@@ -1,6 +1,7 @@
 """Which items are kept: first each by itself, then with a view to the evaluation images, to each other, and to the mix.
 
-In: Curation   Out: Selection: for every item None, or the Drop that says why not   Next: curated_round.py (writes what is kept)
+In: Curation   Out: Selection: for every item None, or the Drop that says why not
+Next: curated_round.py (writes what is kept)
 Of items that are alike the one with the best agreement stays, and of equals the one with the first id. Images are compared
 among items that were asked the same; texts by what scoring compared, together with the item's question if it was asked.
 """

@@ -1,8 +1,8 @@
 """Candidates for every item: asks the engine, commits each record as it is done, and puts them in order at the end.
 
 In: GenerationOptions   Out: ``generations.jsonl`` in the order of the items   Next: agreement.py
-Items are dealt out to the copies of the model; each writes a part of its own (record_parts.py). The bytes of the result depend on
-the inputs alone: not on ranks, batches, or how often the run was killed.
+Items are dealt out to the copies of the model; each writes a part of its own (record_parts.py). The bytes of the result
+depend on the inputs alone: not on ranks, batches, or how often the run was killed.
 """
 
 from __future__ import annotations

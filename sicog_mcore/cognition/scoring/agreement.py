@@ -1,6 +1,7 @@
 """Which candidate the others agree with most (minimum Bayes risk), and how far they agree.
 
-In: Generation per item, maybe of further views of its image   Out: Scores per item, in the same order   Next: curated_round.py
+In: Generation per item, maybe of further views of its image   Out: Scores per item, in the same order
+Next: curated_round.py
 Only final clauses are compared: whole answers in two styles that say the same are little alike (MiniLM: 0.66), and chains of
 steps are much alike even if a digit is wrong in one of them (0.9). So a threshold belongs to an embedder and a style. And
 agreement is not truth: candidates that share a mistake agree perfectly, and a negation is 0.66 like what it denies.
