@@ -1,7 +1,8 @@
 """Near-duplicates of texts and of images, found exactly: of all that is alike, the first stays.
 
 In: texts, or bytes of images, best first   Out: for each None, or the number of the kept one that it repeats
-Next: curated_round.py. What stays depends on the order by merit alone, never on the order of files, and everything dropped is
+Next: curated_round.py
+What stays depends on the order by merit alone, never on the order of files, and everything dropped is
 like something kept. Not found: a picture that was mirrored, turned or cropped, a text in other words.
 """
 
