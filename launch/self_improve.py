@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sicog_mcore.cognition.loop import console as loop_console
+from sicog_mcore.cognition.loop import loop_console
 from sicog_mcore.cognition.loop.loop_config import read_loop
 from sicog_mcore.cognition.loop.runner import StepRunner, interruptible
 from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, Planned, write_json

@@ -70,6 +70,8 @@ def test_the_check_of_types_sees_a_violation() -> None:
 
 
 def test_the_check_of_named_files_sees_a_violation() -> None:
-    tree = ast.parse('"""Next: loop.py, data/rows.py, here.py, `*.py`, a/{b,c}.py"""\ndef f():\n    """See gone/rows.py."""')
+    tree = ast.parse(
+        '"""Next: loop.py, data/rows.py, here.py, `*.py`, a/{b,c}.py"""\ndef f():\n    """See gone/rows.py."""'
+    )
     known = [Path("sicog_mcore/data/rows.py"), Path("here.py")]
     assert missing_files(Path("x.py"), tree, known) == ["x.py: loop.py", "x.py: gone/rows.py"]
