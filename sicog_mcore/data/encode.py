@@ -31,11 +31,15 @@ TEXT = -1  # in _Stream.rows: this position is no visual token
 
 @dataclass(frozen=True)
 class Measured:
-    """What a sample takes of the budgets: tokens with visual ones, of both conversations of a pair; slices once."""
+    """What a sample takes of the budgets: tokens with visual ones, of both conversations of a pair; slices once.
+
+    ``attention`` is the sum of the squared lengths of the conversations.
+    """
 
     id: str
     num_tokens: int
     num_slices: int
+    attention: int
     is_truncated: bool
 
 
@@ -81,8 +85,10 @@ class Encoder:
         """
         plans = [self._plan(read_bytes(image)) for image in sample.images]
         full = [self._write(chat, plans) for chat in self._tokenize(sample)]
-        length, fitted = _length(full), _length(self._fit(full))
-        return Measured(sample.id, fitted, _num_slices(plans), fitted < length)
+        streams = self._fit(full)
+        fitted = _length(streams)
+        attention = sum(len(stream.tokens) ** 2 for stream in streams)
+        return Measured(sample.id, fitted, _num_slices(plans), attention, fitted < _length(full))
 
     def encode(self, sample: Sample) -> EncodedSample:
         """The sample with its pixels cut into patches; as many tokens and slices as ``measure`` says.

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sicog_mcore.config import Experiment
+from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.fingerprint import (
+    ORDER_SETTINGS,
     DataMark,
     FileMark,
     describe_appended,
@@ -20,7 +22,9 @@ from sicog_mcore.data.fingerprint import (
     describe_settings,
     find_prefixes,
 )
+from sicog_mcore.data.measure_rows import measure_rows
 from sicog_mcore.data.pairs import build_pair
+from sicog_mcore.data.row_sizes import RowSizes
 from sicog_mcore.data.rows import build_sample
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import IndexedFile, SampleIndex, Source, index_sources, new_survey
@@ -69,16 +73,30 @@ class EpochRows:
 
     Attributes:
         all: every row that there is.
+        sizes: of these; None where nothing is planned, as in the processes that decode.
         earlier: rows of ``epoch``; None if that has all rows too.
+        earlier_sizes: of these.
         epoch: the one that ``earlier`` is meant for.
     """
 
     all: SampleIndex
+    sizes: RowSizes | None = None
     earlier: SampleIndex | None = None
+    earlier_sizes: RowSizes | None = None
     epoch: int = 0
 
     def of(self, epoch: int) -> SampleIndex:
         return self.earlier if self.earlier is not None and epoch == self.epoch else self.all
+
+    def sizes_of(self, epoch: int) -> RowSizes:
+        """The sizes of an epoch's rows."""
+        sizes = self.sizes if self.of(epoch) is self.all else self.earlier_sizes
+        assert sizes is not None, "rows are measured before anything is planned"
+        return sizes
+
+    def without_sizes(self) -> EpochRows:
+        """The same rows where nothing is planned: a decoding process needs no copy of the sizes."""
+        return replace(self, sizes=None, earlier_sizes=None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class OpenRows:
 
     def from_the_start(self) -> OpenRows:
         """The same rows, none of them consumed."""
-        return OpenRows(EpochRows(self.rows.all), self.mark)
+        return OpenRows(EpochRows(self.rows.all, self.rows.sizes), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
@@ -129,7 +147,8 @@ def open_rows(experiment: Experiment) -> OpenRows:
         ConfigError: they cannot be opened.
     """
     files, said = _index(experiment)
-    return OpenRows(EpochRows(_join(files, experiment, said)), DataMark.of(experiment, files))
+    samples = _join(files, experiment, said)
+    return OpenRows(EpochRows(samples, _measure(samples, experiment)), DataMark.of(experiment, files))
 
 
 def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[str, Any]) -> OpenRows:
@@ -145,11 +164,14 @@ def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[st
     """
     files, said = _index(experiment)
     now = DataMark.of(experiment, files)
-    opened = OpenRows(EpochRows(_join(files, experiment, said)), now, start=position)
+    samples = _join(files, experiment, said)
+    opened = OpenRows(EpochRows(samples, _measure(samples, experiment)), now, start=position)
     if not saved:
         return replace(opened, notes=(NOT_COMPARED,))
     before = _marks(saved["files"])
-    changes = describe_settings(saved["settings"], now.settings)
+    # An epoch can begin in any order.
+    free = () if position.is_inside else ORDER_SETTINGS
+    changes = describe_settings(saved["settings"], now.settings, free)
     places = find_prefixes(before, files)
     if changes or places is None:
         return _start_epoch(opened, [*changes, *describe_files(before, files)], saved["rows_left"], experiment)
@@ -160,7 +182,10 @@ def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[st
     if appended:
         notes = (f"rows were appended since the checkpoint: {'; '.join(appended)}; {_joining(position, begun_with)}",)
     if position.is_inside and _num_rows(begun_with) != len(opened.rows.all):
-        rows = EpochRows(opened.rows.all, _join_first(files, experiment, begun_with), position.epoch)
+        earlier = _join_first(files, experiment, begun_with)
+        rows = replace(
+            opened.rows, earlier=earlier, earlier_sizes=_measure(earlier, experiment), epoch=position.epoch
+        )
         opened = replace(opened, rows=rows, begun_with=begun_with)
     return replace(opened, notes=notes)
 
@@ -198,6 +223,10 @@ def _index(experiment: Experiment) -> tuple[list[IndexedFile], list[str]]:
     build = build_pair if experiment.objective == "dpo" else build_sample
     survey = new_survey(build)
     return index_sources(experiment.data.sources, survey, build), survey.notes()
+
+
+def _measure(samples: SampleIndex, experiment: Experiment) -> RowSizes:
+    return measure_rows(samples, Encoder(experiment.model, experiment.data))
 
 
 def _join(files: Sequence[IndexedFile], experiment: Experiment, said: Sequence[str]) -> SampleIndex:

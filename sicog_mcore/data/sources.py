@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.preflight import SHARD, check_source, is_lines
+from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.row_keys import PAIR_KEYS, ROW_KEYS
 from sicog_mcore.data.row_survey import RowSurvey, escaped
 from sicog_mcore.data.rows import (
@@ -38,7 +39,7 @@ from sicog_mcore.data.rows import (
     read_range,
 )
 from sicog_mcore.data.sample import Sample
-from sicog_mcore.data.shards import ShardDamaged, index_shard
+from sicog_mcore.data.shards import ShardDamaged, ShardFile, index_shard
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
 MAX_SUFFIX_CHARS = 20  # as shown in notes
@@ -86,6 +87,7 @@ class SampleIndex:
         self._repeated = np.flatnonzero(first_of_row != np.arange(len(hashes)))  # ascending rows
         self._repeats = first_of_row[self._repeated]  # the earlier row with the same id, for each of them
         self.notes = (*self._repetition_notes(), *notes)
+        self.faults: dict[int, tuple[str, str, str]] = {}  # by row: id, reason and detail, as far as they are known
 
     def __len__(self) -> int:
         return int(self._borders[-1])
@@ -110,6 +112,24 @@ class SampleIndex:
         """``file:line`` or ``shard.tar:key`` of a row."""
         source, local = self._locate(row)
         return source.origin(local)
+
+    def rejection(self, row: int, epoch: int) -> Rejection:
+        """Why a row that is known to be bad cannot be used; no file is opened.
+
+        Args:
+            epoch: pass over the data in which it was met.
+        """
+        sample_id, reason, detail = self.faults[row]
+        return Rejection(sample_id, self.origin(row), reason, detail, epoch)
+
+    def shards(self, block_rows: int) -> NDArray[np.int64]:
+        """Borders of what is read in one go: whole tar files, blocks of ``block_rows`` rows of other files."""
+        parts = [np.zeros(1, np.int64)]
+        for source, start, stop in zip(self._sources, self._borders[:-1], self._borders[1:], strict=True):
+            is_tar = isinstance(getattr(source, "source", source), ShardFile)  # or the first rows of one
+            inner = () if is_tar else range(int(start) + block_rows, int(stop), block_rows)
+            parts.append(np.array([*inner, stop], np.int64))
+        return np.unique(np.concatenate(parts))
 
     def _repetition_notes(self) -> list[str]:
         """Whether rows are about to be left out because their ids are not their own."""

@@ -17,13 +17,13 @@ import torch
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.data.loader import Loader
-from sicog_mcore.data.packing import PackPlan
+from sicog_mcore.data.plan import PackPlan
 from sicog_mcore.data.quarantine import Quarantine, Rejection
 from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_rows
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError, writing
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.train.flops import WorkCounts
+from sicog_mcore.train.flops import WorkCounts, pack_cost
 from sicog_mcore.train.metrics import drop_steps_from
 
 CONSUMED = "consumed-{}.jsonl"
@@ -57,6 +57,7 @@ class CountingLoader:
             opened.start,
             pin_memory=topology.device.type == "cuda",
             opened=opened,
+            cost=pack_cost(experiment.model, experiment.optim.freeze),
         )
         self._opened = opened
         self._counts = WorkCounts()
