@@ -1,8 +1,8 @@
 """Which packs make an optimiser step, and which replica computes which of them.
 
 In: PackPlans in the order of the stream   Out: the steps, one replica's share of each   Next: loader.py
-The packs of a step are the same for any number of replicas. Only who computes which depends on it: every replica gets equally
-many, and about equally much work. All replicas deal alike from the same plans, so nothing is communicated.
+The packs of a step are the same for any number of replicas. Only who computes which depends on it: every replica gets
+equally many, and about equally much work. All replicas deal alike from the same plans, so nothing is communicated.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ GOOD_ENOUGH = 1.01  # times the least possible number of packs, above which best
 PACK_BITS = 32
 
 
-
 class PackBudgets(NamedTuple):
     """Most tokens and most slices of a pack."""
 
@@ -76,7 +75,9 @@ def best_fit(num_tokens: Integers, num_slices: Integers, budgets: PackBudgets) -
     return packs
 
 
-def _trade(num_tokens: Integers, num_slices: Integers, attention: Integers, budgets: PackBudgets, least: float) -> Integers:
+def _trade(
+    num_tokens: Integers, num_slices: Integers, attention: Integers, budgets: PackBudgets, least: float
+) -> Integers:
     """Packs of nearly equal size; samples that some of them cannot hold after all go to gaps, or to further packs."""
     num_packs = int(np.ceil(least * (1 + SPARE)))
     packs = deal_and_trade((num_tokens, num_slices, attention), num_packs, budgets.tokens)

@@ -66,6 +66,10 @@ class FirstRows:
     def origin(self, row: int) -> str:
         return self.source.origin(row)
 
+    @property
+    def is_shard(self) -> bool:
+        return self.source.is_shard
+
 
 @dataclass(frozen=True)
 class EpochRows:
@@ -183,9 +187,7 @@ def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[st
         notes = (f"rows were appended since the checkpoint: {'; '.join(appended)}; {_joining(position, begun_with)}",)
     if position.is_inside and _num_rows(begun_with) != len(opened.rows.all):
         earlier = _join_first(files, experiment, begun_with)
-        rows = replace(
-            opened.rows, earlier=earlier, earlier_sizes=_measure(earlier, experiment), epoch=position.epoch
-        )
+        rows = replace(opened.rows, earlier=earlier, earlier_sizes=_measure(earlier, experiment), epoch=position.epoch)
         opened = replace(opened, rows=rows, begun_with=begun_with)
     return replace(opened, notes=notes)
 

@@ -19,7 +19,6 @@ RUNS, ROWS, PACKS = 1, 2, 3
 RUNS_IN_BUFFER = 16  # at least: a file that is sorted by topic must not fill a buffer alone
 
 
-
 def random_numbers(seed: int, *key: int) -> np.random.Generator:
     """Numbers that are a function of seed and key alone."""
     return np.random.Generator(np.random.PCG64([seed, *key]))

@@ -121,6 +121,10 @@ class ShardFile:
     def __len__(self) -> int:
         return len(self.states)
 
+    @property
+    def is_shard(self) -> bool:
+        return True
+
     def origin(self, row: int) -> str:
         return f"{self.path}:{self.keys[row].decode('utf-8', 'replace')}"
 

@@ -39,7 +39,7 @@ from sicog_mcore.data.rows import (
     read_range,
 )
 from sicog_mcore.data.sample import Sample
-from sicog_mcore.data.shards import ShardDamaged, ShardFile, index_shard
+from sicog_mcore.data.shards import ShardDamaged, index_shard
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
 MAX_SUFFIX_CHARS = 20  # as shown in notes
@@ -58,6 +58,11 @@ class Source(Protocol):
 
     def origin(self, row: int) -> str:
         """``file:line`` or ``shard.tar:key`` of a row."""
+        ...
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether its rows are read in one go, as those of a tar file are; otherwise in blocks."""
         ...
 
 
@@ -126,8 +131,7 @@ class SampleIndex:
         """Borders of what is read in one go: whole tar files, blocks of ``block_rows`` rows of other files."""
         parts = [np.zeros(1, np.int64)]
         for source, start, stop in zip(self._sources, self._borders[:-1], self._borders[1:], strict=True):
-            is_tar = isinstance(getattr(source, "source", source), ShardFile)  # or the first rows of one
-            inner = () if is_tar else range(int(start) + block_rows, int(stop), block_rows)
+            inner = () if source.is_shard else range(int(start) + block_rows, int(stop), block_rows)
             parts.append(np.array([*inner, stop], np.int64))
         return np.unique(np.concatenate(parts))
 
@@ -278,6 +282,10 @@ class RowFile:
 
     def origin(self, row: int) -> str:
         return f"{self.path}:{self.spans[row, 2]}"
+
+    @property
+    def is_shard(self) -> bool:
+        return False
 
     def read(self, row: int) -> Sample:
         offset, length, _ = self.spans[row].tolist()

@@ -23,7 +23,7 @@ from sicog_mcore.data.packing import PackBudgets, best_fit
 from sicog_mcore.data.plan import PackPlan, WindowPlanner
 from sicog_mcore.data.resume import EpochRows
 from sicog_mcore.data.row_order import random_numbers
-from sicog_mcore.data.row_sizes import Integers, RowSizes
+from sicog_mcore.data.row_sizes import RowSizes
 from sicog_mcore.data.sources import SampleIndex
 
 SHARD_ROWS = 4096
@@ -34,7 +34,7 @@ SLICES = (1, 3, 4, 5, 6, 7)  # the overview, and those that an image is cut into
 
 
 @dataclass(frozen=True)
-class RowKind:
+class MixedRows:
     """Rows of one kind, a part of a mix.
 
     Attributes:
@@ -57,14 +57,14 @@ class RowKind:
 ONE_SLICE = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 PHOTOS = (0.1, 0.15, 0.2, 0.25, 0.15, 0.15)
 LARGE_PHOTOS = (0.05, 0.05, 0.1, 0.2, 0.2, 0.4)
-MIXES: Mapping[str, tuple[RowKind, ...]] = {
-    "align": (RowKind(1.0, ONE_SLICE, 48, 0.35, 20, 200),),
-    "recap": (RowKind(1.0, PHOTOS, 240, 0.35, 60, 800),),
-    "cod": (RowKind(1.0, LARGE_PHOTOS, 490, 0.35, 150, 1500),),
+MIXES: Mapping[str, tuple[MixedRows, ...]] = {
+    "align": (MixedRows(1.0, ONE_SLICE, 48, 0.35, 20, 200),),
+    "recap": (MixedRows(1.0, PHOTOS, 240, 0.35, 60, 800),),
+    "cod": (MixedRows(1.0, LARGE_PHOTOS, 490, 0.35, 150, 1500),),
     "sft": (
-        RowKind(0.25, (), 400, 0.8, 30, 4000),
-        RowKind(0.6, PHOTOS, 180, 0.9, 20, 3000),
-        RowKind(0.15, (), 1500, 0.7, 200, 8000),
+        MixedRows(0.25, (), 400, 0.8, 30, 4000),
+        MixedRows(0.6, PHOTOS, 180, 0.9, 20, 3000),
+        MixedRows(0.15, (), 1500, 0.7, 200, 8000),
     ),
 }
 
@@ -157,7 +157,11 @@ PLANNERS: Mapping[str, Callable[[RowSizes, DataConfig, int], Iterator[Sequence[P
 
 
 def bench_data(
-    cost: PackCost, mixes: Sequence[str] = tuple(MIXES), rows: int = 65_536, repeats: int = 3, data: DataConfig | None = None
+    cost: PackCost,
+    mixes: Sequence[str] = tuple(MIXES),
+    rows: int = 65_536,
+    repeats: int = 3,
+    data: DataConfig | None = None,
 ) -> list[StreamFigures]:
     """Plans an epoch of every mix with both planners, each ``repeats`` times with other rows; medians of these.
 
@@ -216,7 +220,9 @@ def _measure(mix: str, planner: str, sizes: RowSizes, data: DataConfig, cost: Pa
     )
 
 
-def uneven(packs: Sequence[PackPlan], replicas: int, each: int, cost: PackCost, seen: PackCost, is_dealt: bool) -> float:
+def uneven(
+    packs: Sequence[PackPlan], replicas: int, each: int, cost: PackCost, seen: PackCost, is_dealt: bool
+) -> float:
     """The slowest replica's work beside the mean, over all whole steps; 1 is even, 0 says that no step is whole.
 
     Args:

@@ -1,8 +1,9 @@
 """Samples shared out over a given number of packs so that all of them are alike in several sizes at once.
 
 In: sizes of samples, number of packs   Out: the pack of each   Next: packing.py
-First every sample goes to one of the emptiest packs, the longest first. Then packs meet in pairs, all pairs at once, and each
-swaps the two samples (or hands over the one) that make the pair most alike. Nothing here keeps a budget: packing.py does.
+First every sample goes to one of the emptiest packs, the longest first. Then packs meet in pairs, all pairs at once, and
+each swaps the two samples (or hands over the one) that make the pair most alike. Nothing here keeps a budget: packing.py
+does.
 
 Every number is an integer below 2**53, held as float64 where that is faster: sums and products are exact, so that all
 machines find the same trades, whatever their processors do to the order of additions.
@@ -42,7 +43,7 @@ def deal_and_trade(sizes: Sequence[Integers], num_packs: int, token_budget: int)
     count = len(packs)
     scaled = [_scale(size, unit, num_packs) for size, unit in zip(sizes, UNITS, strict=True)]
     # Deviations from one and the same whole number: a trade looks at differences of two packs only.
-    loads = [np.bincount(packs, size[:count], num_packs) for size in scaled]
+    loads = [np.bincount(packs, size[:count], num_packs).astype(np.float64) for size in scaled]
     table = _table(packs, num_packs)
     random = np.random.Generator(np.random.PCG64(num_packs))
     for number in range(ROUNDS):
@@ -89,7 +90,11 @@ def _table(packs: Integers, num_packs: int) -> Integers:
 
 
 def _trade(
-    table: Integers, scaled: Sequence[Floats], loads: Sequence[Floats], pairs: tuple[Integers, Integers], random: np.random.Generator
+    table: Integers,
+    scaled: Sequence[Floats],
+    loads: Sequence[Floats],
+    pairs: tuple[Integers, Integers],
+    random: np.random.Generator,
 ) -> None:
     """One round of meetings: changes table and loads in place.
 
