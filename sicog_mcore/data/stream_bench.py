@@ -83,6 +83,8 @@ class StreamFigures:
         stragglers: by "<replicas> x <packs of each>": the time of the slowest replica, summed over all steps, beside that
             of the mean one; time is what PackCost says.
         slices: the same for image slices alone.
+        opened: by number of replicas: images that one of them opens in an epoch, the busiest one, beside those that there
+            are. Planned, that is its own share; the planner to compare with opens all of them to measure, then its share.
     """
 
     mix: str
@@ -93,6 +95,7 @@ class StreamFigures:
     rows_per_s: float
     stragglers: Mapping[str, float]
     slices: Mapping[str, float]
+    opened: Mapping[str, float]
 
 
 def draw_sizes(mix: str, rows: int, seed: int) -> RowSizes:
@@ -186,9 +189,15 @@ def show_figures(figures: Sequence[StreamFigures]) -> str:
     lines = []
     for one in figures:
         head = f"{one.mix:6} {one.planner:8} {one.packs:7,} packs  fill {one.fill:.4f}  {one.rows_per_s:10,.0f} rows/s"
-        uneven = "  ".join(f"{name} {value:.4f}" for name, value in one.stragglers.items())
+        slowest = "  ".join(f"{name} {value:.4f}" for name, value in one.stragglers.items())
         slices = "  ".join(f"{name} {value:.4f}" for name, value in one.slices.items())
-        lines.append(f"{head}\n       slowest replica / mean: {uneven}\n       most slices / mean:     {slices}")
+        opened = "  ".join(f"{name} replicas {value:.4f}" for name, value in one.opened.items())
+        lines += [
+            head,
+            f"       slowest replica / mean: {slowest}",
+            f"       most slices / mean:     {slices}",
+            f"       images opened by one:   {opened}",
+        ]
     return "\n".join(lines)
 
 
@@ -217,6 +226,7 @@ def _measure(mix: str, planner: str, sizes: RowSizes, data: DataConfig, cost: Pa
         rows_per_s=len(sizes) / elapsed,
         stragglers=stragglers,
         slices=slices,
+        opened={str(replicas): _share_opened(packs, sizes, replicas) + (planner == "windows") for replicas in REPLICAS},
     )
 
 
@@ -245,6 +255,14 @@ def uneven(
     return slowest / mean if mean else 0.0
 
 
+def _share_opened(packs: Sequence[PackPlan], sizes: RowSizes, replicas: int) -> float:
+    """Images in the packs of the replica that has most of them, beside all images; a row has one or none."""
+    opened = np.zeros(replicas)
+    for number, pack in enumerate(packs):
+        opened[number % replicas] += np.count_nonzero(sizes.num_slices[list(pack.members)])
+    return float(opened.max() / max(1, np.count_nonzero(sizes.num_slices)))
+
+
 def _median(runs: Sequence[StreamFigures]) -> StreamFigures:
     def of(values: Sequence[float]) -> float:
         return float(statistics.median(values))
@@ -258,4 +276,5 @@ def _median(runs: Sequence[StreamFigures]) -> StreamFigures:
         rows_per_s=of([run.rows_per_s for run in runs]),
         stragglers={name: of([run.stragglers[name] for run in runs]) for name in runs[0].stragglers},
         slices={name: of([run.slices[name] for run in runs]) for name in runs[0].slices},
+        opened={name: of([run.opened[name] for run in runs]) for name in runs[0].opened},
     )
