@@ -1,0 +1,108 @@
+"""The headers of two formats that Pillow opens only as a whole: of PNG and WebP what tells the size and the orientation.
+
+In: an image file   Out: a PNG without pixels; WebpHeader   Next: decode.py
+Both are rows of chunks that begin with their length, so pixels are stepped over, not read.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import BinaryIO, NamedTuple
+
+from PIL import ExifTags, Image
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+PIXELS, EXIF, END = b"IDAT", b"eXIf", b"IEND"
+PNG_FRAME = 12  # length, kind and checksum of a chunk (bytes)
+MAX_BROKEN_BYTES = 1 << 16  # kept of a chunk that does not end inside the file
+WEBP_ANIMATION, WEBP_XMP, WEBP_EXIF = 0x02, 0x04, 0x08
+LOSSY_START, LOSSLESS_START = b"\x9d\x01\x2a", 0x2F
+
+
+def png_header(file: BinaryIO) -> bytes:
+    """The chunks of a PNG in front of its pixels, without texts and colour profile, and its EXIF wherever that stands.
+
+    Pillow reads of these bytes what it reads of the file, but for the pixels; the reasons for leaving texts out are those
+    of ``decode.drop_texts``.
+    """
+    length = file.seek(0, io.SEEK_END)
+    at = len(PNG_SIGNATURE)
+    before, exif, pixels = [PNG_SIGNATURE], b"", b""
+    while at + 8 <= length:
+        file.seek(at)
+        head = file.read(8)
+        size, kind = struct.unpack(">I4s", head)
+        end = at + PNG_FRAME + size
+        if end > length and not pixels and kind != PIXELS:
+            before.append(head + file.read(MAX_BROKEN_BYTES))
+            break
+        if kind == PIXELS:
+            pixels = head
+        elif kind == EXIF and pixels and end <= length:
+            exif = exif or head + file.read(end - at - 8)
+        elif not pixels and kind not in TEXT_CHUNKS:
+            before.append(head + file.read(end - at - 8))
+        if kind == END:
+            break
+        at = end
+    return b"".join([*before, exif, pixels])
+
+
+class WebpHeader(NamedTuple):
+    """What a WebP says of itself.
+
+    Attributes:
+        size: (width, height) as stored (px).
+        exif: its EXIF block; empty if it has none.
+        xmp: its XMP block; empty if it has none.
+    """
+
+    size: tuple[int, int]
+    exif: bytes
+    xmp: bytes
+
+    def orientation(self) -> int:
+        """The EXIF orientation; 1, upright, where nothing or nothing readable says otherwise."""
+        if not self.exif and not self.xmp:
+            return 1
+        image = Image.new("L", (1, 1))
+        image.info = {name: block for name, block in (("exif", self.exif), ("xmp", self.xmp)) if block}
+        try:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
+            return 1
+
+
+def is_webp(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is a WebP."""
+    return start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+
+
+def webp_header(file: BinaryIO) -> WebpHeader | None:
+    """Size, EXIF and XMP of a still WebP; None where only the decoder can tell: animations, unknown or damaged headers."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(12)
+    head = file.read(18)
+    if len(head) < 18:
+        return None
+    kind, body = head[:4], head[8:]
+    if kind == b"VP8 " and body[3:6] == LOSSY_START and not body[0] & 1:  # bit 0: no key frame
+        width, height = struct.unpack("<HH", body[6:10])
+        return WebpHeader((width & 0x3FFF, height & 0x3FFF), b"", b"")
+    if kind == b"VP8L" and body[0] == LOSSLESS_START:
+        bits = int.from_bytes(body[1:5], "little")
+        return WebpHeader(((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), b"", b"")
+    if kind != b"VP8X" or body[0] & WEBP_ANIMATION:
+        return None
+    size = (int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1)
+    wanted = {name: b"" for name, flag in ((b"EXIF", WEBP_EXIF), (b"XMP ", WEBP_XMP)) if body[0] & flag}
+    at = 12
+    while not all(wanted.values()) and at + 8 <= length:
+        file.seek(at)
+        name, chunk_bytes = struct.unpack("<4sI", file.read(8))
+        if name in wanted and not wanted[name]:
+            wanted[name] = file.read(chunk_bytes)
+        at += 8 + chunk_bytes + chunk_bytes % 2  # chunks start at even positions
+    return WebpHeader(size, wanted.get(b"EXIF", b""), wanted.get(b"XMP ", b""))
