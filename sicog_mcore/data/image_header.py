@@ -82,6 +82,11 @@ def is_webp(start: bytes) -> bool:
 
 def webp_header(file: BinaryIO) -> WebpHeader | None:
     """Size, EXIF and XMP of a still WebP; None where only the decoder can tell: animations, unknown or damaged headers."""
+    header = _read_webp(file)
+    return header if header is not None and all(header.size) else None
+
+
+def _read_webp(file: BinaryIO) -> WebpHeader | None:
     length = file.seek(0, io.SEEK_END)
     file.seek(12)
     head = file.read(18)
