@@ -22,7 +22,10 @@ from sicog_mcore.data.tokenizer import find_tokenizer_file
 from sicog_mcore.files import hash_bytes, hash_file
 
 # Fields of DataConfig that move no row to another pack. The tokenizer and the sources count by their content.
-HARMLESS = ("sources", "tokenizer", "workers", "worker_timeout_s", "on_change", "max_bad_rate", "bad_window")
+HARMLESS = (
+    *("sources", "tokenizer", "workers", "worker_timeout_s", "on_change", "max_bad_rate", "bad_window"),
+    *("index", "index_limit_s"),
+)
 WINDOW = "data.window_samples"  # or train.samples_per_step, which takes its place
 TOKENIZER = "content of data.tokenizer"
 SYSTEM_PROMPT = "data.system_prompt"

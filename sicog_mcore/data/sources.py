@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.preflight import SHARD, check_source, is_lines
+from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.row_keys import PAIR_KEYS, ROW_KEYS
 from sicog_mcore.data.row_spans import ListMalformed, find_elements, find_lines, read_latin
 from sicog_mcore.data.row_survey import RowSurvey, escaped
@@ -52,6 +53,23 @@ class Source(Protocol):
 
     def origin(self, row: int) -> str:
         """``file:line`` or ``shard.tar:key`` of a row."""
+        ...
+
+
+class RowFault(NamedTuple):
+    """Why a row cannot be used: its id as far as it is known, and what a SampleError says."""
+
+    id: str | None
+    reason: str
+    detail: str
+
+
+@runtime_checkable
+class MeasuredSource(Source, Protocol):
+    """A Source from an index, which knows its bad rows."""
+
+    def fault(self, row: int) -> RowFault | None:
+        """Says why a row was found bad; None if it was not."""
         ...
 
 
@@ -96,10 +114,36 @@ class SampleIndex:
         if earlier is None:
             return source.read(local)
         if self._duplicate_ids == "quarantine":
-            remedy = "ids must be unique; rename it or set data.duplicate_ids=keep"
-            raise SampleError("duplicate_id", f"{self.origin(earlier)} has this id already, {remedy}")
+            fault = self._repetition(earlier)
+            raise SampleError(fault.reason, fault.detail)
         sample = source.read(local)
         return replace(sample, id=f"{sample.id}#{row}")
+
+    @property
+    def repeated(self) -> NDArray[np.int64]:
+        """Rows that have the id of an earlier one, ascending."""
+        return self._repeated
+
+    def rejection(self, row: int, epoch: int) -> Rejection:
+        """Says why a row cannot be used that was found bad when it was indexed; no file of rows is read.
+
+        Args:
+            row: of all data sets.
+            epoch: pass over the data in which it was met.
+        """
+        source, local = self._locate(row)
+        earlier = self._earlier_with_same_id(row)
+        if earlier is not None and self._duplicate_ids == "quarantine":
+            fault: RowFault | None = self._repetition(earlier)
+        else:
+            fault = source.fault(local) if isinstance(source, MeasuredSource) else None
+        assert fault is not None, f"row {row} was found to be usable"
+        known = fault.id if fault.id is None or earlier is None else f"{fault.id}#{row}"
+        return Rejection(known or f"row {row}", self.origin(row), fault.reason, fault.detail, epoch)
+
+    def _repetition(self, earlier: int) -> RowFault:
+        remedy = "ids must be unique; rename it or set data.duplicate_ids=keep"
+        return RowFault(None, "duplicate_id", f"{self.origin(earlier)} has this id already, {remedy}")
 
     def origin(self, row: int) -> str:
         """``file:line`` or ``shard.tar:key`` of a row."""
