@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from sicog_mcore.config import DataConfig
-from sicog_mcore.data.image_header import PNG_SIGNATURE, TEXT_CHUNKS, is_webp, png_header, webp_header
+from sicog_mcore.data.image_header import PNG_SIGNATURE, TEXT_CHUNKS, is_jpeg, is_webp, jpeg_header, png_header, webp_header
 from sicog_mcore.data.image_range import open_range
 from sicog_mcore.data.sample import ImageRef, Size
 from sicog_mcore.errors import SampleError
@@ -177,7 +177,8 @@ def _header_size(file: BinaryIO, limits: DataConfig) -> Size:
     """The upright size of an image; of its bytes only those are read that tell it."""
     with _naming_damage(file):
         start = file.read(16)
-        if is_webp(start) and (header := webp_header(file)) is not None:
+        header = jpeg_header(file) if is_jpeg(start) else webp_header(file) if is_webp(start) else None
+        if header is not None:
             _judge_size(header.size, limits)
             return _upright_size(header.size, header.orientation())
         if start.startswith(PNG_SIGNATURE):

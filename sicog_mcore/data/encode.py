@@ -21,7 +21,7 @@ from sicog_mcore.data.decode import decode_image, read_bytes, read_size, read_st
 from sicog_mcore.data.pairs import conversations
 from sicog_mcore.data.patches import cut_patches
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample, Size, Turn
-from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, lay_out, plan_slices
+from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, VisualLayout, lay_out, plan_slices
 from sicog_mcore.data.text_bound import num_bytes
 from sicog_mcore.errors import SampleError
 
@@ -89,14 +89,19 @@ class Encoder:
             SampleError: whatever makes the sample unusable and can be seen without decoding pixels.
         """
         plans = [self._plan_stored(image) for image in sample.images]
-        full = [self._write(chat, plans) for chat in self._tokenize(sample)]
-        fitted = self._fit(full)
+        chats = self._tokenize(sample)
+        num_visual = sum(self._lay_out(plan).num_tokens for plan in plans)
+        lengths = full = [len(chat.ids) - len(plans) + num_visual for chat in chats]
+        has_labels = all(True in chat.supervised[1:] for chat in chats)
+        if sum(full) > self._data.token_budget or _num_slices(plans) > self._data.slice_budget or not has_labels:
+            # Only the streams themselves tell what is left of them.
+            lengths = [len(part.tokens) for part in self._fit([self._write(chat, plans) for chat in chats])]
         return Measured(
             id=sample.id,
-            num_tokens=_length(fitted),
+            num_tokens=sum(lengths),
             num_slices=_num_slices(plans),
-            attention=sum(len(stream.tokens) ** 2 for stream in fitted),
-            is_truncated=_length(fitted) < _length(full),
+            attention=sum(length**2 for length in lengths),
+            is_truncated=sum(lengths) < sum(full),
             image_sizes=tuple(plan.image for plan in plans),
         )
 
@@ -238,12 +243,15 @@ class Encoder:
 
     def _write_image(self, plan: SlicePlan, first_row: int) -> _Stream:
         """The stream of one image, whose first slice's output starts at ``first_row``."""
-        layout = lay_out(plan, self._model.resampler.query_grid, self._model.slicing.layout).rows
+        layout = self._lay_out(plan).rows
         tokens = np.full_like(layout, self.chat.pad_id)
         for separator, token in self._separator_ids.items():
             tokens[layout == separator] = token
         rows = np.where(layout >= 0, layout + first_row, TEXT)
         return _Stream(tokens, np.zeros(len(layout), dtype=np.bool_), rows)
+
+    def _lay_out(self, plan: SlicePlan) -> VisualLayout:
+        return lay_out(plan, self._model.resampler.query_grid, self._model.slicing.layout)
 
     def _fit(self, streams: list[_Stream]) -> list[_Stream]:
         """Holds a sample's streams against the token budget and makes sure that something is left to learn.
