@@ -71,6 +71,7 @@ setup(
         "sicog_mcore.cognition.reporting",
         "sicog_mcore.cognition.scoring",
         "sicog_mcore.data",
+        "sicog_mcore.data.index",
         "sicog_mcore.hf",
         "sicog_mcore.model",
         "sicog_mcore.parallel",

@@ -188,6 +188,10 @@ class DataConfig:
         on_change: what a resumed run does if rows or settings that its place in the data depends on are not those of
             the checkpoint: "refuse" stops with what changed; "restart_epoch" says so, skips the rest of the epoch and
             starts the data anew at the next one. Rows that were only appended join after the epoch under way.
+        index: folder of the index of the data sets, which all machines of a run must see; empty for ``index`` in the
+            output folder. Runs that share it index the same rows once. It may be deleted at any time.
+        index_limit_s: longest time that building a missing index at the start may take (s), going by the first rows; what
+            takes longer is refused with the command that builds it beforehand.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -206,6 +210,8 @@ class DataConfig:
     max_bad_rate: float = 0.01
     bad_window: int = 10_000
     on_change: Literal["refuse", "restart_epoch"] = "refuse"
+    index: str = ""
+    index_limit_s: int = 600
 
 
 @dataclass(frozen=True, kw_only=True)

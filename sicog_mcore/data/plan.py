@@ -17,7 +17,7 @@ from sicog_mcore.data.packing import PackBudgets, pack_samples
 from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.resume import EpochRows, LoaderState
 from sicog_mcore.data.row_order import PACKS, RowOrder, random_numbers
-from sicog_mcore.data.row_sizes import USABLE, Integers
+from sicog_mcore.data.row_sizes import USABLE, Integers, RowSizes
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class WindowPlanner:
             num_rows=len(rows),
             epoch_rows=order.num_rows,
             rows_after=order.num_rows - order.span(window).stop,
-            packs=self._pack(epoch, window, good),
+            packs=make_packs(sizes, good, self._budgets, (self._seed, epoch, window)),
             rejected={row: samples.rejection(row, epoch) for row in rows[~usable].tolist()},
             truncated=tuple(good[sizes.is_truncated[good]].tolist()),
         )
@@ -121,26 +121,6 @@ class WindowPlanner:
         """Epoch and window that follow."""
         return (epoch, window + 1) if window + 1 < self.num_windows(epoch) else (epoch + 1, 0)
 
-    def _pack(self, epoch: int, window: int, rows: Integers) -> tuple[PackPlan, ...]:
-        """Packs of the rows, which keep their order inside a pack, in random order."""
-        if not len(rows):
-            return ()
-        sizes = self._rows.sizes_of(epoch)
-        columns = [sizes.num_tokens[rows], sizes.num_slices[rows], sizes.attention[rows]]
-        tokens, slices, attention = (np.asarray(column, np.int64) for column in columns)
-        packs = pack_samples(tokens, slices, attention, self._budgets)
-        num_packs = int(packs.max()) + 1
-        place = random_numbers(self._seed, epoch, PACKS, window).permutation(num_packs)[packs]
-        by_place = np.argsort(place, kind="stable")
-        borders = np.append(0, np.cumsum(np.bincount(place, minlength=num_packs)))
-        members = rows[by_place].tolist()
-        sums = [np.add.reduceat(column[by_place], borders[:-1]).tolist() for column in (tokens, slices, attention)]
-        spans = zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)
-        return tuple(
-            PackPlan(epoch, window, number, tuple(members[start:stop]), *totals)
-            for number, ((start, stop), totals) in enumerate(zip(spans, zip(*sums, strict=True), strict=True))
-        )
-
     def _order(self, epoch: int) -> RowOrder:
         """The order of an epoch's rows; that of the epoch before stays too, since planning runs ahead."""
         if epoch not in self._orders:
@@ -148,3 +128,33 @@ class WindowPlanner:
             order = RowOrder(shards, self._buffer_rows, self._step_rows, self._seed, epoch)
             self._orders = {number: old for number, old in self._orders.items() if number == epoch - 1} | {epoch: order}
         return self._orders[epoch]
+
+
+def make_packs(
+    sizes: RowSizes, rows: Integers, budgets: PackBudgets, place: tuple[int, int, int]
+) -> tuple[PackPlan, ...]:
+    """Packs rows together: they keep their order inside a pack, the packs stand in random order.
+
+    Args:
+        sizes: of all rows.
+        rows: int64 [n]; usable ones.
+        budgets: of a pack.
+        place: seed, epoch and window.
+    """
+    if not len(rows):
+        return ()
+    seed, epoch, window = place
+    columns = [sizes.num_tokens[rows], sizes.num_slices[rows], sizes.attention[rows]]
+    tokens, slices, attention = (np.asarray(column, np.int64) for column in columns)
+    packs = pack_samples(tokens, slices, attention, budgets)
+    num_packs = int(packs.max()) + 1
+    shuffled = random_numbers(seed, epoch, PACKS, window).permutation(num_packs)[packs]
+    by_pack = np.argsort(shuffled, kind="stable")
+    borders = np.append(0, np.cumsum(np.bincount(shuffled, minlength=num_packs)))
+    members = rows[by_pack].tolist()
+    sums = [np.add.reduceat(column[by_pack], borders[:-1]).tolist() for column in (tokens, slices, attention)]
+    spans = zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)
+    return tuple(
+        PackPlan(epoch, window, number, tuple(members[start:stop]), *totals)
+        for number, ((start, stop), totals) in enumerate(zip(spans, zip(*sums, strict=True), strict=True))
+    )

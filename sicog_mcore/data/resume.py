@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from sicog_mcore.config import Experiment
-from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.fingerprint import (
     ORDER_SETTINGS,
     DataMark,
@@ -22,13 +23,13 @@ from sicog_mcore.data.fingerprint import (
     describe_settings,
     find_prefixes,
 )
-from sicog_mcore.data.measure_rows import measure_rows
-from sicog_mcore.data.pairs import build_pair
+from sicog_mcore.data.index.build_index import IndexOptions, build_index
+from sicog_mcore.data.index.indexed_files import MeasuredFile, OpenIndex, join_sizes, open_index
 from sicog_mcore.data.row_sizes import RowSizes
-from sicog_mcore.data.rows import build_sample
 from sicog_mcore.data.sample import Sample
-from sicog_mcore.data.sources import IndexedFile, SampleIndex, Source, index_sources, new_survey
+from sicog_mcore.data.sources import MeasuredSource, RowFault, SampleIndex, Source
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.files import hash_bytes
 
 NOT_COMPARED = "the checkpoint was written before fingerprints: data not compared"
 
@@ -66,9 +67,9 @@ class FirstRows:
     def origin(self, row: int) -> str:
         return self.source.origin(row)
 
-    @property
-    def is_shard(self) -> bool:
-        return self.source.is_shard
+    def fault(self, row: int) -> RowFault | None:
+        """Says why a row was found bad when it was indexed; None if it was not."""
+        return self.source.fault(row) if isinstance(self.source, MeasuredSource) else None
 
 
 @dataclass(frozen=True)
@@ -77,30 +78,30 @@ class EpochRows:
 
     Attributes:
         all: every row that there is.
-        sizes: of these; None where nothing is planned, as in the processes that decode.
         earlier: rows of ``epoch``; None if that has all rows too.
-        earlier_sizes: of these.
         epoch: the one that ``earlier`` is meant for.
+        all_sizes: what every row measures; None where nobody plans from it.
+        earlier_sizes: the same for the rows of ``earlier``.
     """
 
     all: SampleIndex
-    sizes: RowSizes | None = None
     earlier: SampleIndex | None = None
-    earlier_sizes: RowSizes | None = None
     epoch: int = 0
+    all_sizes: RowSizes | None = None
+    earlier_sizes: RowSizes | None = None
 
     def of(self, epoch: int) -> SampleIndex:
         return self.earlier if self.earlier is not None and epoch == self.epoch else self.all
 
     def sizes_of(self, epoch: int) -> RowSizes:
-        """The sizes of an epoch's rows."""
-        sizes = self.sizes if self.of(epoch) is self.all else self.earlier_sizes
-        assert sizes is not None, "rows are measured before anything is planned"
+        """What the rows of an epoch measure."""
+        sizes = self.earlier_sizes if self.earlier is not None and epoch == self.epoch else self.all_sizes
+        assert sizes is not None, "these rows were opened without their index"
         return sizes
 
     def without_sizes(self) -> EpochRows:
-        """The same rows where nothing is planned: a decoding process needs no copy of the sizes."""
-        return replace(self, sizes=None, earlier_sizes=None)
+        """The same for a process that reads rows and plans nothing."""
+        return EpochRows(self.all, self.earlier, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,14 @@ class OpenRows:
     bad: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def sizes(self) -> RowSizes:
+        """What all rows measure."""
+        return self.rows.sizes_of(self.rows.epoch + 1)
+
     def from_the_start(self) -> OpenRows:
         """The same rows, none of them consumed."""
-        return OpenRows(EpochRows(self.rows.all, self.rows.sizes), self.mark)
+        return OpenRows(EpochRows(self.rows.all, all_sizes=self.sizes), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
@@ -141,35 +147,41 @@ class OpenRows:
             "begun_with": [list(mark) for mark in self.begun_with] if is_begun else [],
             "rows_left": rows_left,
             "bad": list(bad),
+            "shards": _hash_shards(self.rows.sizes_of(position.epoch)),
         }
 
 
-def open_rows(experiment: Experiment) -> OpenRows:
+def open_rows(experiment: Experiment, index: OpenIndex | None = None) -> OpenRows:
     """Opens the data sets of a run that begins.
+
+    Args:
+        index: of them; None builds what is missing of it here, and opens it.
 
     Raises:
         ConfigError: they cannot be opened.
     """
-    files, said = _index(experiment)
-    samples = _join(files, experiment, said)
-    return OpenRows(EpochRows(samples, _measure(samples, experiment)), DataMark.of(experiment, files))
+    index = index or prepare_index(experiment)
+    return OpenRows(_all_rows(index, experiment), DataMark.of(experiment, [file.indexed for file in index.files]))
 
 
-def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[str, Any]) -> OpenRows:
+def reopen_rows(
+    experiment: Experiment, position: LoaderState, saved: Mapping[str, Any], index: OpenIndex | None = None
+) -> OpenRows:
     """Opens the data sets of a run that goes on, and compares them with those of its checkpoint.
 
     Args:
         position: where it goes on.
         saved: ``OpenRows.state`` of the checkpoint; empty if that was written before there was one.
+        index: see ``open_rows``.
 
     Raises:
         ConfigError: they cannot be opened.
         CheckpointError: they are not what they were, and data.on_change does not say what to do about it.
     """
-    files, said = _index(experiment)
+    index = index or prepare_index(experiment)
+    files = [file.indexed for file in index.files]
     now = DataMark.of(experiment, files)
-    samples = _join(files, experiment, said)
-    opened = OpenRows(EpochRows(samples, _measure(samples, experiment)), now, start=position)
+    opened = OpenRows(_all_rows(index, experiment), now, start=position)
     if not saved:
         return replace(opened, notes=(NOT_COMPARED,))
     before = _marks(saved["files"])
@@ -186,9 +198,18 @@ def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[st
     if appended:
         notes = (f"rows were appended since the checkpoint: {'; '.join(appended)}; {_joining(position, begun_with)}",)
     if position.is_inside and _num_rows(begun_with) != len(opened.rows.all):
-        earlier = _join_first(files, experiment, begun_with)
-        rows = replace(opened.rows, earlier=earlier, earlier_sizes=_measure(earlier, experiment), epoch=position.epoch)
+        earlier, sizes = _first_rows(index.files, experiment, begun_with)
+        rows = replace(opened.rows, earlier=earlier, epoch=position.epoch, earlier_sizes=sizes)
         opened = replace(opened, rows=rows, begun_with=begun_with)
+    if position.is_inside and saved.get("shards") != _hash_shards(opened.rows.sizes_of(position.epoch)):
+        # The same rows written in another way: their order, which the place counts in, is made of these blocks.
+        change = "the same rows stand in other blocks of rows that are shuffled as one (other format or line ends)"
+        return _start_epoch(
+            OpenRows(EpochRows(opened.rows.all, all_sizes=opened.sizes), now, start=position),
+            [change],
+            saved["rows_left"],
+            experiment,
+        )
     return replace(opened, notes=notes)
 
 
@@ -220,30 +241,45 @@ def _start_epoch(opened: OpenRows, changes: Sequence[str], rows_left: int, exper
     )
 
 
-def _index(experiment: Experiment) -> tuple[list[IndexedFile], list[str]]:
-    """The files, and what is to be said of their rows."""
-    build = build_pair if experiment.objective == "dpo" else build_sample
-    survey = new_survey(build)
-    return index_sources(experiment.data.sources, survey, build), survey.notes()
+def prepare_index(experiment: Experiment) -> OpenIndex:
+    """Builds what is missing of the index of a run's data sets, and opens it.
+
+    Raises:
+        ConfigError: the data sets cannot be opened.
+    """
+    build_index(experiment, IndexOptions())
+    return open_index(experiment)
 
 
-def _measure(samples: SampleIndex, experiment: Experiment) -> RowSizes:
-    return measure_rows(samples, Encoder(experiment.model, experiment.data))
-
-
-def _join(files: Sequence[IndexedFile], experiment: Experiment, said: Sequence[str]) -> SampleIndex:
-    """All rows of the files."""
+def _all_rows(index: OpenIndex, experiment: Experiment) -> EpochRows:
+    files = [file.indexed for file in index.files]
     ids = [file.hashes.ids for file in files]
-    return SampleIndex([file.source for file in files], ids, experiment.data.duplicate_ids, said)
+    rows = SampleIndex([file.source for file in files], ids, experiment.data.duplicate_ids, index.notes)
+    return EpochRows(
+        rows, all_sizes=_join_sizes([(file.sizes, len(file.sizes)) for file in index.files], rows, experiment)
+    )
 
 
-def _join_first(files: Sequence[IndexedFile], experiment: Experiment, marks: Sequence[FileMark]) -> SampleIndex:
-    """The rows that the marks stand for."""
-    places = find_prefixes(marks, files)
+def _first_rows(
+    files: Sequence[MeasuredFile], experiment: Experiment, marks: Sequence[FileMark]
+) -> tuple[SampleIndex, RowSizes]:
+    """The rows that the marks stand for, and what they measure."""
+    places = find_prefixes(marks, [file.indexed for file in files])
     assert places is not None, "rows that a checkpoint began with are among those that it knew"
     kept = [(files[place], mark.rows) for place, mark in zip(places, marks, strict=True)]
-    sources = [FirstRows(file.source, rows) for file, rows in kept]
-    return SampleIndex(sources, [file.hashes.ids[:rows] for file, rows in kept], experiment.data.duplicate_ids)
+    sources = [FirstRows(file.indexed.source, rows) for file, rows in kept]
+    ids = [file.indexed.hashes.ids[:rows] for file, rows in kept]
+    earlier = SampleIndex(sources, ids, experiment.data.duplicate_ids)
+    return earlier, _join_sizes([(file.sizes, rows) for file, rows in kept], earlier, experiment)
+
+
+def _join_sizes(parts: Sequence[tuple[RowSizes, int]], rows: SampleIndex, experiment: Experiment) -> RowSizes:
+    return join_sizes(parts, rows.repeated, counts_repeats=experiment.data.duplicate_ids == "keep")
+
+
+def _hash_shards(sizes: RowSizes) -> str:
+    """What the order of an epoch depends on beside the rows themselves."""
+    return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
 
 
 def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileMark, ...]:

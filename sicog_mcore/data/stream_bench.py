@@ -134,7 +134,7 @@ class SizedRows(SampleIndex):
 
 def plan_epoch(sizes: RowSizes, data: DataConfig, seed: int) -> Iterator[Sequence[PackPlan]]:
     """The packs of an epoch, window by window, as training plans them."""
-    planner = WindowPlanner(EpochRows(SizedRows(len(sizes)), sizes), data, seed)
+    planner = WindowPlanner(EpochRows(SizedRows(len(sizes)), all_sizes=sizes), data, seed)
     for window in range(planner.num_windows(0)):
         yield planner.plan(0, window).packs
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.plan import PackPlan, WindowPlanner
+from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.resume import EpochRows, LoaderState, open_rows
 from sicog_mcore.data.stream_bench import SizedRows, draw_sizes
 from tests.builders import tiny_experiment, write_dataset
@@ -27,18 +28,16 @@ MIB = 1 << 20
 class RowsWithFaults(SizedRows):
     """Every seventh row is bad."""
 
-    def __init__(self, rows: int) -> None:
-        super().__init__(rows)
-        self.faults = {row: (f"s{row}", "too_long", "x") for row in range(0, rows, BAD_EVERY)}
-
-    def origin(self, row: int) -> str:
-        return f"file:{row}"
+    def rejection(self, row: int, epoch: int) -> Rejection:
+        assert row % BAD_EVERY == 0
+        return Rejection(f"s{row}", f"file:{row}", "too_long", "x", epoch)
 
 
 def planner_of(rows: int, data: DataConfig = DATA, step_rows: int = 0, mix: str = "sft") -> WindowPlanner:
     sizes = draw_sizes(mix, rows, seed=3)
     sizes.reason[::BAD_EVERY] = 1
-    return WindowPlanner(EpochRows(RowsWithFaults(rows), replace(sizes, reasons=("", "too_long"))), data, 42, step_rows)
+    rows_of = EpochRows(RowsWithFaults(rows), all_sizes=replace(sizes, reasons=("", "too_long")))
+    return WindowPlanner(rows_of, data, 42, step_rows)
 
 
 def stream(planner: WindowPlanner, state: LoaderState, epochs: int) -> list[PackPlan]:

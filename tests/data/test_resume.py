@@ -217,6 +217,19 @@ def test_an_older_order_of_packs_ends_with_its_epoch(folder: Path) -> None:
     assert opened.notes == () and opened.start == LoaderState(1, 0, 0)
 
 
+def test_other_blocks_of_rows_are_another_order(folder: Path) -> None:
+    experiment = experiment_on(folder)
+    ids, place, saved = run(experiment, open_rows(experiment), steps=2)
+    saved["shards"] = "of other blocks"
+    with pytest.raises(CheckpointError, match=r"other blocks of rows(.|\n)*data.on_change=restart_epoch"):
+        reopen_rows(experiment, place, saved)
+    opened = reopen_rows(experiment_on(folder, on_change="restart_epoch"), place, saved)
+    assert (
+        opened.start == LoaderState(1, 0, 0) and f"{NUM_ROWS - len(ids)} rows of epoch 0 are skipped" in opened.notes[0]
+    )
+    assert reopen_rows(experiment, LoaderState(1, 0, 0), saved).notes == ()
+
+
 @pytest.mark.parametrize("num_new", [1, 50])
 def test_appended_rows_join_after_the_epoch_under_way(num_new: int, folder: Path) -> None:
     experiment, path = experiment_on(folder), folder / "data.jsonl"
