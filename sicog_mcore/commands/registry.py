@@ -37,9 +37,11 @@ class VerbEntry:
 
 
 VERBS: Sequence[VerbEntry] = (
-    VerbEntry(
-        "join-records", "join_records", "improve", "make one round of several generation runs", "tools/join_records.py"
-    ),
+    VerbEntry("score", "score", "improve", "score candidates by how far they agree", "tools/score.py"),
+    VerbEntry("join-records", "join_records", "improve", "make one round of several runs", "tools/join_records.py"),
+    VerbEntry("curate", "curate", "improve", "keep what agrees, as training rows and pairs", "tools/curate.py"),
+    VerbEntry("evaluate", "evaluate", "look", "judge answers to a benchmark, compare two models", "tools/evaluate.py"),
+    VerbEntry("report", "report", "look", "write the report of a round as one HTML file", "tools/report.py"),
 )
 
 
