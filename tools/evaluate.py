@@ -1,6 +1,4 @@
-"""`sicog evaluate` as a script: benchmarks as rows, answers judged, two checkpoints compared
-
-See sicog_mcore/commands/evaluate.py."""
+"""`sicog evaluate` as a script: benchmark rows, judged answers, comparisons; see sicog_mcore/commands/evaluate.py."""
 
 import sys
 
