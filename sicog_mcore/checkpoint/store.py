@@ -19,8 +19,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.failures import WRITE_ERRORS, Failure, SaveFailed, failure_of, free_bytes, write_failure
-from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, has_shards, load_shards, read_state
+from sicog_mcore.checkpoint.locate import CHECKPOINTS, newest_folder, newest_step
 from sicog_mcore.checkpoint.rng import load_rng, save_rng
+from sicog_mcore.checkpoint.trusted_files import FORMAT, STATE, examine, has_shards, load_shards, read_state
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError, MachineError
@@ -65,7 +66,7 @@ class CheckpointStore:
     def __init__(self, experiment: Experiment, topology: Topology):
         self.experiment = experiment
         self.topology = topology
-        self.root = Path(experiment.output) / "checkpoints"
+        self.root = Path(experiment.output) / CHECKPOINTS
 
     def find(self) -> Found:
         """Looks for the newest committed checkpoint, on rank 0; the answer is the same on all ranks."""
@@ -81,8 +82,7 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The newest committed checkpoint, if there is one."""
-        steps = commit.committed_steps(self.root)
-        return self.folder(steps[-1]) if steps else None
+        return newest_folder(self.root)
 
     def save(self, model: TrainableModel, state: RunState) -> Path:
         """Writes and commits a checkpoint; older ones go only after that. Collective.
@@ -259,11 +259,11 @@ class CheckpointStore:
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
     """Newest committed checkpoint that is whole, under the rules of ``config.resume``."""
-    steps = commit.committed_steps(root)
+    newest = newest_step(root)
     notes = [
         f"ignored {folder.name}: its save or its removal was interrupted" for folder in commit.unfinished_folders(root)
     ]
-    if not steps:
+    if newest is None:
         if config.resume == "must":
             return CheckpointError(
                 f"checkpoint.resume is 'must' but {root} has no committed checkpoint; set it to 'auto' to start anew"
@@ -271,10 +271,10 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
         return Found(None, tuple(notes))
     if config.resume == "never":
         return CheckpointError(
-            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {steps[-1]}; choose another output folder"
+            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {newest}; choose another output folder"
         )
     try:
-        manifest = commit.verify(commit.step_folder(root, steps[-1]))
+        manifest = commit.verify(commit.step_folder(root, newest))
         if has_shards(manifest):
             examine(manifest)
     except CheckpointError as error:
@@ -283,7 +283,7 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
         notes.append(
             f"{manifest.folder.name}: an earlier version wrote its {commit.MANIFEST}, which has no checksum itself"
         )
-    return Found(steps[-1], tuple(notes))
+    return Found(newest, tuple(notes))
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:

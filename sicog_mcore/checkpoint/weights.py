@@ -21,7 +21,7 @@ from sicog_mcore.checkpoint.hf import FLOATS, WeightFiles, read_config, shortene
 from sicog_mcore.checkpoint.hf_beside import judge_configs, judge_folder, judge_names
 from sicog_mcore.checkpoint.hf_config import ConfigVerdict, judge, judge_kinds
 from sicog_mcore.checkpoint.mapping import Ignored, MappingTable, Shape, Target, Tied, Transfer, bind, matches
-from sicog_mcore.checkpoint.parts import find_weights, load_parts
+from sicog_mcore.checkpoint.part_reader import find_weights, load_parts
 from sicog_mcore.checkpoint.tables import RELEASED, Family, part_table, recognise
 from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
 from sicog_mcore.config import Experiment, ModelConfig, ModelPart

@@ -147,7 +147,7 @@ def compare_results(options: CompareOptions) -> ComparedResults:
         RecordError: a result is missing or damaged, or they are of other items.
     """
     from sicog_mcore.cognition.evaluation import judging
-    from sicog_mcore.cognition.whole_files import whole_file
+    from sicog_mcore.files import write_json
 
     first, second = judging.read_outcomes(options.first), judging.read_outcomes(options.second)
     entries = [asdict(entry) for entry in judging.compare(first, second, options.seed)]
@@ -156,8 +156,7 @@ def compare_results(options: CompareOptions) -> ComparedResults:
         older = options.second if ruled[0] else options.first
         notes([f"{older} does not say which rules read its answers, so older ones did; score its generations again"])
     if options.out:
-        with whole_file(options.out) as aside:
-            aside.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, entries)
     return ComparedResults(entries, len([outcome for outcome in first if outcome.weight == 0]))
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from sicog_mcore.cognition.step_options import RoundReportOptions
 from sicog_mcore.commands.verb import Verb, VerbCall, reporting
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import CheckpointError
 from sicog_mcore.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -41,22 +40,16 @@ def find_experiment(options: RoundReportOptions) -> Experiment:
     """What the model was configured with."""
     if options.preset:
         return PRESETS[options.preset]()
-    from sicog_mcore.checkpoint.commit import committed_steps, step_folder
-    from sicog_mcore.checkpoint.parts import read_experiment
+    from sicog_mcore.checkpoint.locate import find_folder
+    from sicog_mcore.checkpoint.part_reader import read_experiment
 
-    folder = options.checkpoint
-    assert folder is not None  # one of the two is given
-    if (folder / "checkpoints").is_dir():
-        steps = committed_steps(folder / "checkpoints")
-        if not steps:
-            raise CheckpointError(f"{folder / 'checkpoints'} has no committed checkpoint; name another run")
-        folder = step_folder(folder / "checkpoints", steps[-1])
-    return read_experiment(folder)
+    assert options.checkpoint is not None  # one of the two is given
+    return read_experiment(find_folder(options.checkpoint) or options.checkpoint)
 
 
 def write_whole(path: Path, text: str) -> int:
     """Writes a file that appears whole or not at all. Returns its size in bytes."""
-    from sicog_mcore.cognition.whole_files import whole_file
+    from sicog_mcore.files import whole_file
 
     with whole_file(path) as aside:
         return aside.write_bytes(text.encode("utf-8"))

@@ -1,6 +1,6 @@
 """What the files of a committed checkpoint hold, read in one order: the manifest, the files it lists, then what is in them.
 
-In: a folder ``step_N`` or what ``save_weights`` wrote   Out: its state, its tensors   Next: store.py, parts.py
+In: a folder ``step_N`` or what ``save_weights`` wrote   Out: its state, its tensors   Next: store.py, part_reader.py
 Nothing in a checkpoint is run: parallel/shard_files.py opens the pickles that torch's format consists of by a short list of
 names, so a checkpoint from elsewhere can be looked at, whatever it holds.
 """
