@@ -38,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def decode(kind: type[T], value: Any, path: str = "", complete: bool = False) -> T | list[ConfigProblem]:
-    """Reads a JSON or YAML value as the annotated type: dataclasses, tuple[X, ...], Mapping[str, X], Literal, unions, scalars.
+    """Reads a JSON or YAML value as the annotated type: dataclass, tuple[X, ...], Mapping[str, X], Literal, union, scalar.
 
     Args:
         path: dotted path of the value in its document, for the problems; empty for the document itself.
@@ -76,7 +76,7 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
             found = _decode(member, value, path, complete, tried)
             if not tried:
                 return found
-    elif origin is Mapping:
+    elif origin in (Mapping, dict):
         if isinstance(value, dict) and all(isinstance(name, str) for name in value):
             member = get_args(kind)[1]
             return {name: _decode(member, one, f"{path}.{name}", complete, problems) for name, one in value.items()}
@@ -136,7 +136,7 @@ def type_words(kind: Any) -> str:
     if origin is tuple:
         words = {str: "texts", int: "whole numbers", float: "numbers"}.get(arguments[0])
         return f"a list of {words}" if words else f"a list, each entry {type_words(arguments[0])}"
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         return "a mapping of names to values"
     if isinstance(kind, type) and is_dataclass(kind):
         return f"a group of {', '.join(item.name for item in fields(kind))}"
