@@ -7,9 +7,11 @@ kept as they were written; the step reads them and reports all mistakes together
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sicog_mcore.cognition.curation.conversations import RowForm
 from sicog_mcore.cognition.curation.datasets import Format
@@ -18,6 +20,25 @@ from sicog_mcore.presets import PRESETS
 
 JudgeMetric = Literal["auto", "exact", "numeric", "choice", "yes_no", "attributes"]
 PER_PROMPT = ("NUMBER", "PROMPT=NUMBER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What a training stage is asked to do: files of values, and values on top of them, see cli.py.
+
+    Attributes:
+        config: YAML files, read in order.
+        values: by dotted path, e.g. {"train.steps": 80}; they win over the files.
+    """
+
+    config: tuple[str, ...] = ()
+    values: Mapping[str, Any]
+
+    def words(self) -> Sequence[str]:
+        """The command line of the configuration: files, then one word for each value."""
+        files = [word for file in self.config for word in ("--config", file)]
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.values.items()}
+        return [*files, *(f"{name}={text}" for name, text in texts.items())]
 
 
 @dataclass(frozen=True, kw_only=True)

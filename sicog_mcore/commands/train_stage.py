@@ -32,14 +32,13 @@ class TrainingVerb:
     ) -> int:
         """Trains what the words describe and returns the exit code; see verb.Startable."""
         call = make_call(arguments, environment, program)
-        if "" in self.stages:
-            return start_training(call.argv, call.environment, self.stages[""], script_words=len(call.program))
-        first = call.arguments[0] if call.arguments else ""
+        first = "" if "" in self.stages else (*call.arguments, "")[0]
         if first not in self.stages:
             expected = " or ".join(self.stages)
             return usage_error(f"found {first or 'nothing'}, expected {expected} as the first word")
         # The word is none of the configuration's, but belongs to the command that the summary prints.
-        return start_training(call.argv, call.environment, self.stages[first], script_words=len(call.program) + 1)
+        words = len(call.program) + bool(first)
+        return start_training(call.argv, call.environment, self.stages[first], words, call.usage_name)
 
 
 WARMUP_VERB = TrainingVerb({"perception": PERCEPTION, "reasoning": REASONING})

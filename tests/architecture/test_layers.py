@@ -53,7 +53,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (
         "sicog_mcore/cli.py",
         Rule(
-            (*CONTRACTS, "sicog_mcore.presets", "sicog_mcore.validation"),
+            (*CONTRACTS, "sicog_mcore.presets", "sicog_mcore.recipes", "sicog_mcore.validation"),
             ("jsonargparse", "docstring_parser", "yaml"),
         ),
     ),
@@ -82,6 +82,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
         ),
     ),
     ("sicog_mcore/flags.py", Rule((), ())),
+    ("sicog_mcore/recipes/", Rule((), ())),
     ("sicog_mcore/commands/", Rule(("sicog_mcore",), (*TRAINING, *COGNITION, *COMMANDS))),
     ("sicog_mcore/__main__.py", Rule(("sicog_mcore.commands",), ())),
     ("sicog_mcore/launcher.py", Rule((*BELOW_TRAIN, *STARTING, "sicog_mcore.train", "sicog_mcore.stages"), ())),
