@@ -184,7 +184,7 @@ def test_options_as_words_are_refused_with_the_fields_that_took_their_place(valu
         (
             "curation",
             {"min_tokens": ["few"]},
-            "round_1.curate: curation.min_tokens: could not convert string to float: 'few'",
+            "round_1.curate: curation.min_tokens: could not convert",
         ),
         ("curation", {"text": "gone.jsonl"}, "curation.text: is no file"),
         ("curation", {"tau": ["nan"]}, "round_1.curate: curation.tau: nan is no finite number"),
