@@ -64,7 +64,7 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
 
 
 def mirror_of(module: Path) -> Path:
-    """Where the tests of a module stand: ``tests/x/test_y.py`` for ``sicog_mcore/x/y.py``."""
+    """Where the tests of a module stand: in the same folder below tests/, with test_ before the name."""
     top, *folders = module.parent.parts
     inside = ("kernels", *folders[1:]) if top == "kernels" else tuple(folders)
     return TESTS.joinpath(*inside, f"test_{module.name}")

@@ -24,10 +24,7 @@ def test_every_item_image_has_a_mark_or_a_reason_whatever_the_threads(tmp_path: 
     assert kinds == [ImageMark, ImageMark, SampleError, SampleError, ImageMark]
     found = marks["1.png"]
     assert isinstance(found, ImageMark) and found.content == content_hash((tmp_path / "1.png").read_bytes())
-    again = mark_items(paths, tmp_path, workers=4)
-    assert [getattr(again[path], "content", str(again[path])) for path in marks] == [
-        getattr(mark, "content", str(mark)) for mark in marks.values()
-    ]
+    assert list(map(str, mark_items(paths, tmp_path, workers=4).values())) == list(map(str, marks.values()))
 
 
 def test_evaluation_images_come_from_files_folders_and_tables(tmp_path: Path) -> None:
