@@ -70,6 +70,7 @@ setup(
         "sicog_mcore.cognition.loop",
         "sicog_mcore.cognition.reporting",
         "sicog_mcore.cognition.scoring",
+        "sicog_mcore.commands",
         "sicog_mcore.data",
         "sicog_mcore.hf",
         "sicog_mcore.model",
@@ -83,6 +84,7 @@ setup(
         "sicog_mcore.cognition": ["prompts.json"],
         "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
     },
+    entry_points={"console_scripts": ["sicog = sicog_mcore.commands.front:main"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )
