@@ -1,20 +1,17 @@
-"""Compares slicing and resampler with files recorded from the released implementation.
+"""Slicing and resampler are held against files recorded from the released implementation.
 
-    python tools/check_conformance.py --slices slice_plans.json --resampler resampler.safetensors
-
-Exit code 0: conforms; 1: a slice plan differs, or a resampler case by more than 2e-4; 2: a file cannot be used.
+In: slice_plans.json, resampler.safetensors   Out: Conformance   Next: check_conformance.py (the verb)
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +40,24 @@ class UnusableFile(Exception):
     """A file is missing, unreadable, or not of the expected form."""
 
 
+@dataclass(frozen=True)
+class Conformance:
+    """What a recorded file says of us.
+
+    Attributes:
+        cases: number of recorded cases.
+        failures: names of those that differ from ours by more than they may.
+        largest: largest absolute difference of any case; NaN where one is.
+    """
+
+    cases: int
+    failures: tuple[str, ...]
+    largest: float
+
+
+Say = Callable[[str], None]
+
+
 def planned(width: int, height: int, config: SlicingConfig, patch_px: int) -> dict[str, object]:
     """Our plan of one image in the fields of slice_plans.json, whose sizes are (width, height)."""
     plan = plan_slices(Size(height, width), config, patch_px)
@@ -67,23 +82,35 @@ def largest_difference(ours: object, recorded: object) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else math.inf
 
 
-def check_slices(path: Path) -> bool:
-    """Prints every case that differs and a summary; True if none does."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    cases, failures = document["cases"], 0
-    if not cases:
-        raise ValueError("it holds no cases")
-    for case in cases:
-        config = SlicingConfig(resolution_px=document["scale_resolution"], max_slices=case["max_slices"])
-        ours = planned(case["width"], case["height"], config, document["patch"])
-        wrong = [name for name in FIELDS if largest_difference(ours[name], case[name]) != 0]
-        if wrong:
-            failures += 1
-            worst = max(largest_difference(ours[name], case[name]) for name in wrong)
-            details = ", ".join(f"{name} {ours[name]}, recorded {case[name]}" for name in wrong)
-            print(f"slices {case['width']} x {case['height']} px: largest difference {worst:g} ({details})")
-    print(f"slices: {len(cases) - failures} of {len(cases)} plans equal")
-    return failures == 0
+def compare_slices(path: Path, say: Say) -> Conformance:
+    """Compares our slice plans with the recorded ones.
+
+    Args:
+        path: JSON file of cases.
+        say: is told every case that differs, and a summary.
+
+    Raises:
+        UnusableFile: see ``usable``.
+    """
+    with usable(path):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        cases = document["cases"]
+        if not cases:
+            raise ValueError("it holds no cases")
+        failures, largest = [], 0.0
+        for case in cases:
+            config = SlicingConfig(resolution_px=document["scale_resolution"], max_slices=case["max_slices"])
+            ours = planned(case["width"], case["height"], config, document["patch"])
+            wrong = [name for name in FIELDS if largest_difference(ours[name], case[name]) != 0]
+            if wrong:
+                name = f"{case['width']} x {case['height']} px"
+                worst = max(largest_difference(ours[field], case[field]) for field in wrong)
+                details = ", ".join(f"{field} {ours[field]}, recorded {case[field]}" for field in wrong)
+                say(f"slices {name}: largest difference {worst:g} ({details})")
+                failures.append(name)
+                largest = max(largest, worst)
+        say(f"slices: {len(cases) - len(failures)} of {len(cases)} plans equal")
+        return Conformance(len(cases), tuple(failures), largest)
 
 
 def build_resampler(tensors: dict[str, Tensor]) -> Resampler:
@@ -110,27 +137,46 @@ def resampler_cases(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, T
 
 
 @torch.no_grad()
-def check_resampler(path: Path) -> bool:
-    """Prints the largest difference of every case; True if all are small enough."""
-    tensors = load_file(path)
-    module, conforms = build_resampler(tensors), True
-    for name, features, grid, tokens in resampler_cases(tensors):
-        ours = module(features, grid)[0]
-        if ours.shape != tokens.shape:
-            raise ValueError(f"{name}: recorded tokens are {list(tokens.shape)}, the weights make {list(ours.shape)}")
-        difference = float((ours - tokens).abs().max())
-        good = difference <= RESAMPLER_TOLERANCE  # false for NaN
-        conforms &= good
-        height, width = grid[0].tolist()
-        verdict = "ok" if good else f"FAILS, more than {RESAMPLER_TOLERANCE:g}"
-        print(f"resampler {name}: grid {height} x {width} (h x w), largest difference {difference:.3g} {verdict}")
-    return conforms
+def compare_resampler(path: Path, say: Say) -> Conformance:
+    """Compares the tokens of our resampler, with the recorded weights, with the recorded tokens.
+
+    Args:
+        path: safetensors file of weights and cases.
+        say: is told the largest difference of every case.
+
+    Raises:
+        UnusableFile: see ``usable``.
+    """
+    with usable(path):
+        tensors = load_file(path)
+        module = build_resampler(tensors)
+        failures, differences = [], []
+        for name, features, grid, tokens in resampler_cases(tensors):
+            ours = module(features, grid)[0]
+            if ours.shape != tokens.shape:
+                raise ValueError(
+                    f"{name}: recorded tokens are {list(tokens.shape)}, the weights make {list(ours.shape)}"
+                )
+            difference = float((ours - tokens).abs().max())
+            differences.append(difference)
+            good = difference <= RESAMPLER_TOLERANCE  # false for NaN
+            failures += [] if good else [name]
+            height, width = grid[0].tolist()
+            verdict = "ok" if good else f"FAILS, more than {RESAMPLER_TOLERANCE:g}"
+            say(f"resampler {name}: grid {height} x {width} (h x w), largest difference {difference:.3g} {verdict}")
+        largest = math.nan if any(map(math.isnan, differences)) else max(differences)
+        return Conformance(len(differences), tuple(failures), largest)
 
 
-def checked(check: Callable[[Path], bool], path: Path) -> bool:
-    """Runs a check; whatever is wrong with the file itself becomes an UnusableFile."""
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Turns whatever is wrong with the file itself into an UnusableFile.
+
+    Raises:
+        UnusableFile: the file cannot be read, lacks something, or holds something else.
+    """
     try:
-        return check(path)
+        yield
     except OSError as error:
         raise UnusableFile(f"{path}: cannot be read: {error.strerror or error}") from error
     except KeyError as error:
@@ -138,23 +184,3 @@ def checked(check: Callable[[Path], bool], path: Path) -> bool:
     except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UnusableFile(f"{path}: not in the format of the conformance data: {reason}") from error
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slices", type=Path, metavar="FILE", help="recorded slice plans (.json)")
-    parser.add_argument("--resampler", type=Path, metavar="FILE", help="recorded resampler (.safetensors)")
-    options: Any = parser.parse_args(arguments)
-    if options.slices is None and options.resampler is None:
-        parser.error("nothing to check; pass --slices FILE, --resampler FILE, or both")
-    checks = ((check_slices, options.slices), (check_resampler, options.resampler))
-    try:
-        conforms = [checked(check, path) for check, path in checks if path is not None]
-    except UnusableFile as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if all(conforms) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

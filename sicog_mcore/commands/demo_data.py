@@ -2,12 +2,11 @@
 
 In: easy-vqa, scikit-image, scikit-learn, matplotlib as installed, demo_captions.json
 Out: a folder with images/, train.jsonl (LLaVA format), tokenizer.json, README.md and manifest.json
-Next: launch/pretrain_stage15.py. The same packages give the same bytes; a finished folder is recognised by its hashes.
+Next: loop_demo_data.py. The same packages give the same bytes; a finished folder is recognised by its hashes.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,8 +21,11 @@ from typing import Any
 import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.config import DataConfig
+from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.errors import EXIT_OK, exit_code
+from sicog_mcore.flags import flag
 
 CAPTIONS = Path(__file__).with_name("demo_captions.json")
 DISTRIBUTIONS: Mapping[str, str] = {
@@ -44,17 +46,33 @@ ANSWER_KINDS = (
     ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
 )
 
-Row = dict[str, Any]
-Turns = list[tuple[str, str]]  # (question, answer)
+QuestionsAndAnswers = list[tuple[str, str]]
 
 
 class MissingPackage(Exception):
     """A package whose images are needed is not installed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoDataOptions:
+    """What ``demo-data`` is asked to do.
+
+    Attributes:
+        out: folder to make.
+        vqa_images: shape images.
+    """
+
+    out: Path = Path("data/demo")
+    vqa_images: int = flag(300, metavar="N")
+
+    def mistake(self) -> str:
+        """Returns what is wrong with the options, empty if nothing is."""
+        return f"--vqa-images {self.vqa_images}: expected 0 or more" if self.vqa_images < 0 else ""
+
+
 @dataclass(frozen=True)
-class Item:
-    """An image that is copied, and where it comes from.
+class DemoImage:
+    """An image that is copied comes from somewhere, under a licence.
 
     Attributes:
         name: file name under images/.
@@ -76,9 +94,9 @@ def package_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def conversation(row_id: str, image: str, turns: Turns, source: str) -> Row:
+def conversation(row_id: str, image: str, turns: QuestionsAndAnswers, source: str) -> JsonRow:
     """One row in LLaVA format; the image, if there is one, stands in front of the first question."""
-    row: Row = {"id": row_id, "image": f"images/{image}"} if image else {"id": row_id}
+    row: JsonRow = {"id": row_id, "image": f"images/{image}"} if image else {"id": row_id}
     texts = [text for turn in turns for text in turn]
     if image:
         texts[0] = f"<image>\n{texts[0]}"
@@ -86,10 +104,10 @@ def conversation(row_id: str, image: str, turns: Turns, source: str) -> Row:
     return row | {"caption_source": source}
 
 
-def shapes(num_images: int) -> tuple[list[Item], list[Row]]:
+def shapes(num_images: int) -> tuple[list[DemoImage], list[JsonRow]]:
     """The first images of easy-vqa's training set, each with its first questions as turns of one conversation."""
     folder = package_folder("easy_vqa") / "data" / "train"
-    turns: dict[int, Turns] = {}
+    turns: dict[int, QuestionsAndAnswers] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         turns.setdefault(image, []).append((question, answer))
     if num_images > len(turns):
@@ -99,18 +117,18 @@ def shapes(num_images: int) -> tuple[list[Item], list[Row]]:
     items, rows = [], []
     for image in sorted(turns)[:num_images]:
         name = f"shape_{image:04d}.png"
-        items.append(Item(name, folder / "images" / f"{image}.png", "easy-vqa by Victor Zhou", "MIT"))
+        items.append(DemoImage(name, folder / "images" / f"{image}.png", "easy-vqa by Victor Zhou", "MIT"))
         rows.append(conversation(f"shape-{image:04d}", name, turns[image][:QUESTIONS_PER_SHAPE], SHAPE_SOURCE))
     return items, rows
 
 
-def photographs(captions: dict[str, Any]) -> tuple[list[Item], list[Row]]:
+def photographs(captions: dict[str, Any]) -> tuple[list[DemoImage], list[JsonRow]]:
     """Photographs, each with three rows: a caption, questions, and both in one conversation."""
     source = captions["caption_source"]
     items, rows = [], []
     for photo in captions["photos"]:
         path = package_folder(photo["package"]) / photo["file"]
-        items.append(Item(path.name, path, photo["origin"], photo["licence"]))
+        items.append(DemoImage(path.name, path, photo["origin"], photo["licence"]))
         caption, questions = (
             (DESCRIBE, photo["caption"]),
             [(question, answer) for question, answer in photo["questions"]],
@@ -120,7 +138,7 @@ def photographs(captions: dict[str, Any]) -> tuple[list[Item], list[Row]]:
     return items, rows
 
 
-def preference_pairs(rows: list[Row]) -> list[Row]:
+def preference_pairs(rows: list[JsonRow]) -> list[JsonRow]:
     """Pairs for preference training: the answer of a shape's first question against a wrong one of the same kind."""
     kinds = {answer: kind for kind in ANSWER_KINDS for answer in kind}
     pairs = []
@@ -132,7 +150,7 @@ def preference_pairs(rows: list[Row]) -> list[Row]:
     return pairs
 
 
-def text_rows(captions: dict[str, Any]) -> list[Row]:
+def text_rows(captions: dict[str, Any]) -> list[JsonRow]:
     """Rows without an image."""
     return [
         conversation(f"text-{i:02d}", "", [(question, answer)], captions["caption_source"])
@@ -140,7 +158,7 @@ def text_rows(captions: dict[str, Any]) -> list[Row]:
     ]
 
 
-def train_tokenizer(rows: list[Row]) -> Tokenizer:
+def train_tokenizer(rows: list[JsonRow]) -> Tokenizer:
     """Byte-level BPE on the texts of the rows; covers every byte, so no text is unknown to it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,12 +175,12 @@ def train_tokenizer(rows: list[Row]) -> Tokenizer:
     return tokenizer
 
 
-def readme(photos: list[Item], num_shapes: int, num_rows: int, caption_source: str) -> str:
+def readme(photos: list[DemoImage], num_shapes: int, num_rows: int, caption_source: str) -> str:
     """Origin and licence of everything in the folder."""
     lines = [
         "# Demo data of sicog_mcore",
         "",
-        f"{num_rows} rows in LLaVA format, made by tools/prepare_demo_data.py from files of installed packages.",
+        f"{num_rows} rows in LLaVA format, made by `sicog demo-data` from files of installed packages.",
         "Image paths in train.jsonl are relative to this folder.",
         "",
         f"- Captions, questions and answers labelled `{caption_source}`: Apache-2.0, as the project.",
@@ -178,10 +196,12 @@ def readme(photos: list[Item], num_shapes: int, num_rows: int, caption_source: s
 
 
 def file_hash(path: Path) -> str:
+    """Returns the xxh3-128 of a file's bytes, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def files_below(folder: Path) -> Iterator[Path]:
+    """Yields every file of a finished folder that its manifest lists."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json")
 
 
@@ -228,47 +248,55 @@ def write(folder: Path, num_images: int, wanted: dict[str, str | int]) -> str:
     )
 
 
-def prepare(out: Path, num_images: int) -> str:
+@dataclass(frozen=True)
+class DemoData:
+    """A folder of demo data.
+
+    Attributes:
+        contents: what was written into it, in words; empty where it was complete already.
+    """
+
+    out: Path
+    contents: str
+
+
+def prepare_demo_data(options: DemoDataOptions) -> DemoData:
     """Makes the folder if it is not complete; it appears whole or not at all.
 
     Raises:
         MissingPackage: a package that ships images is not installed.
         ValueError: more images were asked for than there are, or the folder holds something else.
     """
+    out = options.out
     for package in DISTRIBUTIONS:
         package_folder(package)
-    wanted = request(num_images)
+    wanted = request(options.vqa_images)
     if is_complete(out, wanted):
-        return f"{out}: already complete"
+        return DemoData(out, "")
     if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not demo data; choose another --out, or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        contents = write(partial, num_images, wanted)
+        contents = write(partial, options.vqa_images, wanted)
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"{out}: {contents}"
+    return DemoData(out, contents)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to make (default: %(default)s)")
-    parser.add_argument("--vqa-images", type=int, default=300, metavar="N", help="shape images (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.vqa_images < 0:
-        parser.error(f"--vqa-images {options.vqa_images}: expected 0 or more")
+def main(options: DemoDataOptions, call: VerbCall) -> int:
+    """Makes the folder and says what it holds; returns the exit code."""
     try:
-        print(prepare(options.out, options.vqa_images))
+        made = prepare_demo_data(options)
     except (MissingPackage, ValueError, OSError) as error:
         print(f"prepare_demo_data: {error}", file=sys.stderr)
         return exit_code(error)
+    print(f"{made.out}: {made.contents or 'already complete'}")
     return EXIT_OK
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+VERB = Verb((__doc__ or "").splitlines()[0], DemoDataOptions, main)

@@ -1,21 +1,16 @@
-"""How fast this machine trains: median step time, tokens/s, TFLOP/s, MFU and peak memory of one device, in one line.
+"""How fast one device trains: median step time, tokens/s, TFLOP/s, MFU and peak memory.
 
-In: a preset   Out: a line on the screen; with --out also a JSON file
+In: Experiment   Out: SpeedMeasurement   Next: gpu_report.py (the verb)
 Weights, pixels and text are random; image sizes are those of photographs, cut into slices as in training.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,8 +20,6 @@ from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
 from sicog_mcore.data.collate import collate
 from sicog_mcore.data.sample import Size
 from sicog_mcore.data.slicing import lay_out, plan_slices
-from sicog_mcore.errors import EXIT_OK
-from sicog_mcore.presets import PRESETS
 
 IMAGES = (Size(768, 1024), Size(480, 640), Size(1080, 810), Size(336, 336))
 PROMPT_TOKENS, ANSWER_TOKENS = 32, 160
@@ -36,8 +29,8 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """Numbers of one device. They mean nothing without its name and the versions."""
+class SpeedMeasurement:
+    """What one device did. The numbers mean nothing without its name and the versions."""
 
     device: str
     versions: dict[str, str]
@@ -56,6 +49,7 @@ class Measurement:
     peak_memory_gib: float
 
     def line(self) -> str:
+        """Returns everything in one line."""
         mfu = "MFU unknown" if self.mfu is None else f"MFU {self.mfu:.1%}"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
@@ -111,7 +105,7 @@ def random_batch(experiment: Experiment, seed: int) -> PackedBatch:
     ).validate(model.resampler.queries)
 
 
-def measure(experiment: Experiment) -> Measurement:
+def measure_speed(experiment: Experiment) -> SpeedMeasurement:
     """Trains on the same step again and again; the first times are thrown away."""
     from sicog_mcore.build import build_model, plan_build
     from sicog_mcore.parallel.topology import start_topology, stop_topology
@@ -138,7 +132,7 @@ def measure(experiment: Experiment) -> Measurement:
         stop_topology()
     tflops = step_flops(experiment.model, experiment.optim.freeze, counts) / step_s / 1e12
     limit = peak_tflops(device, experiment.train)
-    return Measurement(
+    return SpeedMeasurement(
         device=device,
         versions=_versions(),
         layers=build.layers.name,
@@ -161,24 +155,3 @@ def _versions() -> dict[str, str]:
     installed = {distribution.name.lower() for distribution in metadata.distributions()}
     found = {name: metadata.version(name) for name in PACKAGES if name in installed}
     return {"Python": sys.version.split()[0], **found, "CUDA": str(torch.version.cuda)}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="uhd_qwen2_0_5b", help="sizes (default: %(default)s)")
-    parser.add_argument("--packs", type=int, default=4, help="packed sequences per step (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write, e.g. benchmarks/results/h100.json")
-    arguments = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    experiment = PRESETS[arguments.preset]()
-    measured = measure(replace(experiment, train=replace(experiment.train, packs_per_step=arguments.packs)))
-    print(measured.line())
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())

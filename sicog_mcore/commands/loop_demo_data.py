@@ -1,43 +1,43 @@
 """Builds the data of the loop's demonstration from images that PyPI packages ship; nothing is downloaded.
 
-In: easy-vqa and the photographs of tools/prepare_demo_data.py, as installed
+In: easy-vqa and the photographs of demo_data.py, as installed
 Out: a folder with images/, tokenizer.json, README.md, and rows:
   labelled.jsonl                       questions and short descriptions with answers, for stages 1, 1.5 and 2
   cod.jsonl caption.jsonl              descriptions in steps, and plain ones, for stage 0
   cot.jsonl direct.jsonl               answers in steps, and short ones, for stage 0
   unlabelled.jsonl questions.jsonl     images alone, and with a question: what the model makes its own data from
   evaluation.jsonl                     questions about images that occur nowhere else
-Next: launch/self_improve.py --config examples/loop_demo.yaml
+Next: loop_config.py (a loop that starts from these files)
 Colour and shape are easy-vqa's answers; where a shape lies is measured in its pixels. Sentences are made by rule.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from prepare_demo_data import (  # beside this file
+
+from sicog_mcore.cognition.annotation.annotated_rows import write_rows
+from sicog_mcore.cognition.codec import render
+from sicog_mcore.cognition.prompts import ask, find_prompt
+from sicog_mcore.commands.demo_data import (
     CAPTIONS,
     DISTRIBUTIONS,
-    Item,
+    DemoImage,
     MissingPackage,
-    Row,
     conversation,
     package_folder,
     photographs,
     train_tokenizer,
 )
-
-from sicog_mcore.cognition.annotation.annotated_rows import write_rows
-from sicog_mcore.cognition.codec import render
-from sicog_mcore.cognition.prompts import ask, find_prompt
+from sicog_mcore.commands.verb import Verb, VerbCall
+from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
 
 SOURCE = "easy-vqa, sentences made by rule"
@@ -49,9 +49,32 @@ BACKGROUND_DISTANCE = 60  # summed over the channels; backgrounds are one light 
 SIZES = (("labelled", 96), ("annotated", 64), ("unlabelled", 96), ("evaluation", 60))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoopDemoDataOptions:
+    """What ``loop-demo-data`` is asked to do.
+
+    Attributes:
+        out: folder to make.
+    """
+
+    out: Path = Path("data/loop_demo")
+
+
 @dataclass(frozen=True)
-class Shape:
-    """An image of easy-vqa whose colour and shape its questions tell.
+class LoopDemoData:
+    """A folder of data for the loop's demonstration.
+
+    Attributes:
+        counts: rows of each file, by its name without the ending.
+    """
+
+    out: Path
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ShapeImage:
+    """An image of easy-vqa shows one shape, whose colour and form its questions tell.
 
     Attributes:
         place: where the shape lies, e.g. "upper left".
@@ -67,14 +90,16 @@ class Shape:
 
     @property
     def name(self) -> str:
+        """The name of its file below images/."""
         return f"shape_{self.number:04d}.png"
 
     @property
     def caption(self) -> str:
+        """A sentence that says all of it."""
         return f"A {self.colour} {self.shape} at the {self.place}."
 
 
-def read_shapes(count: int) -> list[Shape]:
+def read_shapes(count: int) -> list[ShapeImage]:
     """The first images of the training set of which colour and shape are asked for.
 
     Raises:
@@ -85,14 +110,14 @@ def read_shapes(count: int) -> list[Shape]:
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         if answer in (*SHAPES, *COLOURS):
             asked.setdefault(image, []).append((question, answer))
-    found: list[Shape] = []
+    found: list[ShapeImage] = []
     for number in sorted(asked):
         answers = {answer for _, answer in asked[number]}
         colours, shapes = answers & {*COLOURS}, answers & {*SHAPES}
         if colours and shapes and len(found) < count:
             path = folder / "images" / f"{number}.png"
             questions = tuple(dict(asked[number]).items())
-            found.append(Shape(number, path, colours.pop(), shapes.pop(), find_place(path), questions))
+            found.append(ShapeImage(number, path, colours.pop(), shapes.pop(), find_place(path), questions))
     if len(found) < count:
         raise ValueError(f"easy-vqa has {len(found)} images that fit; {count} are wanted")
     return found
@@ -108,7 +133,7 @@ def find_place(path: Path) -> str:
     return f"{ROWS_OF_SKY[int(y * 3)]} {COLUMNS[int(x * 3)]}"
 
 
-def describe(shape: Shape) -> list[str]:
+def describe(shape: ShapeImage) -> list[str]:
     """The five steps of a description."""
     return [
         f"One {shape.shape}.",
@@ -119,13 +144,13 @@ def describe(shape: Shape) -> list[str]:
     ]
 
 
-def reason(shape: Shape, question: str, answer: str) -> list[str]:
+def reason(shape: ShapeImage, question: str, answer: str) -> list[str]:
     """The four steps of an answer."""
     what = "colour" if answer in COLOURS else "shape"
     return [f"Name the {what}.", f"A {shape.colour} {shape.shape}.", f"The {what} is {answer}.", answer]
 
 
-def asked(shape: Shape, prompt: str, question: str, answer: str, number: int = 0) -> Row:
+def asked(shape: ShapeImage, prompt: str, question: str, answer: str, number: int = 0) -> JsonRow:
     """A training row that asks as generation will."""
     row = conversation(
         f"shape-{shape.number}-{number}#{prompt}", "", [(ask(find_prompt(prompt), question, 1), answer)], SOURCE
@@ -133,7 +158,7 @@ def asked(shape: Shape, prompt: str, question: str, answer: str, number: int = 0
     return {"id": row["id"], "image": f"images/{shape.name}", **row}
 
 
-def answered(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, int, str, str]]:
+def answered(shapes: Iterable[ShapeImage]) -> Iterator[tuple[ShapeImage, int, str, str]]:
     """Of each image one question about the colour and one about the shape."""
     for shape in shapes:
         for number, kind in enumerate((COLOURS, SHAPES)):
@@ -141,7 +166,7 @@ def answered(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, int, str, str]]:
             yield shape, number, question, answer
 
 
-def make_rows(parts: dict[str, list[Shape]], photo_rows: Sequence[Row]) -> dict[str, list[Row]]:
+def make_rows(parts: dict[str, list[ShapeImage]], photo_rows: Sequence[JsonRow]) -> dict[str, list[JsonRow]]:
     """All files of rows, by name."""
     annotated, unlabelled = parts["annotated"], parts["unlabelled"]
     captions = [row for row in photo_rows if row["id"].endswith("-caption")]
@@ -178,12 +203,12 @@ def make_rows(parts: dict[str, list[Shape]], photo_rows: Sequence[Row]) -> dict[
     }
 
 
-def readme(photos: Sequence[Item], counts: dict[str, int]) -> str:
+def readme(photos: Sequence[DemoImage], counts: dict[str, int]) -> str:
     """Origin and licence of everything in the folder."""
     lines = [
         "# Data of the loop's demonstration",
         "",
-        "Made by tools/prepare_loop_demo.py from files of installed packages. Images `shape_*.png` and the answers about",
+        "Made by `sicog loop-demo-data` from files of installed packages. Images `shape_*.png` and the answers about",
         "their colour and shape: easy-vqa by Victor Zhou, MIT. Sentences around these answers are made by rule: Apache-2.0.",
         "",
         *(f"- {name}.jsonl: {count} rows" for name, count in counts.items()),
@@ -195,18 +220,19 @@ def readme(photos: Sequence[Item], counts: dict[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def texts(rows: dict[str, list[Row]]) -> list[Row]:
+def texts(rows: dict[str, list[JsonRow]]) -> list[JsonRow]:
     """The rows that have answers, for the vocabulary."""
     return [row for name in ("labelled", "cod", "caption", "cot", "direct") for row in rows[name]]
 
 
-def prepare(out: Path) -> str:
+def prepare_loop_demo(options: LoopDemoDataOptions) -> LoopDemoData:
     """Writes the folder; the same packages give the same bytes.
 
     Raises:
         MissingPackage: a package that ships images is not installed.
         ValueError: the folder holds something else.
     """
+    out = options.out
     for package in DISTRIBUTIONS:
         package_folder(package)
     if out.exists() and not (out / "README.md").is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -226,23 +252,18 @@ def prepare(out: Path) -> str:
     for name, content in rows.items():
         write_rows(out / f"{name}.jsonl", content)
     train_tokenizer(texts(rows)).save(str(out / "tokenizer.json"))
-    return f"{out}: {', '.join(f'{count} {name}' for name, count in counts.items())}"
+    return LoopDemoData(out, counts)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/loop_demo"), help="folder to make (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
+def main(options: LoopDemoDataOptions, call: VerbCall) -> int:
+    """Makes the folder and says what it holds; returns the exit code."""
     try:
-        print(prepare(options.out))
+        made = prepare_loop_demo(options)
     except (MissingPackage, SicogError, ValueError, OSError) as error:
         print(f"prepare_loop_demo: {error}", file=sys.stderr)
         return exit_code(error)
+    print(f"{made.out}: {', '.join(f'{count} {name}' for name, count in made.counts.items())}")
     return EXIT_OK
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+VERB = Verb((__doc__ or "").splitlines()[0], LoopDemoDataOptions, main)

@@ -2,7 +2,7 @@
 
 corrupt: In: LLaVA rows and images   Out: a folder with images/ and rows.jsonl, to generate answers from
 join: In: the same rows, rejected answers {id, answer}, maybe chosen ones   Out: rows of pairs
-Next: data/pairs.py (reads them for training). Everything is joined by id; a row that yields no pair is counted and named by its reason.
+Next: data/pairs.py. Everything is joined by id; a row that yields no pair is counted and named by its reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 
 from sicog_mcore.cognition.annotation.annotated_rows import write_rows
 from sicog_mcore.cognition.whole_files import made_folder
-from sicog_mcore.commands.verb import Call, Verb, VerbFamily
+from sicog_mcore.commands.verb import Verb, VerbCall, VerbFamily
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.corrupt import Corruption, corrupt
 from sicog_mcore.data.decode import decode_image, read_bytes
@@ -229,12 +229,12 @@ def main(work: Callable[[], MadeRows]) -> int:
     return EXIT_OK
 
 
-def main_spoil(options: SpoilOptions, call: Call) -> int:
+def main_spoil(options: SpoilOptions, call: VerbCall) -> int:
     """Runs ``make-pairs corrupt``; returns the exit code."""
     return main(lambda: spoil(options, tell))
 
 
-def main_join(options: PairOptions, call: Call) -> int:
+def main_join(options: PairOptions, call: VerbCall) -> int:
     """Runs ``make-pairs join``; returns the exit code."""
     return main(lambda: join_pairs(options, tell))
 

@@ -25,7 +25,7 @@ from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import ask, load_prompts
 from sicog_mcore.cognition.records import Candidate, Decision, Generation, Scores, read_records
 from sicog_mcore.cognition.reporting.rounds import record_file
-from sicog_mcore.commands.verb import Call, Verb
+from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.errors import EXIT_OK, RecordError, SampleError, SicogError, exit_code, printable
 from sicog_mcore.flags import flag
 
@@ -253,7 +253,7 @@ def _text(text: str) -> Text:
     return Text(printable(text))
 
 
-def main(options: WhyOptions, call: Call) -> int:
+def main(options: WhyOptions, call: VerbCall) -> int:
     """Explains one id; returns the exit code."""
     console = Console()
     try:
