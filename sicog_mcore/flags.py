@@ -25,6 +25,7 @@ class Flag:
         parse: makes a value of one word; a ValueError or ArgumentTypeError is reported as a wrong value.
         write: the inverse of ``parse``.
         choices: words that are taken; of a Literal these are known already.
+        needs_all: of a nested dataclass: its fields are required, whatever their defaults.
         group: fields of the same group exclude each other; ``group!`` demands one of them.
     """
 
@@ -36,6 +37,7 @@ class Flag:
     parse: Callable[[str], Any] | None = None
     write: Callable[[Any], str] = str
     choices: tuple[str, ...] = ()
+    needs_all: bool = False
     group: str = ""
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -27,6 +26,7 @@ from sicog_mcore.data.sample import Size
 from sicog_mcore.data.slicing import lay_out, plan_slices
 from sicog_mcore.errors import EXIT_OK
 from sicog_mcore.presets import PRESETS
+from sicog_mcore.ranks import silence_megatron
 
 IMAGES = (Size(768, 1024), Size(480, 640), Size(1080, 810), Size(336, 336))
 PROMPT_TOKENS, ANSWER_TOKENS = 32, 160
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--packs", type=int, default=4, help="packed sequences per step (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write, e.g. benchmarks/results/h100.json")
     arguments = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
+    silence_megatron()
     experiment = PRESETS[arguments.preset]()
     measured = measure(replace(experiment, train=replace(experiment.train, packs_per_step=arguments.packs)))
     print(measured.line())

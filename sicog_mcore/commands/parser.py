@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
@@ -79,7 +79,8 @@ def option_forms(cls: type, path: tuple[str, ...] = ()) -> tuple[OptionForm, ...
 
 def _forms_of(cls: type, item: Field[Any], hint: Any, path: tuple[str, ...]) -> Iterator[OptionForm]:
     if is_dataclass(hint) and isinstance(hint, type):
-        yield from option_forms(hint, (*path, item.name))
+        for form in option_forms(hint, (*path, item.name)):
+            yield replace(form, default=MISSING) if flag_of(item).needs_all else form
         return
     inner, is_optional = _without_none(hint)
     flag, length = flag_of(item), None

@@ -22,6 +22,7 @@ class VerbEntry:
     Attributes:
         module: file below sicog_mcore/commands that holds ``VERB``.
         script: the file of launch/ or tools/ that does the same, empty where there is none.
+        holder: the name in the module, where it holds several verbs.
     """
 
     name: str
@@ -29,17 +30,49 @@ class VerbEntry:
     group: VerbGroup
     help: str
     script: str = ""
+    holder: str = "VERB"
 
     def load(self) -> Startable:
         """Imports the verb's module and returns its VERB."""
         module = import_module(f"sicog_mcore.commands.{self.module}")
-        return cast(Startable, module.VERB)
+        return cast(Startable, getattr(module, self.holder))
 
 
 VERBS: Sequence[VerbEntry] = (
     VerbEntry(
-        "join-records", "join_records", "improve", "make one round of several generation runs", "tools/join_records.py"
+        "warmup",
+        "train_stage",
+        "train",
+        "stage 0: steps of perception or reasoning",
+        "launch/warmup_stage0.py",
+        "WARMUP_VERB",
     ),
+    VerbEntry("align", "train_stage", "train", "stage 1: the resampler alone", "launch/align_stage1.py", "ALIGN_VERB"),
+    VerbEntry(
+        "pretrain",
+        "train_stage",
+        "train",
+        "stage 1.5: multimodal pre-training",
+        "launch/pretrain_stage15.py",
+        "PRETRAIN_VERB",
+    ),
+    VerbEntry(
+        "finetune",
+        "train_stage",
+        "train",
+        "stage 2: visual instruction tuning",
+        "launch/finetune_stage2.py",
+        "FINETUNE_VERB",
+    ),
+    VerbEntry(
+        "dpo", "train_stage", "train", "preference training on pairs of answers", "launch/train_dpo.py", "DPO_VERB"
+    ),
+    VerbEntry("generate", "candidates", "improve", "draw candidates for unlabelled items", "launch/generate.py"),
+    VerbEntry("score", "score", "improve", "score candidates by how far they agree", "tools/score.py"),
+    VerbEntry("join-records", "join_records", "improve", "make one round of several runs", "tools/join_records.py"),
+    VerbEntry("curate", "curate", "improve", "keep what agrees, as training rows and pairs", "tools/curate.py"),
+    VerbEntry("evaluate", "evaluate", "look", "judge answers to a benchmark, compare two models", "tools/evaluate.py"),
+    VerbEntry("report", "report", "look", "write the report of a round as one HTML file", "tools/report.py"),
 )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sicog_mcore.commands.parser import add_options, formatter_for, options_from, read_options, refuse_mistakes
+from sicog_mcore.commands.parser import add_options, formatter_for, make_parser, options_from, refuse_mistakes
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, SicogError, exit_code, printable
 
 
@@ -86,11 +86,13 @@ class Verb:
         about: its help; the first line stands in lists.
         options: a frozen dataclass.
         main: does the work, prints, and returns the exit code.
+        takes_abbreviations: whether the start of a flag stands for it where only one starts so.
     """
 
     about: str
     options: type
     main: Callable[[Any, VerbCall], int]
+    takes_abbreviations: bool = True
 
     def start(
         self,
@@ -100,7 +102,11 @@ class Verb:
     ) -> int:
         """Reads the options and runs; see Startable."""
         call = make_call(arguments, environment, program)
-        return self.main(read_options(self.options, call.arguments, self.about, call.usage_name), call)
+        parser = make_parser(self.options, self.about, call.usage_name)
+        parser.allow_abbrev = self.takes_abbreviations
+        options = options_from(self.options, parser.parse_args(list(call.arguments)))
+        refuse_mistakes(options, parser)
+        return self.main(options, call)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from sicog_mcore.cognition.generation.record_parts import PartWriter, open_parts
-from sicog_mcore.cognition.loop.steps import write_json
 from sicog_mcore.cognition.records import Scores, read_records, write_records
 from sicog_mcore.cognition.scoring.vectors import VectorStore
-from sicog_mcore.cognition.whole_files import disk_faults, made_folder, whole_file, whole_folder
 from sicog_mcore.errors import CheckpointError, ConfigError, MachineError, exit_code, is_machine_fault
+from sicog_mcore.files import disk_faults, made_folder, whole_file, whole_folder, write_json
 from tests.cognition.generation.test_generate import record
 from tests.disks import full_after
 
@@ -101,7 +100,7 @@ def test_records_vectors_and_stamps_leave_nothing_half_written(tmp_path: Path) -
         with pytest.raises(MachineError, match="npy cannot be written"):
             list(VectorStore(tmp_path / "v", Embedder()).fill("abc"))  # type: ignore[arg-type]
         with pytest.raises(MachineError):
-            write_json(tmp_path / "steps" / "a.json", "x" * 5000)
+            write_json(tmp_path / "steps" / "a.json", "x" * 5000, shared=True)
     assert list(tmp_path.rglob("*")) == []
 
 
