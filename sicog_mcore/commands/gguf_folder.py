@@ -261,7 +261,7 @@ def read_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     tokens, kinds, listed = (needed(fields, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
     merges = [tuple(merge.split(" ")) for merge in listed]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(SPLITS[split]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(SPLITS[str(split)]))
     tokenizer.decoder = decoders.ByteLevel()
     controls = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in controls])

@@ -7,7 +7,6 @@ Weights, pixels and text are random; image sizes are those of photographs, cut i
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.errors import EXIT_OK
 from sicog_mcore.flags import flag
 from sicog_mcore.presets import PRESETS
+from sicog_mcore.ranks import silence_megatron
 
 if TYPE_CHECKING:
     from sicog_mcore.commands.device_speed import SpeedMeasurement  # imports torch
@@ -50,7 +50,7 @@ def report_speed(options: GpuReportOptions) -> SpeedMeasurement:
 
 def main(options: GpuReportOptions, call: VerbCall) -> int:
     """Measures and prints one line; returns the exit code."""
-    warnings.simplefilter("ignore")
+    silence_megatron()
     print(report_speed(options).line())
     return EXIT_OK
 
