@@ -82,6 +82,7 @@ setup(
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
     package_data={
         "sicog_mcore.cognition": ["prompts.json"],
+        "sicog_mcore.commands": ["demo_captions.json"],
         "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
     },
     entry_points={"console_scripts": ["sicog = sicog_mcore.commands.front:main"]},

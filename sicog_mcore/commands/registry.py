@@ -74,6 +74,31 @@ VERBS: Sequence[VerbEntry] = (
     VerbEntry("curate", "curate", "improve", "keep what agrees, as training rows and pairs", "tools/curate.py"),
     VerbEntry("evaluate", "evaluate", "look", "judge answers to a benchmark, compare two models", "tools/evaluate.py"),
     VerbEntry("report", "report", "look", "write the report of a round as one HTML file", "tools/report.py"),
+    VerbEntry("annotate", "annotate", "improve", "make warm-up rows in steps", "tools/annotate.py"),
+    VerbEntry(
+        "make-pairs", "make_pairs", "improve", "make preference pairs from spoiled images", "tools/make_pairs.py"
+    ),
+    VerbEntry("why", "why", "look", "walk back from a training row to its image", "tools/why.py"),
+    VerbEntry("perplexity", "perplexity", "look", "measure how well answers are predicted", "launch/perplexity.py"),
+    VerbEntry("convert", "convert", "tools", "import, export and list weights", "tools/convert.py"),
+    VerbEntry("import-gguf", "import_gguf", "tools", "make a folder of a GGUF file", "tools/import_gguf.py"),
+    VerbEntry("doctor", "doctor", "tools", "say what this machine can run", "tools/doctor.py"),
+    VerbEntry("gpu-report", "gpu_report", "tools", "measure how fast this machine trains", "tools/gpu_report.py"),
+    VerbEntry(
+        "check-conformance",
+        "check_conformance",
+        "tools",
+        "compare slicing and resampler with recorded files",
+        "tools/check_conformance.py",
+    ),
+    VerbEntry("demo-data", "demo_data", "tools", "build a small real data set", "tools/prepare_demo_data.py"),
+    VerbEntry(
+        "loop-demo-data",
+        "loop_demo_data",
+        "tools",
+        "build the data of the loop's demonstration",
+        "tools/prepare_loop_demo.py",
+    ),
 )
 
 
