@@ -1,17 +1,16 @@
 """Builds a small real data set from images that PyPI packages ship; nothing is downloaded.
 
-In: easy-vqa, scikit-image, scikit-learn, matplotlib as installed, demo_captions.json
+In: easy-vqa, scikit-image, scikit-learn, matplotlib as installed, or this package's own pictures; demo_captions.json
 Out: a folder with images/, train.jsonl (LLaVA format), tokenizer.json, README.md and manifest.json
 Next: loop_demo_data.py. The same packages give the same bytes; a finished folder is recognised by its hashes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sicog_mcore.commands.picture_sources import CAPTIONS, MissingPackage, PictureKind, Pictures, open_pictures
 from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.rows import JsonRow
@@ -26,18 +26,10 @@ from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
 from sicog_mcore.files import commit_folder, hash_file, whole_folder
 from sicog_mcore.flags import flag
 
-CAPTIONS = Path(__file__).with_name("demo_captions.json")
-DISTRIBUTIONS: Mapping[str, str] = {
-    "easy_vqa": "easy-vqa",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_WORDS = ("system\n", "user\n", "assistant\n", DataConfig().system_prompt)
 VOCAB_SIZE = 1024
 QUESTIONS_PER_SHAPE = 4
-SHAPE_SOURCE = "easy-vqa"
 DESCRIBE = "Describe the picture."
 ANSWER_KINDS = (
     ("yes", "no"),
@@ -48,10 +40,6 @@ ANSWER_KINDS = (
 QuestionsAndAnswers = list[tuple[str, str]]
 
 
-class MissingPackage(Exception):
-    """A package whose images are needed is not installed."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoDataOptions:
     """What ``demo-data`` is asked to do.
@@ -59,10 +47,12 @@ class DemoDataOptions:
     Attributes:
         out: folder to make.
         vqa_images: shape images.
+        pictures: of other installed packages, or this package's own, which need no other.
     """
 
     out: Path = Path("data/demo")
     vqa_images: int = flag(300, metavar="N")
+    pictures: PictureKind = "packages"
 
     def mistake(self) -> str:
         """Returns what is wrong with the options, empty if nothing is."""
@@ -83,16 +73,6 @@ class DemoImage:
     licence: str
 
 
-def package_folder(package: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise MissingPackage(
-            f"{DISTRIBUTIONS[package]} is not installed, but its images are needed; run: pip install -e .[demo]"
-        )
-    return Path(spec.origin).parent
-
-
 def conversation(row_id: str, image: str, turns: QuestionsAndAnswers, source: str) -> JsonRow:
     """One row in LLaVA format; the image, if there is one, stands in front of the first question."""
     row: JsonRow = {"id": row_id, "image": f"images/{image}"} if image else {"id": row_id}
@@ -103,30 +83,32 @@ def conversation(row_id: str, image: str, turns: QuestionsAndAnswers, source: st
     return row | {"caption_source": source}
 
 
-def shapes(num_images: int) -> tuple[list[DemoImage], list[JsonRow]]:
-    """The first images of easy-vqa's training set, each with its first questions as turns of one conversation."""
-    folder = package_folder("easy_vqa") / "data" / "train"
+def shapes(num_images: int, pictures: Pictures) -> tuple[list[DemoImage], list[JsonRow]]:
+    """The first images of the source, each with its first questions as turns of one conversation."""
+    folder = pictures.shapes
     turns: dict[int, QuestionsAndAnswers] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         turns.setdefault(image, []).append((question, answer))
     if num_images > len(turns):
         raise ValueError(
-            f"--vqa-images {num_images}: easy-vqa has {len(turns)} training images; ask for at most that many"
+            f"--vqa-images {num_images}: {pictures.shape_name} has {len(turns)} training images; ask for at most that many"
         )
     items, rows = [], []
     for image in sorted(turns)[:num_images]:
         name = f"shape_{image:04d}.png"
-        items.append(DemoImage(name, folder / "images" / f"{image}.png", "easy-vqa by Victor Zhou", "MIT"))
-        rows.append(conversation(f"shape-{image:04d}", name, turns[image][:QUESTIONS_PER_SHAPE], SHAPE_SOURCE))
+        items.append(DemoImage(name, folder / "images" / f"{image}.png", pictures.shape_origin, pictures.shape_licence))
+        rows.append(conversation(f"shape-{image:04d}", name, turns[image][:QUESTIONS_PER_SHAPE], pictures.shape_name))
     return items, rows
 
 
-def photographs(captions: dict[str, Any]) -> tuple[list[DemoImage], list[JsonRow]]:
+def photographs(captions: dict[str, Any], pictures: Pictures) -> tuple[list[DemoImage], list[JsonRow]]:
     """Photographs, each with three rows: a caption, questions, and both in one conversation."""
     source = captions["caption_source"]
     items, rows = [], []
     for photo in captions["photos"]:
-        path = package_folder(photo["package"]) / photo["file"]
+        path = pictures.photograph(photo)
+        if path is None:
+            continue
         items.append(DemoImage(path.name, path, photo["origin"], photo["licence"]))
         caption, questions = (
             (DESCRIBE, photo["caption"]),
@@ -174,7 +156,7 @@ def train_tokenizer(rows: list[JsonRow]) -> Tokenizer:
     return tokenizer
 
 
-def readme(photos: list[DemoImage], num_shapes: int, num_rows: int, caption_source: str) -> str:
+def readme(photos: list[DemoImage], num_shapes: int, num_rows: int, caption_source: str, pictures: Pictures) -> str:
     """Origin and licence of everything in the folder."""
     lines = [
         "# Demo data of sicog_mcore",
@@ -183,8 +165,8 @@ def readme(photos: list[DemoImage], num_shapes: int, num_rows: int, caption_sour
         "Image paths in train.jsonl are relative to this folder.",
         "",
         f"- Captions, questions and answers labelled `{caption_source}`: Apache-2.0, as the project.",
-        f"- {num_shapes} images `shape_*.png` with their questions and answers (labelled `{SHAPE_SOURCE}`):"
-        " easy-vqa by Victor Zhou, MIT.",
+        f"- {num_shapes} images `shape_*.png` with their questions and answers (labelled `{pictures.shape_name}`):"
+        f" {pictures.shape_origin}, {pictures.shape_licence}.",
         "- tokenizer.json: trained on the text of these rows.",
         "",
         "| photograph | origin | licence |",
@@ -199,9 +181,9 @@ def files_below(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json")
 
 
-def request(num_images: int) -> dict[str, str | int]:
+def request(num_images: int, pictures: Pictures) -> dict[str, str | int]:
     """What determines the bytes; a folder made from another request is made anew."""
-    versions = {name: metadata.version(name) for name in (*DISTRIBUTIONS.values(), "tokenizers")}
+    versions = {**pictures.versions, "tokenizers": metadata.version("tokenizers")}
     return {"vqa_images": num_images, "captions": hash_file(CAPTIONS), "program": hash_file(Path(__file__)), **versions}
 
 
@@ -216,11 +198,11 @@ def is_complete(out: Path, wanted: dict[str, str | int]) -> bool:
     return manifest["files"] == {path.relative_to(out).as_posix(): hash_file(path) for path in files_below(out)}
 
 
-def write(folder: Path, num_images: int, wanted: dict[str, str | int]) -> str:
+def write(folder: Path, num_images: int, wanted: dict[str, str | int], pictures: Pictures) -> str:
     """Writes all files into an empty folder; returns one line that says what they hold."""
     captions = json.loads(CAPTIONS.read_text(encoding="utf-8"))
-    shape_items, shape_rows = shapes(num_images)
-    photo_items, photo_rows = photographs(captions)
+    shape_items, shape_rows = shapes(num_images, pictures)
+    photo_items, photo_rows = photographs(captions, pictures)
     items, rows = [*photo_items, *shape_items], [*photo_rows, *shape_rows, *text_rows(captions)]
     (folder / "images").mkdir(parents=True)
     for item in items:
@@ -231,7 +213,7 @@ def write(folder: Path, num_images: int, wanted: dict[str, str | int]) -> str:
     (folder / "pairs.jsonl").write_text("".join(pairs), encoding="utf-8")
     tokenizer = train_tokenizer(rows)
     tokenizer.save(str(folder / "tokenizer.json"))
-    text = readme(photo_items, len(shape_items), len(rows), captions["caption_source"])
+    text = readme(photo_items, len(shape_items), len(rows), captions["caption_source"], pictures)
     (folder / "README.md").write_text(text, encoding="utf-8")
     files = {path.relative_to(folder).as_posix(): hash_file(path) for path in files_below(folder)}
     manifest = json.dumps({"request": wanted, "files": files}, indent=1)
@@ -261,17 +243,19 @@ def prepare_demo_data(options: DemoDataOptions) -> DemoData:
         MissingPackage: a package that ships images is not installed.
         ValueError: more images were asked for than there are, or the folder holds something else.
     """
-    out = options.out
-    for package in DISTRIBUTIONS:
-        package_folder(package)
-    wanted = request(options.vqa_images)
+    with open_pictures(options.pictures, options.vqa_images) as pictures:
+        return _prepare(options.out, options.vqa_images, pictures)
+
+
+def _prepare(out: Path, num_images: int, pictures: Pictures) -> DemoData:
+    wanted = request(num_images, pictures)
     if is_complete(out, wanted):
         return DemoData(out, "")
     if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not demo data; choose another --out, or remove it")
     partial = out.with_name(out.name + ".partial")
     with whole_folder(partial):
-        contents = write(partial, options.vqa_images, wanted)
+        contents = write(partial, num_images, wanted, pictures)
         if out.exists():
             shutil.rmtree(out)
         commit_folder(partial, out)

@@ -1,6 +1,6 @@
 """Builds the data of the loop's demonstration from images that PyPI packages ship; nothing is downloaded.
 
-In: easy-vqa and the photographs of demo_data.py, as installed
+In: easy-vqa and the photographs of demo_data.py, as installed, or this package's own pictures
 Out: a folder with images/, tokenizer.json, README.md, and rows:
   labelled.jsonl                       questions and short descriptions with answers, for stages 1, 1.5 and 2
   cod.jsonl caption.jsonl              descriptions in steps, and plain ones, for stage 0
@@ -8,7 +8,7 @@ Out: a folder with images/, tokenizer.json, README.md, and rows:
   unlabelled.jsonl questions.jsonl     images alone, and with a question: what the model makes its own data from
   evaluation.jsonl                     questions about images that occur nowhere else
 Next: loop_config.py (a loop that starts from these files)
-Colour and shape are easy-vqa's answers; where a shape lies is measured in its pixels. Sentences are made by rule.
+Colour and shape are the source's answers; where a shape lies is measured in its pixels. Sentences are made by rule.
 """
 
 from __future__ import annotations
@@ -26,21 +26,13 @@ from PIL import Image
 from sicog_mcore.cognition.annotation.annotated_rows import write_rows
 from sicog_mcore.cognition.codec import render
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.commands.demo_data import (
-    CAPTIONS,
-    DISTRIBUTIONS,
-    DemoImage,
-    MissingPackage,
-    conversation,
-    package_folder,
-    photographs,
-    train_tokenizer,
-)
+from sicog_mcore.commands.demo_data import DemoImage, conversation, photographs, train_tokenizer
+from sicog_mcore.commands.picture_sources import CAPTIONS, MissingPackage, PictureKind, Pictures, open_pictures
 from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
 
-SOURCE = "easy-vqa, sentences made by rule"
+SOURCE = "{}, sentences made by rule"
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 ROWS_OF_SKY = ("upper", "middle", "lower")
@@ -55,9 +47,11 @@ class LoopDemoDataOptions:
 
     Attributes:
         out: folder to make.
+        pictures: of other installed packages, or this package's own, which need no other.
     """
 
     out: Path = Path("data/loop_demo")
+    pictures: PictureKind = "packages"
 
 
 @dataclass(frozen=True)
@@ -74,9 +68,10 @@ class LoopDemoData:
 
 @dataclass(frozen=True)
 class ShapeImage:
-    """An image of easy-vqa shows one shape, whose colour and form its questions tell.
+    """An image shows one shape, whose colour and form its questions tell.
 
     Attributes:
+        source: where the image comes from, as rows say it.
         place: where the shape lies, e.g. "upper left".
         questions: about colour and shape, with answers.
     """
@@ -87,6 +82,7 @@ class ShapeImage:
     shape: str
     place: str
     questions: tuple[tuple[str, str], ...]
+    source: str
 
     @property
     def name(self) -> str:
@@ -99,13 +95,13 @@ class ShapeImage:
         return f"A {self.colour} {self.shape} at the {self.place}."
 
 
-def read_shapes(count: int) -> list[ShapeImage]:
+def read_shapes(count: int, pictures: Pictures) -> list[ShapeImage]:
     """The first images of the training set of which colour and shape are asked for.
 
     Raises:
         ValueError: there are fewer.
     """
-    folder = package_folder("easy_vqa") / "data" / "train"
+    folder = pictures.shapes
     asked: dict[int, list[tuple[str, str]]] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         if answer in (*SHAPES, *COLOURS):
@@ -117,9 +113,10 @@ def read_shapes(count: int) -> list[ShapeImage]:
         if colours and shapes and len(found) < count:
             path = folder / "images" / f"{number}.png"
             questions = tuple(dict(asked[number]).items())
-            found.append(ShapeImage(number, path, colours.pop(), shapes.pop(), find_place(path), questions))
+            place, source = find_place(path), SOURCE.format(pictures.shape_name)
+            found.append(ShapeImage(number, path, colours.pop(), shapes.pop(), place, questions, source))
     if len(found) < count:
-        raise ValueError(f"easy-vqa has {len(found)} images that fit; {count} are wanted")
+        raise ValueError(f"{pictures.shape_name} has {len(found)} images that fit; {count} are wanted")
     return found
 
 
@@ -153,7 +150,7 @@ def reason(shape: ShapeImage, question: str, answer: str) -> list[str]:
 def asked(shape: ShapeImage, prompt: str, question: str, answer: str, number: int = 0) -> JsonRow:
     """A training row that asks as generation will."""
     row = conversation(
-        f"shape-{shape.number}-{number}#{prompt}", "", [(ask(find_prompt(prompt), question, 1), answer)], SOURCE
+        f"shape-{shape.number}-{number}#{prompt}", "", [(ask(find_prompt(prompt), question, 1), answer)], shape.source
     )
     return {"id": row["id"], "image": f"images/{shape.name}", **row}
 
@@ -203,13 +200,14 @@ def make_rows(parts: dict[str, list[ShapeImage]], photo_rows: Sequence[JsonRow])
     }
 
 
-def readme(photos: Sequence[DemoImage], counts: dict[str, int]) -> str:
+def readme(photos: Sequence[DemoImage], counts: dict[str, int], pictures: Pictures) -> str:
     """Origin and licence of everything in the folder."""
     lines = [
         "# Data of the loop's demonstration",
         "",
         "Made by `sicog loop-demo-data` from files of installed packages. Images `shape_*.png` and the answers about",
-        "their colour and shape: easy-vqa by Victor Zhou, MIT. Sentences around these answers are made by rule: Apache-2.0.",
+        f"their colour and shape: {pictures.shape_origin}, {pictures.shape_licence}. Sentences around these answers are made"
+        " by rule: Apache-2.0.",
         "",
         *(f"- {name}.jsonl: {count} rows" for name, count in counts.items()),
         "",
@@ -232,18 +230,22 @@ def prepare_loop_demo(options: LoopDemoDataOptions) -> LoopDemoData:
         MissingPackage: a package that ships images is not installed.
         ValueError: the folder holds something else.
     """
-    out = options.out
-    for package in DISTRIBUTIONS:
-        package_folder(package)
+    count = sum(size for _, size in SIZES)
+    with open_pictures(options.pictures, count) as pictures:
+        return _prepare(options.out, count, pictures)
+
+
+def _prepare(out: Path, count: int, pictures: Pictures) -> LoopDemoData:
     if out.exists() and not (out / "README.md").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not this data; choose another --out, or remove it")
-    shapes = iter(read_shapes(sum(count for _, count in SIZES)))
-    parts = {name: [next(shapes) for _ in range(count)] for name, count in SIZES}
-    photos, photo_rows = photographs(json.loads(CAPTIONS.read_text(encoding="utf-8")))
+    shapes = iter(read_shapes(count, pictures))
+    parts = {name: [next(shapes) for _ in range(size)] for name, size in SIZES}
+    photos, photo_rows = photographs(json.loads(CAPTIONS.read_text(encoding="utf-8")), pictures)
     rows = make_rows(parts, photo_rows)
     (out / "images").mkdir(parents=True, exist_ok=True)
     counts = {name: len(content) for name, content in rows.items()}
-    (out / "README.md").write_text(readme(photos, counts), encoding="utf-8")  # first: by it the folder is known as ours
+    text = readme(photos, counts, pictures)
+    (out / "README.md").write_text(text, encoding="utf-8")  # first: by it the folder is known as ours
     copies = [(photo.source, photo.name) for photo in photos] + [
         (s.path, s.name) for part in parts.values() for s in part
     ]
