@@ -70,6 +70,7 @@ setup(
         "sicog_mcore.cognition.loop",
         "sicog_mcore.cognition.reporting",
         "sicog_mcore.cognition.scoring",
+        "sicog_mcore.commands",
         "sicog_mcore.data",
         "sicog_mcore.data.index",
         "sicog_mcore.hf",
@@ -82,8 +83,10 @@ setup(
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
     package_data={
         "sicog_mcore.cognition": ["prompts.json"],
+        "sicog_mcore.commands": ["demo_captions.json"],
         "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
     },
+    entry_points={"console_scripts": ["sicog = sicog_mcore.commands.front:main"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sicog_mcore.errors import ConfigProblem
@@ -22,6 +23,7 @@ SCALAR_WORDS: Mapping[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    Path: "a path",
     type(None): "null",
 }
 
@@ -38,7 +40,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def decode(kind: type[T], value: Any, path: str = "", complete: bool = False) -> T | list[ConfigProblem]:
-    """Reads a JSON or YAML value as the annotated type: dataclasses, tuple[X, ...], Mapping[str, X], Literal, unions, scalars.
+    """Reads a JSON or YAML value as the annotated type: dataclass, tuple[X, ...], Mapping[str, X], Literal, union, scalar.
 
     Args:
         path: dotted path of the value in its document, for the problems; empty for the document itself.
@@ -57,11 +59,15 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
     if kind is float:  # the most frequent by far, in matrices of scores
         if type(value) in (float, int):
             return float(value)
+    elif kind is Any:  # a class too, so it comes first
+        return value
     elif isinstance(kind, type):
         if is_dataclass(kind):
             return _decode_fields(kind, value, path, complete, problems)
         if type(value) is kind:
             return value
+        if kind is Path and type(value) is str:
+            return Path(value)
     elif (origin := get_origin(kind)) is tuple:
         if isinstance(value, list | tuple):
             element = get_args(kind)[0]
@@ -76,12 +82,10 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
             found = _decode(member, value, path, complete, tried)
             if not tried:
                 return found
-    elif origin is Mapping:
+    elif origin in (Mapping, dict):
         if isinstance(value, dict) and all(isinstance(name, str) for name in value):
             member = get_args(kind)[1]
             return {name: _decode(member, one, f"{path}.{name}", complete, problems) for name, one in value.items()}
-    elif kind is Any:
-        return value
     else:
         raise TypeError(f"{path}: no value can be read as {kind}; use one of the types that decode() names")
     problems.append(ConfigProblem(path, value, f"is not {type_words(kind)}", f"give {type_words(kind)}"))
@@ -136,7 +140,7 @@ def type_words(kind: Any) -> str:
     if origin is tuple:
         words = {str: "texts", int: "whole numbers", float: "numbers"}.get(arguments[0])
         return f"a list of {words}" if words else f"a list, each entry {type_words(arguments[0])}"
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         return "a mapping of names to values"
     if isinstance(kind, type) and is_dataclass(kind):
         return f"a group of {', '.join(item.name for item in fields(kind))}"

@@ -1,6 +1,6 @@
 """Durable files: every file or folder that must survive a kill, a crash or a full disk is written, renamed and hashed here.
 
-In: what a step writes   Out: the file, whole and on disk, or one error and no temporary file   Next: decoding.py (reads JSON)
+In: what a step writes   Out: the file, whole and on disk, or one error and nothing   Next: decoding.py (reads JSON)
 The one place that calls rename and fsync. A temporary file stands beside its target, ends in ``.partial``, is synced before
 the rename, and is removed when the block that writes it fails: a reader sees the old content or the new one, never a part.
 Imports nothing heavy: lock.py uses it before torch is there.

@@ -1,7 +1,7 @@
 """Why a checkpoint could not be written: a full disk, no right to write, another rank, or a disk that fails.
 
 In: what pathlib, torch.save, safetensors, Megatron's writers or a collective raised   Out: one error with its remedy
-Each cause has its own remedy and exit code; a wrong one sends people to the wrong machine.   Used by: store.py, part_writer.py
+Each cause has its own remedy and exit code; a wrong one sends people to the wrong machine.   For: store.py, part_writer.py
 """
 
 from __future__ import annotations

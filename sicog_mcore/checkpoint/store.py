@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
+from sicog_mcore.parallel.gather import first_failure, on_all
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
@@ -115,9 +117,8 @@ class CheckpointStore:
             work()
         except WRITE_ERRORS as error:
             failure = failure_of(error)
-        failures = [found for found in self.topology.gather_objects(failure) if found is not None]
-        if failures:
-            raise SaveFailed(failures[0])
+        if found := first_failure(self.topology, failure):
+            raise SaveFailed(found)
 
     def _agreed(self, error: BaseException) -> Failure:
         """What failed; where all ranks know that something did, but only one knows what, they agree on its kind."""
@@ -223,7 +224,7 @@ class CheckpointStore:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{folder} does not hold the state of this run's optimizer ({error!r})") from error
         if content.get("layout") == _layout(self.topology):
-            self._load_rng(folder)
+            on_all(self.topology, partial(self._load_rng, folder))
         else:
             notes.append(
                 f"layout changed from {content.get('layout')} to {_layout(self.topology)}: random states start anew"
@@ -231,15 +232,9 @@ class CheckpointStore:
         return state, notes
 
     def _load_rng(self, folder: Path) -> None:
-        """Random states of this place; where one rank cannot read them, all ranks say so."""
-        failure = None
-        try:
-            manifest = commit.read_manifest(folder)
-            load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
-        except CheckpointError as error:
-            failure = str(error)
-        if failures := [text for text in self.topology.gather_objects(failure) if text is not None]:
-            raise CheckpointError(failures[0])
+        """Restores the random states of this place."""
+        manifest = commit.read_manifest(folder)
+        load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
         saved = experiment_from_dict(content["experiment"])
