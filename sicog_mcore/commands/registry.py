@@ -74,6 +74,7 @@ VERBS: Sequence[VerbEntry] = (
     VerbEntry("curate", "curate", "improve", "keep what agrees, as training rows and pairs", "tools/curate.py"),
     VerbEntry("evaluate", "evaluate", "look", "judge answers to a benchmark, compare two models", "tools/evaluate.py"),
     VerbEntry("report", "report", "look", "write the report of a round as one HTML file", "tools/report.py"),
+    VerbEntry("bench", "bench", "look", "measure parts of the trainer: bench data"),
     VerbEntry("annotate", "annotate", "improve", "make warm-up rows in steps", "tools/annotate.py"),
     VerbEntry(
         "make-pairs", "make_pairs", "improve", "make preference pairs from spoiled images", "tools/make_pairs.py"

@@ -25,6 +25,7 @@ from sicog_mcore.data.resume import EpochRows
 from sicog_mcore.data.row_order import random_numbers
 from sicog_mcore.data.row_sizes import RowSizes
 from sicog_mcore.data.sources import SampleIndex
+from sicog_mcore.errors import DataError
 
 SHARD_ROWS = 4096
 COMPARED_WINDOW = 512
@@ -98,8 +99,8 @@ class StreamFigures:
     opened: Mapping[str, float]
 
 
-def draw_sizes(mix: str, rows: int, seed: int) -> RowSizes:
-    """Sizes of rows of a mix, in random order, in shards of SHARD_ROWS rows."""
+def draw_sizes(mix: str, rows: int, seed: int, budgets: PackBudgets = PackBudgets(8192, 64)) -> RowSizes:
+    """Sizes of rows of a mix, in random order, in shards of SHARD_ROWS rows; those over a budget are left out."""
     draw = np.random.default_rng([seed, rows])
     kinds = MIXES[mix]
     kind = draw.choice(len(kinds), rows, p=[kind.share for kind in kinds])
@@ -111,6 +112,8 @@ def draw_sizes(mix: str, rows: int, seed: int) -> RowSizes:
         if one.slices:
             slices[here] = draw.choice(SLICES, len(here), p=one.slices)
     tokens = slices * VISUAL_TOKENS + np.maximum(slices - 1, 0) + text  # one separator between two slices
+    fits = (tokens <= budgets.tokens) & (slices <= budgets.slices)
+    tokens, slices, rows = tokens[fits], slices[fits], int(fits.sum())
     return RowSizes(
         num_tokens=tokens.astype(np.int32),
         num_slices=slices.astype(np.int32),
@@ -174,12 +177,19 @@ def bench_data(
         rows: of an epoch.
         repeats: seeds.
         data: budgets and shuffle buffer; None for 8192 tokens and 64 slices.
+
+    Raises:
+        DataError: no row fits.
     """
     data = data or DataConfig(token_budget=8192, slice_budget=64)
+    budgets = PackBudgets(data.token_budget, data.slice_budget)
     figures = []
     for mix in mixes:
         for name in PLANNERS:
-            runs = [_measure(mix, name, draw_sizes(mix, rows, seed), data, cost, seed) for seed in range(repeats)]
+            drawn = [draw_sizes(mix, rows, seed, budgets) for seed in range(repeats)]
+            if not all(map(len, drawn)):
+                raise DataError(f"no row of the mix {mix!r} fits into {budgets.tokens} tokens; raise the token budget")
+            runs = [_measure(mix, name, sizes, data, cost, seed) for seed, sizes in enumerate(drawn)]
             figures.append(_median(runs))
     return figures
 
