@@ -28,6 +28,7 @@ from sicog_mcore.data.sources import SampleIndex
 from sicog_mcore.errors import DataError
 
 SHARD_ROWS = 4096
+BUDGETS = PackBudgets(tokens=8192, slices=64)
 COMPARED_WINDOW = 512
 REPLICAS = (32, 256)
 VISUAL_TOKENS = 144  # of a slice
@@ -99,7 +100,7 @@ class StreamFigures:
     opened: Mapping[str, float]
 
 
-def draw_sizes(mix: str, rows: int, seed: int, budgets: PackBudgets = PackBudgets(8192, 64)) -> RowSizes:
+def draw_sizes(mix: str, rows: int, seed: int, budgets: PackBudgets = BUDGETS) -> RowSizes:
     """Sizes of rows of a mix, in random order, in shards of SHARD_ROWS rows; those over a budget are left out."""
     draw = np.random.default_rng([seed, rows])
     kinds = MIXES[mix]
