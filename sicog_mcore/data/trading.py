@@ -20,8 +20,8 @@ from sicog_mcore.data.row_sizes import Integers
 
 # What a pack's mean in tokens, slices and attention counts as. The larger, the finer this size is made equal: a trade is
 # worth the change of the sum of squared deviations. Tokens first, because what is not equal there is padding.
-UNITS = (65536, 2048, 256)
-ROUNDS = 20
+UNITS = (65536, 8192, 256)
+ROUNDS = 30
 OFFERED = 6  # places of each pack that a meeting looks at
 LEAST_SHARE = 8  # in one round of dealing at least this part of the packs gets a sample
 
