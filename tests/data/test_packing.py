@@ -65,7 +65,7 @@ def test_packs_are_full_and_alike(name: str) -> None:
     check(packs, tokens, slices, BUDGETS)
     full = np.bincount(packs, tokens) / BUDGETS.tokens
     assert full.mean() >= MIN_FILL
-    assert (full < 0.98).mean() <= 0.01  # what fits nowhere may make one pack more
+    assert (full < 0.97).mean() <= 0.01  # what fits nowhere may make one pack more
     # A text that fills a pack alone leaves no room for slices: 3 in 100 rows of "sft" do.
     assert np.bincount(packs, slices).std() <= 0.25 * np.bincount(packs, slices).mean()
 
