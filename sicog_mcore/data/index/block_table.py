@@ -47,7 +47,8 @@ class BlockHeader:
 
     Attributes:
         rows: number of rows.
-        name, first_row: what the default ids of rows without an id were made of: "<name>-<number of the row>".
+        name, first_row: what the default ids of rows without an id were made of, "<name>-<number of the row>"; nothing
+            where all rows have ids.
         nameless: numbers of these rows, from the block's first one.
         reasons: reason codes of bad rows; the first, of usable ones, is empty.
         types: of a shard's members, see ShardFile.
