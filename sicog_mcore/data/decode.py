@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from sicog_mcore.config import DataConfig
-from sicog_mcore.data.image_header import PNG_SIGNATURE, TEXT_CHUNKS, is_jpeg, is_webp, jpeg_header, png_header, webp_header
+from sicog_mcore.data.image_header import (
+    PNG_SIGNATURE,
+    TEXT_CHUNKS,
+    is_jpeg,
+    is_webp,
+    jpeg_header,
+    png_header,
+    webp_header,
+)
 from sicog_mcore.data.image_range import open_range
 from sicog_mcore.data.sample import ImageRef, Size
 from sicog_mcore.errors import SampleError

@@ -255,7 +255,10 @@ def _shard(path: Path, answers: list[str], colour: int = 0) -> None:
         for number, answer in enumerate(answers):
             turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
             row = json.dumps({"id": f"{path.stem}-{number}", "conversations": turns})
-            for name, data in ((f"{number}.json", row.encode()), (f"{number}.jpg", (path.parent / "one.jpg").read_bytes())):
+            for name, data in (
+                (f"{number}.json", row.encode()),
+                (f"{number}.jpg", (path.parent / "one.jpg").read_bytes()),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -279,7 +282,9 @@ def test_only_changed_shards_are_indexed_again(tmp_path: Path) -> None:
 def test_files_that_cannot_be_opened_are_told_together(experiment: Experiment, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('[{"id": 1}, {"id"')
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 200)
-    sources = [SourceConfig(path=str(tmp_path / name), images=str(tmp_path)) for name in ("list.json", "bad.tar", "none")]
+    sources = [
+        SourceConfig(path=str(tmp_path / name), images=str(tmp_path)) for name in ("list.json", "bad.tar", "none")
+    ]
     data = replace(experiment.data, sources=(*experiment.data.sources, *sources))
     with pytest.raises(ConfigError) as caught:
         build_index(replace(experiment, data=data), ALONE)
@@ -305,4 +310,8 @@ def test_a_file_that_changes_while_it_is_indexed_is_refused(
 
 def test_progress_says_rate_share_and_time_left() -> None:
     assert str(IndexProgress(500, 25, 100, 10.0)) == "indexing: 25%, 500 rows, 50 rows/s, 30 s left"
-    assert IndexReport(Path("i/d"), 1, 10, 2, 5, 1, 0.5).lines()[0].startswith("indexed 5 of 10 rows (1 of 2 blocks) in 0.5 s")
+    assert (
+        IndexReport(Path("i/d"), 1, 10, 2, 5, 1, 0.5)
+        .lines()[0]
+        .startswith("indexed 5 of 10 rows (1 of 2 blocks) in 0.5 s")
+    )
