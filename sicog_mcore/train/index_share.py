@@ -26,7 +26,7 @@ def share_index(experiment: Experiment, topology: Topology, notice: Callable[[st
         notice: shows a line to the user.
 
     Raises:
-        ConfigError: data sets that cannot be opened, or a build that takes longer than data.index_limit_s. On all ranks, as is
+        ConfigError: data sets that cannot be opened, a build that takes longer than data.index_limit_s. On all ranks, as is
         MachineError: the index cannot be written.
     """
     if topology.is_main:

@@ -97,8 +97,8 @@ class BlockIndexer:
             self._add_row(row, images, ids, columns)
         header = BlockHeader(
             rows=span.rows,
-            name=file.name,
-            first_row=span.first_row,
+            name=file.name if ids.nameless else "",  # a block whose rows have ids is the same wherever it stands
+            first_row=span.first_row if ids.nameless else 0,
             nameless=ids.nameless.tolist(),
             reasons=list(columns.reasons),
             types=(),
@@ -153,7 +153,7 @@ class BlockIndexer:
         shard = scan.shard
         header = BlockHeader(
             rows=len(shard),
-            name=scan.file.name,
+            name=scan.file.name if scan.ids.nameless else "",
             first_row=0,
             nameless=scan.ids.nameless.tolist(),
             reasons=list(columns.reasons),

@@ -3,7 +3,7 @@
 In: columns of a block   Out: a file that appears whole or not at all; BlockTable   Next: block_rows.py, indexed_files.py
 Columns, one entry per row: offset and length (bytes from the block's start; 0 in shards), line (from the block's first line,
 which is 1; 0 in shards), num_tokens, num_slices, attention, truncated, reason (0: usable, or a place in the header's
-``reasons``), id_hash, content_hash, detail and bad_id (of bad rows alone), image_sizes (height and width, px, of each image);
+``reasons``), id_hash, content_hash, detail and bad_id (of bad rows alone), image_sizes (height, width, px);
 in shards also key, state and members (kind, offset, length and number of the type, see shards.py).
 """
 
@@ -50,7 +50,8 @@ class BlockHeader:
 
     Attributes:
         rows: number of rows.
-        name, first_row: what the default ids of rows without an id were made of: "<name>-<number of the row>".
+        name, first_row: what the default ids of rows without an id were made of, "<name>-<number of the row>"; nothing
+            where all rows have ids.
         nameless: numbers of these rows, from the block's first one.
         reasons: reason codes of bad rows; the first, of usable ones, is empty.
         types: of a shard's members, see ShardFile.
