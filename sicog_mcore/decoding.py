@@ -57,6 +57,8 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
     if kind is float:  # the most frequent by far, in matrices of scores
         if type(value) in (float, int):
             return float(value)
+    elif kind is Any:
+        return value
     elif isinstance(kind, type):
         if is_dataclass(kind):
             return _decode_fields(kind, value, path, complete, problems)
@@ -80,8 +82,6 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
         if isinstance(value, dict) and all(isinstance(name, str) for name in value):
             member = get_args(kind)[1]
             return {name: _decode(member, one, f"{path}.{name}", complete, problems) for name, one in value.items()}
-    elif kind is Any:
-        return value
     else:
         raise TypeError(f"{path}: no value can be read as {kind}; use one of the types that decode() names")
     problems.append(ConfigProblem(path, value, f"is not {type_words(kind)}", f"give {type_words(kind)}"))
