@@ -187,3 +187,16 @@ def test_a_folder_is_shown_once_all_in_it_is_on_disk(tmp_path: Path, monkeypatch
     (tmp_path / "b").write_text("old")
     move(tmp_path / "a" / "below" / "file", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "x"
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.sync(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.sync(tmp_path / "a")
