@@ -74,7 +74,8 @@ def on_all(topology: Topology, work: Callable[[], Result]) -> Result:
         results.append(work())
     except CheckpointError as error:
         failure = str(error)
-    if text := first_failure(topology, failure):
+    text = first_failure(topology, failure)
+    if text is not None:
         raise CheckpointError(text)
     return results[0]
 
