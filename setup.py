@@ -76,6 +76,7 @@ setup(
         "sicog_mcore.hf",
         "sicog_mcore.model",
         "sicog_mcore.parallel",
+        "sicog_mcore.recipes",
         "sicog_mcore.rollout",
         "sicog_mcore.train",
         "sicog_kernels",
@@ -83,7 +84,8 @@ setup(
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
     package_data={
         "sicog_mcore.cognition": ["prompts.json"],
-        "sicog_mcore.commands": ["demo_captions.json"],
+        "sicog_mcore.commands": ["demo_captions.json", "demo_pictures/*"],
+        "sicog_mcore.recipes": ["*.yaml"],  # links to examples/, which become files in a wheel
         "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
     },
     entry_points={"console_scripts": ["sicog = sicog_mcore.commands.front:main"]},

@@ -117,7 +117,8 @@ class CheckpointStore:
             work()
         except WRITE_ERRORS as error:
             failure = failure_of(error)
-        if found := first_failure(self.topology, failure):
+        found = first_failure(self.topology, failure)
+        if found is not None:
             raise SaveFailed(found)
 
     def _agreed(self, error: BaseException) -> Failure:

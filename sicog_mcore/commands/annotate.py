@@ -194,10 +194,9 @@ class DescriptionRun:
     halted_by: str
 
 
-Say = Callable[[str], None]
-
-
-def describe(options: DescribeOptions, say: Say, progress: Callable[[int, int], None]) -> DescriptionRun | Estimate:
+def describe(
+    options: DescribeOptions, say: Callable[[str], None], progress: Callable[[int, int], None]
+) -> DescriptionRun | Estimate:
     """Asks the endpoint for a description of every open item; with ``dry_run`` only estimates what that costs.
 
     Args:

@@ -55,9 +55,6 @@ class Conformance:
     largest: float
 
 
-Say = Callable[[str], None]
-
-
 def planned(width: int, height: int, config: SlicingConfig, patch_px: int) -> dict[str, object]:
     """Our plan of one image in the fields of slice_plans.json, whose sizes are (width, height)."""
     plan = plan_slices(Size(height, width), config, patch_px)
@@ -82,7 +79,7 @@ def largest_difference(ours: object, recorded: object) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else math.inf
 
 
-def compare_slices(path: Path, say: Say) -> Conformance:
+def compare_slices(path: Path, say: Callable[[str], None]) -> Conformance:
     """Compares our slice plans with the recorded ones.
 
     Args:
@@ -137,7 +134,7 @@ def resampler_cases(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, T
 
 
 @torch.no_grad()
-def compare_resampler(path: Path, say: Say) -> Conformance:
+def compare_resampler(path: Path, say: Callable[[str], None]) -> Conformance:
     """Compares the tokens of our resampler, with the recorded weights, with the recorded tokens.
 
     Args:

@@ -6,13 +6,13 @@ Weights, pixels and text are random; image sizes are those of photographs, cut i
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sicog_mcore.commands.verb import Verb, VerbCall
 from sicog_mcore.errors import EXIT_OK
+from sicog_mcore.files import write_json
 from sicog_mcore.flags import flag
 from sicog_mcore.presets import PRESETS
 from sicog_mcore.ranks import silence_megatron
@@ -43,8 +43,7 @@ def report_speed(options: GpuReportOptions) -> SpeedMeasurement:
     experiment = PRESETS[options.preset]()
     measured = measure_speed(replace(experiment, train=replace(experiment.train, packs_per_step=options.packs)))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, asdict(measured))
     return measured
 
 

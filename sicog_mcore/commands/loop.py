@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sicog_mcore.cognition.loop.steps import Planned, WorkflowStep
 
 LEDGER = "ledger.json"
+DEMO_RECIPE = "loop_demo"  # whose data is made where there is none
 PACKAGES = Path(__file__).parents[2]  # the folder that holds this package
 
 
@@ -34,7 +35,7 @@ class LoopOptions:
     """What ``loop`` is asked to do.
 
     Attributes:
-        config: YAML file of the loop, see loop_config.py, or the name of a recipe.
+        config: YAML file of the loop, see loop_config.py, or the name of a recipe; loop_demo makes its own data.
         nproc: processes of training and generation.
         only: run this step alone, for example on another machine.
         plan: only show what would run, with all commands.
@@ -100,6 +101,11 @@ def run_loop(options: LoopOptions, console: Console, environment: Mapping[str, s
     from sicog_mcore.lock import owned
     from sicog_mcore.recipes import resolve
 
+    if options.config == DEMO_RECIPE and not Path(options.config).exists():
+        from sicog_mcore.commands.demo import make_loop_data
+
+        if made := make_loop_data():
+            say(made)
     config = read_loop(Path(resolve(options.config)))
     steps = build_steps(config, options.nproc)
     folder = Path(config.output)

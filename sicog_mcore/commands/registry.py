@@ -39,6 +39,7 @@ class VerbEntry:
 
 
 VERBS: Sequence[VerbEntry] = (
+    VerbEntry("demo", "demo", "train", "make a small data set and train on it, in minutes"),
     VerbEntry(
         "warmup",
         "train_stage",
@@ -81,6 +82,7 @@ VERBS: Sequence[VerbEntry] = (
     ),
     VerbEntry("why", "why", "look", "walk back from a training row to its image", "tools/why.py"),
     VerbEntry("perplexity", "perplexity", "look", "measure how well answers are predicted", "launch/perplexity.py"),
+    VerbEntry("recipes", "recipes", "tools", "list, show or copy the configurations that come along"),
     VerbEntry("convert", "convert", "tools", "import, export and list weights", "tools/convert.py"),
     VerbEntry("import-gguf", "import_gguf", "tools", "make a folder of a GGUF file", "tools/import_gguf.py"),
     VerbEntry("doctor", "doctor", "tools", "say what this machine can run", "tools/doctor.py"),

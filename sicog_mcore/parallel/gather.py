@@ -18,8 +18,7 @@ from sicog_mcore.parallel.topology import Topology
 
 WRITER = 0  # the rank that receives
 
-Result = TypeVar("Result")
-Reason = TypeVar("Reason")
+T = TypeVar("T")
 
 
 def gather_cuts(
@@ -55,12 +54,12 @@ def _receive(own: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.
     return buffer
 
 
-def first_failure(topology: Topology, failure: Reason | None) -> Reason | None:
+def first_failure(topology: Topology, failure: T | None) -> T | None:
     """Gathers what failed on each rank, None for nothing; returns that of the lowest rank, on every rank. Collective."""
     return next((found for found in topology.gather_objects(failure) if found is not None), None)
 
 
-def on_all(topology: Topology, work: Callable[[], Result]) -> Result:
+def on_all(topology: Topology, work: Callable[[], T]) -> T:
     """Does work on every rank, and waits for all; where it fails on one, it fails on all. Collective.
 
     Returns:
@@ -74,7 +73,8 @@ def on_all(topology: Topology, work: Callable[[], Result]) -> Result:
         results.append(work())
     except CheckpointError as error:
         failure = str(error)
-    if text := first_failure(topology, failure):
+    text = first_failure(topology, failure)
+    if text is not None:
         raise CheckpointError(text)
     return results[0]
 
