@@ -19,7 +19,6 @@ DOCUMENTS = sorted(
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").glob("*.md"))
 )
 AUTOMATION = (".github/workflows/ci.yml", ".ci/run", ".pre-commit-config.yaml")
-FILES_AT_THE_TOP = ("Makefile", "LICENSE", "setup.py", "pyproject.toml", "constraints.txt")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A command in backticks, at the start of a line, of a list's item or of a table's cell.
 MAKE = re.compile(r"(?:^[-\s]*(?:run: |entry: )?|`)(?:[A-Z]+=\S+ )?make ([a-z][a-z-]*)", flags=re.MULTILINE)
