@@ -1,4 +1,4 @@
-"""Why a checkpoint could not be written: a full disk, no right to write, another rank, or a disk that fails.
+"""Finds out why a checkpoint could not be written: a full disk, no right to write, another rank, a disk that fails.
 
 In: what pathlib, torch.save, safetensors, Megatron's writers or a collective raised   Out: one error with its remedy
 Each cause has its own remedy and exit code; a wrong one sends people to the wrong machine.   Used by: store.py, parts.py
@@ -42,14 +42,14 @@ REMEDIES: tuple[tuple[FailureKind, str], ...] = (
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a save, small enough to send to other ranks."""
+    """The cause of a failed save, small enough to send to other ranks."""
 
     kind: FailureKind
     text: str
 
 
 class SaveFailed(OSError):
-    """A part of a save failed on one rank, and so on all."""
+    """A part of a save failed on one rank, and therefore on all."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.text)
@@ -57,7 +57,7 @@ class SaveFailed(OSError):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What an exception out of a save means.
+    """Tells what an exception out of a save means.
 
     Raises:
         BaseException: the exception itself, where it has nothing to do with writing: a mistake in a program.
@@ -85,10 +85,10 @@ def _kind_of_number(error: BaseException) -> FailureKind | None:
 
 
 def write_failure(folder: Path, error: BaseException, failure: Failure | None = None) -> SicogError:
-    """The one error that a save ends with.
+    """Returns the one error that a save ends with.
 
     Args:
-        failure: what the ranks agreed on; None for what the exception means.
+        failure: the cause that the ranks agreed on; None to read it from the exception.
     """
     failure = failure or failure_of(error)
     text = f"checkpoint {folder} cannot be written: {failure.text}{_free_text(folder)}; {dict(REMEDIES)[failure.kind]}"
@@ -102,10 +102,10 @@ def write_failure(folder: Path, error: BaseException, failure: Failure | None = 
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space where a folder is, or will be.
+    """Returns the free bytes where a folder is, or will be.
 
     Raises:
-        OSError: it cannot be known.
+        OSError: the free space cannot be known.
     """
     place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.is_dir())
     return shutil.disk_usage(place).free

@@ -1,4 +1,4 @@
-"""Are first weights numbers? Looked at while they are copied, so that no file is read twice.
+"""Looks for NaN and infinite values in first weights while they are copied, so that no file is read twice.
 
 In: rows of tensors as they arrive on this rank   Out: what is not finite, what is all zero   Used by: weights.py, parts.py
 A NaN in first weights ends a run at its first step, where nothing points at the file any more.
@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 class FiniteWatch:
-    """Collects what is wrong with the rows that pass by."""
+    """Collects faults of the rows that pass by: values that are not finite, matrices of zeros."""
 
     def __init__(self) -> None:
         self._broken: dict[str, int] = {}
@@ -38,7 +38,7 @@ class FiniteWatch:
             (self._zero if is_zero else self._filled).add(name)
 
     def settle(self, topology: Topology, where: str) -> list[str]:
-        """Joins what all ranks saw. Collective.
+        """Joins the findings of all ranks. Collective.
 
         Returns:
             a line on matrices that hold nothing but zeros, if there are any.

@@ -36,7 +36,7 @@ RESERVE = 1.02  # headers and paddings
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, in integers that do not depend on the layout.
+    """The position of a run, in integers that do not depend on the layout.
 
     Attributes:
         step: optimiser steps done.
@@ -53,7 +53,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for checkpoints came up with; ``notes`` are lines for the user."""
+    """The result of a search for checkpoints; ``notes`` are lines for the user."""
 
     step: int | None
     notes: tuple[str, ...]
@@ -80,7 +80,7 @@ class CheckpointStore:
         return commit.step_folder(self.root, step)
 
     def newest(self) -> Path | None:
-        """The newest committed checkpoint, if there is one."""
+        """Returns the newest committed checkpoint, if there is one."""
         steps = commit.committed_steps(self.root)
         return self.folder(steps[-1]) if steps else None
 
@@ -96,6 +96,8 @@ class CheckpointStore:
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
         content = _sharded_state(model, is_loading=False)
+        # Between two collectives, every part ends on all ranks or on none: a rank that failed alone would leave the others
+        # waiting for it in the next one until their timeout, with an error that names the network instead of the disk.
         try:
             self._together(lambda: self._prepare(temporary))
             dist_checkpointing.save(content, str(temporary))
@@ -120,7 +122,7 @@ class CheckpointStore:
             raise SaveFailed(failures[0])
 
     def _agreed(self, error: BaseException) -> Failure:
-        """What failed; where all ranks know that something did, but only one knows what, they agree on its kind."""
+        """Returns the failure; where all ranks know of one, but only some know its cause, they agree on its kind."""
         failure = failure_of(error)
         if not isinstance(error, WritersFailed):
             return failure
@@ -184,7 +186,7 @@ class CheckpointStore:
             commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
 
     def saved_state(self, step: int) -> RunState:
-        """Where the run stood at step ``step``, read before there is a model.
+        """Reads the state of the run at step ``step``, before there is a model.
 
         Raises:
             CheckpointError: the checkpoint belongs to another model.
@@ -207,7 +209,9 @@ class CheckpointStore:
         content = read_state(folder)
         notes = self._compare(content, folder)
         state = _run_state(content, folder, step)
+        # Megatron loads into a template that it makes of the live optimizer; Adam's moments must exist to be part of it.
         model.allocate_optimizer_state()
+        # Differences are returned, not only logged: one message can then name them, and extra states can be forgiven.
         loaded, unread, missing = load_shards(
             _sharded_state(model, is_loading=True), folder, self.topology, strict=StrictHandling.RETURN_ALL
         )
@@ -231,7 +235,7 @@ class CheckpointStore:
         return state, notes
 
     def _load_rng(self, folder: Path) -> None:
-        """Random states of this place; where one rank cannot read them, all ranks say so."""
+        """Restores the random states of this rank; where one rank cannot read them, all ranks say so."""
         failure = None
         try:
             manifest = commit.read_manifest(folder)
@@ -258,7 +262,7 @@ class CheckpointStore:
 
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
-    """Newest committed checkpoint that is whole, under the rules of ``config.resume``."""
+    """Finds the newest committed checkpoint under the rules of ``config.resume``, and checks that it is whole."""
     steps = commit.committed_steps(root)
     notes = [
         f"ignored {folder.name}: its save or its removal was interrupted" for folder in commit.unfinished_folders(root)
@@ -287,7 +291,7 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
-    """About what one checkpoint takes on the disk: weights of all parts, and what the optimizer keeps of trained ones."""
+    """Estimates the bytes of one checkpoint on the disk: weights of all parts, optimizer states of trained ones."""
     weight, counts = 2 if experiment.train.precision == "bf16" else 4, params_by_part(experiment.model)
     trained = sum(count for part, count in counts.items() if part not in experiment.optim.freeze)
     return int(RESERVE * (weight * sum(counts.values()) + OPTIMIZER_BYTES * trained))
@@ -298,10 +302,10 @@ def _size(count: float) -> str:
 
 
 def _run_state(content: Mapping[str, Any], folder: Path, step: int) -> RunState:
-    """Where the run stood, from its file.
+    """Reads the state of the run from the content of its file.
 
     Raises:
-        CheckpointError: it says something else than integers, or another step than its folder.
+        CheckpointError: the file says something else than integers, or another step than its folder.
     """
     try:
         state = RunState(**content["state"])
