@@ -1,4 +1,4 @@
-"""What cannot work, found by arithmetic before torch is imported or a process group starts.
+"""Finds configurations that cannot work, by arithmetic, before torch is imported or a process group starts.
 
 In: an Experiment and the number of ranks.  Out: every problem at once, each with path, value and remedy.  Next: cli.py.
 A rule is skipped where an earlier one already reported the number it would divide by.
@@ -63,7 +63,7 @@ RULE_PATHS: Mapping[str, tuple[str, ...]] = {
 
 
 def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem]:
-    """Everything in a configuration that cannot work on ``world_size`` ranks; nothing on disk is looked at."""
+    """Lists all values of a configuration that cannot work on ``world_size`` ranks; nothing on disk is looked at."""
     model, data, parallel = experiment.model, experiment.data, experiment.parallel
     layout = [*_tensor_parallel(model, data, parallel), *_pipeline(model, parallel)]
     return [
@@ -246,7 +246,7 @@ def _preferences(experiment: Experiment) -> Iterator[ConfigProblem]:
 
 
 def _divides(divisor: int, number: int) -> bool:
-    """True for a whole quotient, and where a number below 1 was already reported as out of range."""
+    """Tells whether the quotient is whole; also true where a number below 1 was already reported as out of range."""
     return divisor < 1 or number < 1 or number % divisor == 0
 
 
@@ -259,7 +259,7 @@ def _use(choices: Iterable[int]) -> str:
 
 
 def _multiple(of: int, near: int) -> str:
-    """The multiples on both sides of a number."""
+    """Names the multiples on both sides of a number."""
     below = near // of * of
     return f"use a multiple of {of}, e.g. {_words(size for size in (below, below + of) if size > 0)}"
 
