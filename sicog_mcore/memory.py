@@ -120,6 +120,7 @@ def _stage(experiment: Experiment, world_size: int, stage: int) -> MemoryEstimat
     trained = sum(size for part, size in held.items() if part not in experiment.optim.freeze)
     width = 2 if train.precision == "bf16" else 4
     replicas = world_size // parallel.model_size
+    # In fp32 the weights are their own masters.
     states = MASTER_AND_MOMENTS if width == 2 else MASTER_AND_MOMENTS - 4
     copies = 2 if experiment.objective == "dpo" and experiment.dpo.reference == "frozen" else 1
     supervised = int(experiment.data.token_budget * SUPERVISED_SHARE)
@@ -179,8 +180,10 @@ def _vision_activations(experiment: Experiment, width: int) -> int:
     """Counts activations of the slices of one pack that this rank encodes, for each micro-batch in flight."""
     model, train, parallel, freeze = experiment.model, experiment.train, experiment.parallel, experiment.optim.freeze
     slices = -(-_usual_slices(experiment) // parallel.tensor)
+    # All slices have about the same area, so the largest one stands for each of them.
     patches = (model.slicing.resolution_px // model.tower.patch_px) ** 2
     tower, layer, entry = model.tower, *_tower_layer_bytes(model.tower, width)
+    # A frozen tower needs no backward pass, and so keeps nothing; the resampler behind it may still learn.
     if "tower" in freeze:
         kept = 0
     elif train.recompute_tower == "full":

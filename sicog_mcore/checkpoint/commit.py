@@ -47,6 +47,7 @@ def committed_steps(root: Path) -> list[int]:
     """Lists steps with a committed checkpoint, oldest first. Folders that were never committed do not count."""
     if not root.is_dir():
         return []
+    # A folder of the right name without a manifest was left by a removal that was interrupted.
     matches = (COMMITTED.match(entry.name) for entry in root.iterdir() if (entry / MANIFEST).is_file())
     return sorted(int(match.group(1)) for match in matches if match)
 
@@ -65,6 +66,8 @@ def commit(folder: Path) -> int:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
     (temporary / MANIFEST).write_text(_render(manifest), encoding="utf-8")
+    # Contents reach the disk before names do: files, then folders, then the rename, then the folder around it. After a
+    # power cut, no name leads to data that was never written.
     for path in [*files, temporary / MANIFEST]:
         _sync(path)
     for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
@@ -104,6 +107,7 @@ class Manifest:
         path, expected = self.folder / name, self.files.get(name)
         if expected is None:
             raise CheckpointError(f"{path} is not listed in {MANIFEST}, so it is not opened; {self.remedy}")
+        # A link on any level could lead out of the checkpoint, to a file that no manifest describes.
         steps = [self.folder / part for part in (*map(str, PurePosixPath(name).parents), name) if part != "."]
         if any(step.is_symlink() for step in steps):
             raise CheckpointError(f"{path} is a link, expected a file of the checkpoint itself; {self.remedy}")
@@ -111,6 +115,7 @@ class Manifest:
             raise CheckpointError(f"{path} is missing; {self.remedy}")
         try:
             size = path.stat().st_size
+            # A wrong size needs no hash: a file of 30 GB that was cut off is named at once.
             found = _fingerprint(path) if size == expected["bytes"] else {"bytes": size}
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error}); {self.remedy}") from error

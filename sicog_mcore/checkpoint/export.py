@@ -76,6 +76,7 @@ def export_hf(
     export = _Export(folder, what, chunks[0].model_config, targets, options)
     try:
         on_main(topology, export.begin, WRITE_ERRORS)
+        # One tensor at a time: no process ever holds the whole model, whatever its size.
         for target in targets:
             dtype = options.dtype or target.dtype
             cuts = gather_cuts(own.get(target.name), target.owners, target.cut_shape, dtype, topology)
@@ -152,6 +153,7 @@ class _Export:
         with WeightFiles(path) as files:
             prefix, _ = choose_prefix(CLIP, "tower", self.targets, files, self.model)
             table = part_table("tower", self.model)
+            # In the order of names, so that two exports of equal weights have equal bytes.
             for name in sorted(files.entries):
                 if CLIP.part_of(name) is None or is_ignored(name, table, prefix):
                     tensor = files.whole(name)

@@ -74,6 +74,7 @@ class WeightFiles:
             ) from error
         self._open[file] = handle
         names = set(handle.keys())
+        # Names stand in messages; one with control characters could write to the user's terminal.
         if odd := [name for name in sorted(names) if not name.isprintable()]:
             raise CheckpointError(f"{file} holds a tensor named {odd[0]!r}; expected a name that can be printed")
         if expected is not None and names != set(expected):
@@ -131,6 +132,7 @@ def _indexed(index: Path) -> Mapping[Path, Collection[str]]:
         raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again") from error
     files: dict[Path, list[str]] = {}
     for name, file in places:
+        # An index comes from strangers: a path such as ../../x in it must not open a file elsewhere.
         if Path(file).name != file:
             raise CheckpointError(f"{index} places {name} in {file!r}; only files beside the index are read")
         files.setdefault(index.parent / file, []).append(name)
@@ -200,6 +202,7 @@ class ShardWriter:
         places: dict[str, str] = {}
         for number, names in enumerate(self._names):
             file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            # By convention every name holds the number of shards, which is known only now.
             os.rename(self._temporary(number), self.aside / file)
             places |= dict.fromkeys(names, file)
         if count > 1:

@@ -75,6 +75,7 @@ def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
         text = f"{' and '.join(adapters)} beside the weights: an adapter that is not merged; merge it into the weights first"
         (problems if path.is_dir() else notes).append(text + ("" if path.is_dir() else ", it is left out here"))
     problems += [f"{name} beside the weights: they are packed" for name in QUANTISED if name in names]
+    # Two whole models in one folder: nothing tells which one is meant, so neither is taken.
     twins = [name for name in others if SAME_NAMES.fullmatch(name)]
     if twins and path.is_dir():
         problems.append(
@@ -84,6 +85,7 @@ def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
     left = [name for name in others if name not in ADAPTERS and not TRAINING_STATE.fullmatch(name)]
     left = [name for name in left if not (name in twins and path.is_dir())]
     if left:
+        # A second file that is newer is often the one that was meant, for example a fine-tuned copy; its age is said.
         newest = max((file.stat().st_mtime for file in read), default=0.0)
         newer = [name for name in left if (folder / name).stat().st_mtime > newest]
         also = f" ({_listed(newer)} newer than it)" if newer else ""

@@ -147,6 +147,7 @@ def judge(config: Mapping[str, Any], part: ModelPart, kinds: Mapping[str, str], 
     if own is None:
         return top + ConfigVerdict((f"{name}: expected one object with the sizes of the {part}",))
     prefix = f"{name}." if name else ""
+    # Without a model_type the family's first kind holds: names of tensors have chosen the family already.
     kind = str(own.get("model_type", "")) or next(iter(kinds))
     if kind not in kinds:
         known = ", ".join(kinds)
@@ -302,6 +303,7 @@ def _with_defaults(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Returns the values that transformers computes with: the default of the class where config.json has none."""
     found = {**CLASS_DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
     heads = found.get("num_attention_heads")
+    # As in transformers: null means one key/value head for each query head; for Llama, so does a missing field.
     if kind == "llama" or ("num_key_value_heads" in config and config["num_key_value_heads"] is None):
         found["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     if found.get("head_dim") is None and isinstance(heads, int) and heads and isinstance(found.get("hidden_size"), int):
@@ -315,6 +317,7 @@ def _decoder(named: Mapping[str, Any], found: dict[str, Any], decoder: DecoderCo
         if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
             yield f"{name} is {brief(scaling)}, expected one object for all layers: our decoder has one rotary table"
             return
+    # Files of transformers 5 hold the base inside the object; a file with both places must agree with ours in both.
     theta = scalings.get("rope_parameters", {}).get("rope_theta")  # from transformers 5 on
     if theta is not None and "rope_theta" not in named:
         found["rope_theta"] = theta
@@ -354,6 +357,7 @@ def _attention(found: Mapping[str, Any], decoder: DecoderConfig) -> Iterator[str
 
 
 def _rope(name: str, scaling: Mapping[str, Any], found: Mapping[str, Any], decoder: DecoderConfig) -> Iterator[str]:
+    # Two names of one key: older files of transformers have ``type``.
     kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
     for kind in kinds:
         if kind not in ("default", "llama3"):

@@ -85,6 +85,8 @@ class Fused(OneToOne):
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
         """Returns the shapes of the sources."""
+        # A convolution that steps by its own width is a matrix product over flattened patches, (c, y, x) in both: only
+        # the shape of the kernel differs, no value moves.
         side = round((target.shape[1] / self.channels) ** 0.5)
         return ((target.shape[0], self.channels, side, side),)
 
@@ -213,6 +215,7 @@ class Transfer:
     def assemble(self, cuts: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns the source tensors, by name, from all shards of the parameter."""
         axis = self.target.axis
+        # Empty is enough: shards are disjoint, and their pieces cover every source row once.
         wholes = [torch.empty(shape, dtype=cuts[0].dtype) for shape in self.shapes]
         for cut, tensor in enumerate(cuts):
             for piece in self.mapping.pieces(self.target, cut):
@@ -223,6 +226,7 @@ class Transfer:
 
 def matches(pattern: str, name: str) -> re.Match[str] | None:
     """Matches a name against a pattern: ``*`` is the number of a layer, ``**`` any rest of a name."""
+    # All else is escaped, since names are full of dots. ``**`` is split off before ``*``, which it begins with.
     wild = {"**": ".+", "*": r"(\d+)"}
     parts = re.split(r"(\*\*|\*)", pattern)
     return re.fullmatch("".join(wild.get(part) or re.escape(part) for part in parts), name)
@@ -240,6 +244,7 @@ def bind(table: MappingTable, targets: Sequence[Target], prefix: str) -> tuple[T
     """
     transfers, orphans = [], []
     for target in targets:
+        # Tied and Ignored rows are no Mapping: no parameter of ours is filled from them.
         found = [
             (row, match) for row in table if isinstance(row, Mapping) and (match := matches(row.target, target.name))
         ]

@@ -23,6 +23,8 @@ TRACKER = "tracker."
 
 def save_rng(path: Path) -> None:
     """Writes this process's random states."""
+    # Python's state is a version, 625 words and a cached normal number or None; numpy's is 624 words, a position, a
+    # flag and the cached number. Integers and floats are kept in tensors of their own, so that nothing is rounded.
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {

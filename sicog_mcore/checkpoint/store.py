@@ -29,6 +29,7 @@ from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 
+# Values that decide which parameters share a group of the optimizer.
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
 OPTIMIZER_BYTES = 12  # of a trained parameter: an fp32 master and two moments
 RESERVE = 1.02  # headers and paddings
@@ -70,6 +71,7 @@ class CheckpointStore:
     def find(self) -> Found:
         """Looks for the newest committed checkpoint, on rank 0; the answer is the same on all ranks."""
         found = find_checkpoint(self.root, self.experiment.checkpoint) if self.topology.is_main else None
+        # The error travels as a value: raised on rank 0 alone, it would leave the others waiting in this broadcast.
         answer = self.topology.broadcast_object(found)
         if isinstance(answer, CheckpointError):
             raise answer
@@ -92,6 +94,7 @@ class CheckpointStore:
             CheckpointError: the folder may not be written to.
             MachineError: another rank or the network failed.
         """
+        # A save may take longer than a collective may; a phase that begins counts as progress for the watchdog.
         self.topology.watch.beat(f"the save of step {state.step}")
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
@@ -170,6 +173,7 @@ class CheckpointStore:
             temporary.mkdir()
 
     def _add_own_files(self, temporary: Path, state: RunState) -> None:
+        # Random states differ from rank to rank; everything else in these files is equal on all.
         save_rng(_rng_file(temporary, self.topology.rank))
         if self.topology.is_main:
             content = {
@@ -207,6 +211,7 @@ class CheckpointStore:
         """
         folder = self.folder(step)
         content = read_state(folder)
+        # Compared before shards are read: "another model" is a better message than a list of tensors.
         notes = self._compare(content, folder)
         state = _run_state(content, folder, step)
         # Megatron loads into a template that it makes of the live optimizer; Adam's moments must exist to be part of it.
@@ -278,6 +283,8 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
             f"checkpoint.resume is 'never' but {root} has a checkpoint of step {steps[-1]}; choose another output folder"
         )
     try:
+        # The newest alone is verified. Hashing all would read every checkpoint at each start, and an older one is used
+        # only after the user has removed the newest, as the message asks.
         manifest = commit.verify(commit.step_folder(root, steps[-1]))
         if has_shards(manifest):
             examine(manifest)
@@ -311,6 +318,7 @@ def _run_state(content: Mapping[str, Any], folder: Path, step: int) -> RunState:
         state = RunState(**content["state"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} holds no state of a run ({error}); use another checkpoint") from error
+    # ``type`` and not isinstance: True is an int, too, and would pass for step 1.
     numbers = [state.step, state.samples, *state.loader.values()] if isinstance(state.loader, dict) else [None]
     if state.step != step or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(

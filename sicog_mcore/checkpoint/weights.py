@@ -101,8 +101,10 @@ def plan_import(part: ModelPart, targets: Sequence[Target], files: WeightFiles, 
     prefix, transfers = choose_prefix(family, part, targets, files, model)
     here = {name for name in files.entries if family.part_of(name) == part}
     twins = {prefix + row.source: prefix + row.of for row in table if isinstance(row, Tied)}
+    # A tied twin may be there or not: it is neither missing nor unexpected, and _fill compares it with its partner.
     tied = tuple((name, of) for name, of in twins.items() if name in here)
     ignored = tuple(sorted(name for name in here if is_ignored(name, table, prefix)))
+    # All that speaks against an import is collected first; a list of one problem at a time would cost a start for each.
     verdict = _judge_files(files) + judge(read_config(files.path), part, family.kinds[part], model)
     verdict += judge_configs(files.path, part, model)
     problems = [*verdict.problems, *_differences(transfers, files, here - {name for name, _ in tied} - set(ignored))]
@@ -245,6 +247,7 @@ def _watched(
 ) -> Tensor:
     """Reads rows of a source in the dtype of the parameter, and looks for NaN on the way."""
     rows = files.read(name, axis, start, length).to(dtype)
+    # After the conversion: a number that is finite in the file may be infinite in the dtype of the parameter.
     watch.see(f"{name} in {files.entries[name].file.name}", rows)
     return rows
 
@@ -275,6 +278,7 @@ def import_init(chunks: Sequence[VisionLanguageModel], experiment: Experiment, t
     init = experiment.init
     places = {part: vars(init)[part] or init.checkpoint for part in PARTS}
     notes = []
+    # Each place once, in order: parts that come from one checkpoint are read together, and its notes are said once.
     for path in dict.fromkeys(place for place in places.values() if place):
         parts = [part for part in PARTS if places[part] == path]
         if folder := find_weights(Path(path), topology):

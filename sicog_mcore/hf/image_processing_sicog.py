@@ -102,6 +102,7 @@ class SicogImageProcessor(BaseImageProcessor):
 
     def plan(self, height: int, width: int) -> ImageSlices:
         """Plans overview, grid and slice size of an image of this size (px); rounding and order decide ties."""
+        # As many slices as cover the area; one more or one less is allowed where that fits the aspect better.
         wanted = min(math.ceil(height * width / self.resolution**2), self.max_slices)
         overview = self._fit(height, width, upscale=wanted <= 1)
         if wanted <= 1 or self.overview_only:

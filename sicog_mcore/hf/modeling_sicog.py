@@ -50,6 +50,7 @@ class SicogVisionEmbeddings(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         pixels = patches.unflatten(2, (3, -1)).float() / 255
         mean, std = torch.tensor((CLIP_MEAN, CLIP_STD), device=patches.device)[:, :, None]
+        # A convolution that steps by its own width, as a matrix product: the pixels come as flattened patches already.
         x = F.linear(((pixels - mean) / std).flatten(2).to(weight.dtype), weight)
         table = self.position_embedding.weight
         positions = torch.cat([table[:1], resize_positions(table[1:], height, width)])
@@ -228,6 +229,7 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
         sizes = [(height, width) for height, width in grids.tolist()]
         slices = patches.split([height * width for height, width in sizes])
         visual: list[Tensor] = [patches] * len(sizes)  # every entry is replaced below
+        # Slices of one grid form a batch without padding. An image has at most two grids, so batches stay few.
         for grid in dict.fromkeys(sizes):
             members = [i for i, size in enumerate(sizes) if size == grid]
             features = self.vision_tower["vision_model"](torch.stack([slices[i] for i in members]), *grid)
@@ -263,6 +265,7 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
         x = self.get_input_embeddings()(input_ids)  # [b, s, h]
         if visual_rows is not None and patches is not None and grids is not None and len(grids):
             is_visual = visual_rows >= 0
+            # masked_scatter fills positions in raster order, which is the order in which their rows are listed here.
             visual = self.encode_images(patches, grids)[visual_rows[is_visual]]
             x = x.masked_scatter(is_visual[..., None], visual.to(x.dtype))
         return self.language_model(

@@ -135,6 +135,7 @@ class SicogProcessor(ProcessorMixin):
         return first + [token for part in others for token in (IMAGE_MARKER, *part)]
 
     def _text_ids(self, text: str) -> list[int]:
+        # A user's text that spells a control token is split into ordinary tokens: only the template may end a turn.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _template_ids(self, text: str) -> list[int]:
@@ -166,6 +167,7 @@ class SicogProcessor(ProcessorMixin):
                 layout, slices = next(layouts)
                 tokens[-1] += [separators.get(row, pad) for row in layout.tolist()]
                 visual[-1] += [first_row + row if row >= 0 else NO_ROW for row in layout.tolist()]
+                # Rows count over all images of the batch, as the model encodes them in one list.
                 first_row += slices * queries
         inputs = {
             "input_ids": _pad(tokens, pad, padding_side),

@@ -123,7 +123,9 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None:
             raise ValueError("packed attention got no packed_seq_params; pass packed_sequences(cu_seqlens, max_seqlen)")
+        # Megatron hands over [t, 1, n, d], with a batch axis of one that no kernel for packed rows wants.
         rotated = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        # In generation the KV cache decides which keys a query sees: borders cannot describe a shared prefix.
         if isinstance(packed_seq_params, CachedPass):
             rows = packed_seq_params.attend(self, *rotated)
         else:
@@ -199,5 +201,6 @@ def _padded_slots(cu_seqlens: Tensor, length: int, num_tokens: int) -> Tensor:
 def _pad(x: Tensor, slots: Tensor | None, num: int, length: int) -> Tensor:
     """[t, n, d] -> [num, length, n, d], zeros behind each sequence."""
     if slots is not None:
+        # One scatter into zeros, whose backward pass is a gather; a loop over sequences would launch a kernel for each.
         x = x.new_zeros(num * length, *x.shape[1:]).index_copy(0, slots, x)
     return x.unflatten(0, (num, length))

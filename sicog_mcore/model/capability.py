@@ -90,6 +90,7 @@ class Capabilities:
             ConfigError: the requested back end cannot run here.
         """
         if requested == "auto":
+            # One order for all GPUs would be wrong: below Hopper, Transformer Engine runs, but may build all scores.
             is_older = self.cuda.present and self.compute_capability < TE_PACKED_COMPUTE_CAPABILITY
             order = OLDER_ATTENTION_ORDER if is_older else ATTENTION_ORDER
             obstacles = {name: self._obstacle(name, head_dim, precision) for name in order}
@@ -165,6 +166,7 @@ def _is_installed(module: str) -> bool:
 
 def _gpu_package(module: str, *distributions: str, verify: bool = False) -> CapabilityItem:
     """Looks for a package that only helps with CUDA. ``verify`` imports it there: extensions may not fit this torch."""
+    # Looked for, not imported: without a CUDA device, importing a GPU package may fail, or break megatron.core.
     version = _version(*distributions)
     if not _is_installed(module):
         return CapabilityItem(False, "", "not installed")
@@ -198,6 +200,7 @@ def _nccl() -> CapabilityItem:
 @functools.cache
 def probe() -> Capabilities:
     """Looks at this machine once per process."""
+    # Cached: verified packages are imported here, which takes seconds, and the answer cannot change in a process.
     has_varlen = _is_installed("torch.nn.attention.varlen")
     return Capabilities(
         torch=CapabilityItem(True, str(torch.__version__), ""),

@@ -70,6 +70,8 @@ def _draw(name: str, parameter: Tensor, split: int, axis: int, layers: int, seed
     if "norm" in name:
         return parameter.new_ones(shape)
     std = STD / math.sqrt(2 * layers) if name.endswith(RESIDUAL_PROJECTIONS) else STD
+    # Every rank draws the full tensor and keeps its shard: numbers drawn for shards would depend on the layout. The
+    # largest table of 72B takes 5 GB for a moment.
     generator = _generator(name, seed, parameter.device)
     return torch.randn(shape, generator=generator, device=parameter.device, dtype=torch.float32) * std
 
