@@ -24,6 +24,8 @@ def tower_params(config: TowerConfig, all_layers: bool = False) -> int:
         all_layers: count the source checkpoint (every layer and the last norm) instead of the part that is built.
     """
     c, f = config.hidden, config.ffn
+    # Biases of query, key, value and output (4 c), of the second feed-forward matrix (c) and of the first (f); two
+    # norms with weight and bias (4 c).
     layer = 4 * c * c + 2 * c * f + (4 + 4 + 1) * c + f  # attention and MLP matrices; two norms, biases
     positions = (config.grid**2 + 1) * c  # one row more for the class token
     class_token = c

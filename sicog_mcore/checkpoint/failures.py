@@ -24,6 +24,7 @@ WRITE_ERRORS = (OSError, EOFError, RuntimeError, SafetensorError, WritersFailed)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PIPES = (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED)
 # Where only a text arrives: torch's and Rust's libraries, and failures that crossed a process.
+# The order counts: "os error 28" is a full disk before "os error" is any other failure of a disk.
 WORDS: tuple[tuple[FailureKind, tuple[str, ...]], ...] = (
     ("full", ("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 122")),
     ("denied", ("Permission denied", "Read-only file system", "Operation not permitted")),
@@ -68,6 +69,7 @@ def failure_of(error: BaseException) -> Failure:
     kind = _kind_of_number(error) or next((kind for kind, words in WORDS if any(word in text for word in words)), None)
     if any(parent.__name__ == "DistError" for parent in type(error).__mro__):  # torch's own, of collectives
         kind = "peer"
+    # A bare RuntimeError without a known word is a fault of the program; calling it a fault of the disk would hide it.
     if kind is None and type(error) is RuntimeError:
         raise error
     if kind is None:
@@ -107,6 +109,7 @@ def free_bytes(folder: Path) -> int:
     Raises:
         OSError: the free space cannot be known.
     """
+    # The folder may not exist yet; the nearest one above it that does is asked.
     place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.is_dir())
     return shutil.disk_usage(place).free
 

@@ -33,6 +33,7 @@ class FiniteWatch:
         total = rows.sum(dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
         if not bool(torch.isfinite(total)) and (count := int((~torch.isfinite(rows)).sum())):
             self._broken[name] = self._broken.get(name, 0) + count
+        # Matrices only: biases and norms of zeros are common.
         if rows.dim() > 1:
             is_zero = float(total) == 0 and not bool(rows.any())
             (self._zero if is_zero else self._filled).add(name)
@@ -50,6 +51,7 @@ class FiniteWatch:
         broken: dict[str, int] = {}
         for found, _ in seen:
             for name, count in found.items():
+                # Replicas see the same rows, so counts are not added; the largest of them is shown.
                 broken[name] = max(broken.get(name, 0), count)
         if broken:
             listed = _shown(f"{name} ({count:,} values)" for name, count in sorted(broken.items()))

@@ -128,6 +128,7 @@ def jinja_template(template: Template, system_prompt: str) -> str:
         template: the pieces that turns are written with.
         system_prompt: system turn of conversations that bring none; empty for none.
     """
+    # Every tag strips the whitespace around it: the rendered text must equal that of training to the character.
     before, _, after = template.header.partition("{role}") if template.names_roles else (template.header, "", "")
 
     def header(role: str) -> str:

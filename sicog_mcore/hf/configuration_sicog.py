@@ -47,6 +47,7 @@ class SicogConfig(PretrainedConfig):
         self.query_grid = query_grid
         self.resampler_heads = resampler_heads
         self.resampler_norm_eps = resampler_norm_eps
+        # The head belongs to the language model, and so does the decision to tie it to the table.
         super().__init__(**{**kwargs, "tie_word_embeddings": self.text_config.tie_word_embeddings})
 
     @property

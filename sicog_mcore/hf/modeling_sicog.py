@@ -294,6 +294,7 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeats rows for several continuations of a prompt; they share its slices, so pixels are not repeated."""
+        # Taken out of what transformers repeats along the batch: pixels have no batch axis, rows point into them.
         pixels = {name: kwargs.pop(name) for name in ("patches", "grids") if name in kwargs}
         input_ids, expanded = super()._expand_inputs_for_generation(input_ids=input_ids, **kwargs)
         return input_ids, {**expanded, **pixels}

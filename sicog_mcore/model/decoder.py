@@ -158,6 +158,7 @@ def build_decoder(
     vp_stage: int | None,
 ) -> Decoder:
     """Builds this stage's part of the decoder; weights are undefined until initialise.py or a checkpoint fills them."""
+    # Megatron decides how many layers a stage holds; the spec must list exactly these.
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
     spec = transformer_block_spec(num_layers, attention, causal=True, layers=layers, qk_norm=decoder.qk_norm)
     model = Decoder(

@@ -50,6 +50,7 @@ def initialise(chunks: Iterable[VisionLanguageModel], seed: int) -> None:
                 continue  # has its own rules, below
             split = size if vars(parameter).get("tensor_model_parallel") else 1  # Megatron marks what it shards
             axis = parameter.partition_dim if split > 1 else 0
+            # Of the stack that the parameter stands in: residual sums grow with the depth of their own stack only.
             layers = chunk.model_config.tower.layers_used if local.startswith("tower.") else chunk.config.num_layers
             full = _draw(names[local], parameter, split, axis, layers, seed)
             with torch.no_grad():

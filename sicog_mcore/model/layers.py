@@ -81,6 +81,7 @@ def _parts(layers: LayerKind) -> _Parts:
         # Not importable without CUDA; local layers must not need it.
         from megatron.core.extensions import transformer_engine as te
 
+        # The norm is fused into the linear layer behind it, so nothing stands in the norm's own place.
         return _Parts(IdentityOp, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TENorm, {})
     # A decoder is saved under the names of Transformer Engine's fused layers, a tower under the plain ones (vlm.py).
     names = {plain: fused for fused, plain in FUSED_NORMS}
