@@ -52,14 +52,14 @@ def describe(chunks: Sequence[VisionLanguageModel], topology: Topology) -> tuple
     for described in topology.gather_objects(mine):
         for name, target, is_cut in described:
             holders.setdefault(name, []).append((target, is_cut))
-    return tuple(_whole([cut for cut, _ in found], topology, found[0][1]) for found in holders.values())
+    return tuple(_whole([shard for shard, _ in found], topology, found[0][1]) for found in holders.values())
 
 
-def _whole(cuts: list[Target], topology: Topology, is_cut: bool) -> Target:
+def _whole(shards: list[Target], topology: Topology, is_cut: bool) -> Target:
     """Joins the shards of one parameter, in the order of their ranks."""
     # Tensor-parallel ranks are neighbours, so the first ones hold the shards in order. A table that is tied over stages is
     # found a second time behind them, on the ranks of the last stage; that copy is left out.
-    first = cuts[0]
-    owners = tuple(cut.owners[0] for cut in cuts[: topology.config.tensor if is_cut else 1])
+    first = shards[0]
+    owners = tuple(shard.owners[0] for shard in shards[: topology.config.tensor if is_cut else 1])
     shape = tuple(n * len(owners) if d == first.axis else n for d, n in enumerate(first.shape))
     return Target(first.name, shape, first.axis, owners, first.dtype)
