@@ -3,31 +3,29 @@
 It is written under a temporary name, ``step_N.tmp``; every file is hashed into ``manifest.json`` and synced to disk; then
 one rename makes it visible. No file format underneath notices a flipped bit, so the manifest, which has a checksum of its
 own, is checked before anything is read. A file that it does not list is never opened.
-Next: files.py (what the files hold), store.py
+Next: trusted_files.py (what the files hold), store.py
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import xxhash
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.files import commit_folder, hash_bytes, hash_file, hash_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 COMMITTED = re.compile(r"^step_(\d{8})$")
 UNFINISHED = re.compile(r"^step_\d{8}(\.tmp)?$")
-CHUNK_BYTES = 1 << 22
 LARGEST_JSON = 1 << 26  # manifests and states are far below it; a file that is not could fill the memory
 HASH = re.compile(r"[0-9a-f]{32}")
 # Differ from run to run although all weights are equal: a random name of the save, and generators that nobody seeded.
@@ -66,14 +64,7 @@ def commit(folder: Path) -> int:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
     (temporary / MANIFEST).write_text(_render(manifest), encoding="utf-8")
-    # Contents reach the disk before names do: files, then folders, then the rename, then the folder around it. After a
-    # power cut, no name leads to data that was never written.
-    for path in [*files, temporary / MANIFEST]:
-        _sync(path)
-    for path in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-        _sync(path)
-    os.rename(temporary, folder)
-    _sync(folder.parent)
+    commit_folder(temporary, folder)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -182,7 +173,7 @@ def fingerprint(folder: Path) -> str:
     """
     files = read_manifest(folder).files
     content = [[name, files[name]] for name in sorted(files) if not name.startswith(NOT_IN_WEIGHTS)]
-    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+    return hash_json(content)
 
 
 def keep_last(root: Path, count: int) -> list[int]:
@@ -198,6 +189,8 @@ def keep_last(root: Path, count: int) -> list[int]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file that everyone with access to the folder can read; the library lets the owner alone."""
+    from safetensors.torch import save_file  # imports torch, which whoever only looks for checkpoints does not need
+
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
 
@@ -208,7 +201,7 @@ def _remedy(folder: Path) -> str:
 
 def _render(files: Mapping[str, Any]) -> str:
     """Returns the text of a manifest, with the hash of its list."""
-    digest = xxhash.xxh3_128_hexdigest(_render_without_checksum(files).encode())
+    digest = hash_bytes(_render_without_checksum(files).encode())
     return json.dumps({"files": files, "xxh3": digest}, indent=1, sort_keys=True)
 
 
@@ -233,16 +226,4 @@ def _is_hash(value: Any) -> bool:
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "xxh3": hash_file(path)}

@@ -1,7 +1,7 @@
 """Finds out why a checkpoint could not be written: a full disk, no right to write, another rank, a disk that fails.
 
 In: what pathlib, torch.save, safetensors, Megatron's writers or a collective raised   Out: one error with its remedy
-Each cause has its own remedy and exit code; a wrong one sends people to the wrong machine.   Used by: store.py, parts.py
+Each cause has its own remedy and exit code; a wrong one sends people to the wrong machine.   For: store.py, part_writer.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from sicog_mcore.checkpoint.files import first_line
+from sicog_mcore.checkpoint.trusted_files import first_line
 from sicog_mcore.errors import DENIED, CheckpointError, MachineError, SicogError, WriteError
 from sicog_mcore.parallel.topology import WritersFailed
 

@@ -1,6 +1,6 @@
 """Looks for NaN and infinite values in first weights while they are copied, so that no file is read twice.
 
-In: rows of tensors as they arrive on this rank   Out: what is not finite, what is all zero   Used by: weights.py, parts.py
+In: rows of tensors as they arrive on this rank   Out: what is not finite or all zero   Used by: weights.py, part_reader.py
 A NaN in first weights ends a run at its first step, where nothing points at the file any more.
 """
 

@@ -7,7 +7,6 @@ Pickle files are never opened here.   Used by: weights.py
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from sicog_mcore.checkpoint.commit import write_tensors
 from sicog_mcore.checkpoint.hf_beside import read_json
 from sicog_mcore.checkpoint.mapping import Shape
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.files import commit_folder, move
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -203,14 +203,14 @@ class ShardWriter:
         for number, names in enumerate(self._names):
             file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             # By convention every name holds the number of shards, which is known only now.
-            os.rename(self._temporary(number), self.aside / file)
+            move(self._temporary(number), self.aside / file)
             places |= dict.fromkeys(names, file)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(places.items()))}
             (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if self.folder.exists():
             self.folder.rmdir()  # empty, see require_free
-        os.rename(self.aside, self.folder)
+        commit_folder(self.aside, self.folder)
         return self._bytes
 
     def abandon(self) -> None:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.failures import WRITE_ERRORS, Failure, SaveFailed, failure_of, free_bytes, write_failure
-from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, has_shards, load_shards, read_state
+from sicog_mcore.checkpoint.locate import CHECKPOINTS, newest_folder, newest_step
 from sicog_mcore.checkpoint.rng import load_rng, save_rng
+from sicog_mcore.checkpoint.trusted_files import FORMAT, STATE, examine, has_shards, load_shards, read_state
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
+from sicog_mcore.parallel.gather import first_failure, on_all
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
@@ -66,7 +69,7 @@ class CheckpointStore:
     def __init__(self, experiment: Experiment, topology: Topology):
         self.experiment = experiment
         self.topology = topology
-        self.root = Path(experiment.output) / "checkpoints"
+        self.root = Path(experiment.output) / CHECKPOINTS
 
     def find(self) -> Found:
         """Looks for the newest committed checkpoint, on rank 0; the answer is the same on all ranks."""
@@ -83,8 +86,7 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """Returns the newest committed checkpoint, if there is one."""
-        steps = commit.committed_steps(self.root)
-        return self.folder(steps[-1]) if steps else None
+        return newest_folder(self.root)
 
     def save(self, model: TrainableModel, state: RunState) -> Path:
         """Writes and commits a checkpoint; older ones go only after that. Collective.
@@ -120,9 +122,9 @@ class CheckpointStore:
             work()
         except WRITE_ERRORS as error:
             failure = failure_of(error)
-        failures = [found for found in self.topology.gather_objects(failure) if found is not None]
-        if failures:
-            raise SaveFailed(failures[0])
+        found = first_failure(self.topology, failure)
+        if found is not None:
+            raise SaveFailed(found)
 
     def _agreed(self, error: BaseException) -> Failure:
         """Returns the failure; where all ranks know of one, but only some know its cause, they agree on its kind."""
@@ -232,7 +234,7 @@ class CheckpointStore:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{folder} does not hold the state of this run's optimizer ({error!r})") from error
         if content.get("layout") == _layout(self.topology):
-            self._load_rng(folder)
+            on_all(self.topology, partial(self._load_rng, folder))
         else:
             notes.append(
                 f"layout changed from {content.get('layout')} to {_layout(self.topology)}: random states start anew"
@@ -240,15 +242,9 @@ class CheckpointStore:
         return state, notes
 
     def _load_rng(self, folder: Path) -> None:
-        """Restores the random states of this rank; where one rank cannot read them, all ranks say so."""
-        failure = None
-        try:
-            manifest = commit.read_manifest(folder)
-            load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
-        except CheckpointError as error:
-            failure = str(error)
-        if failures := [text for text in self.topology.gather_objects(failure) if text is not None]:
-            raise CheckpointError(failures[0])
+        """Restores the random states of this rank."""
+        manifest = commit.read_manifest(folder)
+        load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
         saved = experiment_from_dict(content["experiment"])
@@ -268,11 +264,11 @@ class CheckpointStore:
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
     """Finds the newest committed checkpoint under the rules of ``config.resume``, and checks that it is whole."""
-    steps = commit.committed_steps(root)
+    newest = newest_step(root)
     notes = [
         f"ignored {folder.name}: its save or its removal was interrupted" for folder in commit.unfinished_folders(root)
     ]
-    if not steps:
+    if newest is None:
         if config.resume == "must":
             return CheckpointError(
                 f"checkpoint.resume is 'must' but {root} has no committed checkpoint; set it to 'auto' to start anew"
@@ -280,12 +276,12 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
         return Found(None, tuple(notes))
     if config.resume == "never":
         return CheckpointError(
-            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {steps[-1]}; choose another output folder"
+            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {newest}; choose another output folder"
         )
     try:
         # The newest alone is verified. Hashing all would read every checkpoint at each start, and an older one is used
         # only after the user has removed the newest, as the message asks.
-        manifest = commit.verify(commit.step_folder(root, steps[-1]))
+        manifest = commit.verify(commit.step_folder(root, newest))
         if has_shards(manifest):
             examine(manifest)
     except CheckpointError as error:
@@ -294,7 +290,7 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
         notes.append(
             f"{manifest.folder.name}: an earlier version wrote its {commit.MANIFEST}, which has no checksum itself"
         )
-    return Found(steps[-1], tuple(notes))
+    return Found(newest, tuple(notes))
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:

@@ -22,13 +22,14 @@ from sicog_mcore.checkpoint.hf import FLOATS, WeightFiles, read_config, shortene
 from sicog_mcore.checkpoint.hf_beside import judge_configs, judge_folder, judge_names
 from sicog_mcore.checkpoint.hf_config import ConfigVerdict, judge, judge_kinds
 from sicog_mcore.checkpoint.mapping import Ignored, MappingTable, Shape, Target, Tied, Transfer, bind, matches
-from sicog_mcore.checkpoint.parts import find_weights, load_parts
+from sicog_mcore.checkpoint.part_reader import find_weights, load_parts
 from sicog_mcore.checkpoint.tables import RELEASED, Family, part_table, recognise
 from sicog_mcore.checkpoint.targets import PARTS, describe, local_parameters, part_of
 from sicog_mcore.config import Experiment, ModelConfig, ModelPart
 from sicog_mcore.data.tokenizer_files import compare_tokenizers
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.gather import on_all
 from sicog_mcore.parallel.topology import Topology
 
 LEGACY = "legacy"  # separators of released weights
@@ -190,15 +191,9 @@ def import_part(
         CheckpointError: on every rank alike; the model must not be used after it.
     """
     targets = describe(chunks, topology)
-    watch, notes, failure = FiniteWatch(), [], None
-    try:
-        notes = _fill(chunks, (part, parts or (part,)), path, targets, topology, watch)
-    except CheckpointError as error:
-        failure = str(error)
+    watch = FiniteWatch()
     # A file may be unreadable on one machine only; the others must not go on without it.
-    failures = [text for text in topology.gather_objects(failure) if text is not None]
-    if failures:
-        raise CheckpointError(failures[0])
+    notes = on_all(topology, partial(_fill, chunks, (part, parts or (part,)), path, targets, topology, watch))
     return notes + watch.settle(topology, str(path))
 
 

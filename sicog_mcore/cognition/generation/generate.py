@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from sicog_mcore.build import Build
-from sicog_mcore.cognition.generation.items import GenerationItem, digest, read_items
+from sicog_mcore.cognition.generation.items import GenerationItem, read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.progress import GenerationProgress
 from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import Prompt, ask
 from sicog_mcore.cognition.records import Candidate, Generation, PromptUse
-from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.sample import Turn
 from sicog_mcore.data.tokenizer import find_tokenizer_file
 from sicog_mcore.errors import DataError, SampleError
+from sicog_mcore.files import append_lines, hash_file
 from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.rollout.engine import NATIVE, NativeEngine
@@ -205,11 +205,11 @@ def make_header(options: GenerationOptions, checkpoint: Checkpoint, task: Record
         "engine": task.engine,
         "checkpoint": task.checkpoint,
         "precision": checkpoint.experiment.train.precision,
-        "tokenizer": digest(tokenizer),
+        "tokenizer": hash_file(tokenizer),
         "prompts": [f"{prompt.id} version {prompt.version}: {count}" for prompt, count in task.prompts],
         "sampling": asdict(task.sampling),
         "seed": task.seed,
-        "rows": [digest(path) for path in options.rows],
+        "rows": [hash_file(path) for path in options.rows],
     }
 
 
@@ -300,8 +300,7 @@ def _report(
         "ranks": topology.world_size,
         "device_seconds": round(seconds * topology.world_size, 3),
     }
-    with disk_faults(out / USAGE), (out / USAGE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(usage) + "\n")
+    append_lines(out / USAGE, [json.dumps(usage)])
     progress.finish(
         [
             f"items      {answered:,} answered; failed: {failed}",
@@ -313,7 +312,7 @@ def _report(
 
 def _image_hash(item: GenerationItem) -> str:
     try:
-        return digest(Path(item.refs[0].path)) if item.refs else ""
+        return hash_file(Path(item.refs[0].path)) if item.refs else ""
     except OSError:
         return ""
 
