@@ -24,7 +24,7 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 TIMED_ROWS = 256  # from whose time that of all others is estimated
 ALONE_S = 20.0  # of one process: so long takes about what others need to start
 
-Report = Callable[["IndexProgress"], None]
+TellProgress = Callable[["IndexProgress"], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Work:
         return sum(job.size for job in self.jobs)
 
 
-def build_index(experiment: Experiment, options: IndexOptions, report: Report | None = None) -> IndexReport:
+def build_index(experiment: Experiment, options: IndexOptions, report: TellProgress | None = None) -> IndexReport:
     """Indexes whatever of an experiment's data sets is not indexed yet.
 
     Args:
@@ -177,7 +177,7 @@ def build_index(experiment: Experiment, options: IndexOptions, report: Report | 
     )
 
 
-def _look(file: DataFile, store: IndexStore, work: _Work, report: Report) -> None:
+def _look(file: DataFile, store: IndexStore, work: _Work, report: TellProgress) -> None:
     """Adds to ``work`` what a file needs; of a file that may have changed, its blocks are cut and looked up."""
     try:
         if known := store.known(file):
@@ -229,7 +229,7 @@ def _choose(experiment: Experiment, options: IndexOptions, work: _Work, config: 
 
 
 def _run(
-    experiment: Experiment, store: IndexStore, work: _Work, processes: int, report: Report
+    experiment: Experiment, store: IndexStore, work: _Work, processes: int, report: TellProgress
 ) -> Iterator[JobDone]:
     """Runs all jobs; notes each file as soon as all its blocks are there."""
     started, rows, done_bytes = time.monotonic(), 0, 0
