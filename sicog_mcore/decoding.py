@@ -38,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def decode(kind: type[T], value: Any, path: str = "", complete: bool = False) -> T | list[ConfigProblem]:
-    """Reads a JSON or YAML value as the annotated type: dataclasses, tuple[X, ...], Mapping[str, X], Literal, unions, scalars.
+    """Reads a JSON or YAML value as the annotated type: dataclass, tuple[X, ...], Mapping[str, X], Literal, union, scalar.
 
     Args:
         path: dotted path of the value in its document, for the problems; empty for the document itself.
@@ -57,6 +57,8 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
     if kind is float:  # the most frequent by far, in matrices of scores
         if type(value) in (float, int):
             return float(value)
+    elif kind is Any:
+        return value
     elif isinstance(kind, type):
         if is_dataclass(kind):
             return _decode_fields(kind, value, path, complete, problems)
@@ -76,12 +78,10 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
             found = _decode(member, value, path, complete, tried)
             if not tried:
                 return found
-    elif origin is Mapping:
+    elif origin in (Mapping, dict):
         if isinstance(value, dict) and all(isinstance(name, str) for name in value):
             member = get_args(kind)[1]
             return {name: _decode(member, one, f"{path}.{name}", complete, problems) for name, one in value.items()}
-    elif kind is Any:
-        return value
     else:
         raise TypeError(f"{path}: no value can be read as {kind}; use one of the types that decode() names")
     problems.append(ConfigProblem(path, value, f"is not {type_words(kind)}", f"give {type_words(kind)}"))
@@ -136,7 +136,7 @@ def type_words(kind: Any) -> str:
     if origin is tuple:
         words = {str: "texts", int: "whole numbers", float: "numbers"}.get(arguments[0])
         return f"a list of {words}" if words else f"a list, each entry {type_words(arguments[0])}"
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         return "a mapping of names to values"
     if isinstance(kind, type) and is_dataclass(kind):
         return f"a group of {', '.join(item.name for item in fields(kind))}"

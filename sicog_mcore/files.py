@@ -1,6 +1,6 @@
 """Durable files: every file or folder that must survive a kill, a crash or a full disk is written, renamed and hashed here.
 
-In: what a step writes   Out: the file, whole and on disk, or one error and no temporary file   Next: decoding.py (reads JSON)
+In: what a step writes   Out: the file, whole and on disk, or one error and nothing   Next: decoding.py (reads JSON)
 The one place that calls rename and fsync. A temporary file stands beside its target, ends in ``.partial``, is synced before
 the rename, and is removed when the block that writes it fails: a reader sees the old content or the new one, never a part.
 Imports nothing heavy: lock.py uses it before torch is there.
@@ -8,6 +8,7 @@ Imports nothing heavy: lock.py uses it before torch is there.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import xxhash
 from sicog_mcore.errors import DENIED, ConfigError, ConfigProblem, MachineError, is_machine_fault
 
 CHUNK_BYTES = 1 << 22  # of a file that is hashed, at a time
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 TAIL_BYTES = 1 << 16  # of a file whose last line end is looked for, at a time
 
 
@@ -127,6 +129,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder: they bring its names to the server as they change.
+        if error.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

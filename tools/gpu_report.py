@@ -7,7 +7,6 @@ Weights, pixels and text are random; image sizes are those of photographs, cut i
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from sicog_mcore.data.collate import collate
 from sicog_mcore.data.sample import Size
 from sicog_mcore.data.slicing import lay_out, plan_slices
 from sicog_mcore.errors import EXIT_OK
+from sicog_mcore.files import write_json
 from sicog_mcore.presets import PRESETS
 from sicog_mcore.ranks import silence_megatron
 
@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = measure(replace(experiment, train=replace(experiment.train, packs_per_step=arguments.packs)))
     print(measured.line())
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, asdict(measured))
     return EXIT_OK
 
 

@@ -1,6 +1,6 @@
 """Writes checkpoints that hold weights only, for runs to start from.
 
-In: the model's chunks under any layout   Out: a committed folder, for ``init.checkpoint``   Next: part_reader.py, which reads it
+In: the model's chunks under any layout   Out: a committed folder, for ``init.checkpoint``   Next: part_reader.py
 """
 
 from __future__ import annotations

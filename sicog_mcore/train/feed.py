@@ -24,6 +24,7 @@ from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_row
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError
 from sicog_mcore.files import append_lines
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
+from sicog_mcore.parallel.gather import first_failure
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.flops import WorkCounts
 from sicog_mcore.train.index_share import share_index
@@ -136,11 +137,11 @@ def open_data(
             failure = error.problems
         except CheckpointError as error:
             failure = str(error)
-    for found in topology.gather_objects(failure):
-        if isinstance(found, list):
-            raise ConfigError(found)
-        if found is not None:
-            raise CheckpointError(found)
+    found = first_failure(topology, failure)
+    if isinstance(found, list):
+        raise ConfigError(found)
+    if found is not None:
+        raise CheckpointError(str(found))
     return opened
 
 

@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from sicog_mcore.cognition.curation import curate as module
+from sicog_mcore import files
+from sicog_mcore.cognition.curation import curated_round as module
 from sicog_mcore.cognition.curation.conversations import TURN_QUESTIONS, PairBounds, find_rejected
 from sicog_mcore.cognition.curation.curated_round import curate
 from sicog_mcore.cognition.curation.datasets import open_writers
@@ -463,7 +464,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     curate(old, mixed)
     before = everything(mixed)
     assert before != expected
-    target = {"_keep": module, "replace": module.os, "rmtree": module.shutil}[place]
+    target = {"_keep": module, "replace": files.os, "rmtree": module.shutil}[place]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(target, place, killing(vars(target)[place], after))
         curate(new, mixed)

@@ -1,4 +1,4 @@
-"""Weights move between layouts and stages through our own checkpoints: whole, in parts, and from runs."""
+"""Weights move between layouts and stages through our own checkpoints: whole (part_writer.py), in parts, from runs."""
 
 from __future__ import annotations
 
