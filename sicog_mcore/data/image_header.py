@@ -98,7 +98,9 @@ def jpeg_header(file: BinaryIO) -> StillHeader | None:
         if marker == APP1 or marker in FRAMES:
             body = file.read(length)
             if marker in FRAMES:
-                is_usual = len(body) == length >= 9 and body[0] == 8 and length == 6 + 3 * body[5] and body[5] in (1, 3, 4)
+                is_usual = (
+                    len(body) == length >= 9 and body[0] == 8 and length == 6 + 3 * body[5] and body[5] in (1, 3, 4)
+                )
                 if not is_usual or any(size):
                     return None
                 size = (int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big"))

@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.fingerprint import (
+    ORDER_SETTINGS,
     DataMark,
     FileMark,
     describe_appended,
@@ -26,6 +29,7 @@ from sicog_mcore.data.row_sizes import RowSizes
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import MeasuredSource, RowFault, SampleIndex, Source
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.files import hash_bytes
 
 NOT_COMPARED = "the checkpoint was written before fingerprints: data not compared"
 
@@ -143,6 +147,7 @@ class OpenRows:
             "begun_with": [list(mark) for mark in self.begun_with] if is_begun else [],
             "rows_left": rows_left,
             "bad": list(bad),
+            "shards": _hash_shards(self.rows.sizes_of(position.epoch)),
         }
 
 
@@ -180,7 +185,9 @@ def reopen_rows(
     if not saved:
         return replace(opened, notes=(NOT_COMPARED,))
     before = _marks(saved["files"])
-    changes = describe_settings(saved["settings"], now.settings)
+    # An epoch can begin in any order.
+    free = () if position.is_inside else ORDER_SETTINGS
+    changes = describe_settings(saved["settings"], now.settings, free)
     places = find_prefixes(before, files)
     if changes or places is None:
         return _start_epoch(opened, [*changes, *describe_files(before, files)], saved["rows_left"], experiment)
@@ -194,6 +201,15 @@ def reopen_rows(
         earlier, sizes = _first_rows(index.files, experiment, begun_with)
         rows = replace(opened.rows, earlier=earlier, epoch=position.epoch, earlier_sizes=sizes)
         opened = replace(opened, rows=rows, begun_with=begun_with)
+    if position.is_inside and saved.get("shards") != _hash_shards(opened.rows.sizes_of(position.epoch)):
+        # The same rows written in another way: their order, which the place counts in, is made of these blocks.
+        change = "the same rows stand in other blocks of rows that are shuffled as one (other format or line ends)"
+        return _start_epoch(
+            OpenRows(EpochRows(opened.rows.all, all_sizes=opened.sizes), now, start=position),
+            [change],
+            saved["rows_left"],
+            experiment,
+        )
     return replace(opened, notes=notes)
 
 
@@ -239,7 +255,9 @@ def _all_rows(index: OpenIndex, experiment: Experiment) -> EpochRows:
     files = [file.indexed for file in index.files]
     ids = [file.hashes.ids for file in files]
     rows = SampleIndex([file.source for file in files], ids, experiment.data.duplicate_ids, index.notes)
-    return EpochRows(rows, all_sizes=_join_sizes([(file.sizes, len(file.sizes)) for file in index.files], rows, experiment))
+    return EpochRows(
+        rows, all_sizes=_join_sizes([(file.sizes, len(file.sizes)) for file in index.files], rows, experiment)
+    )
 
 
 def _first_rows(
@@ -257,6 +275,11 @@ def _first_rows(
 
 def _join_sizes(parts: Sequence[tuple[RowSizes, int]], rows: SampleIndex, experiment: Experiment) -> RowSizes:
     return join_sizes(parts, rows.repeated, counts_repeats=experiment.data.duplicate_ids == "keep")
+
+
+def _hash_shards(sizes: RowSizes) -> str:
+    """What the order of an epoch depends on beside the rows themselves."""
+    return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
 
 
 def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileMark, ...]:

@@ -262,9 +262,7 @@ def file_problem(file: DataFile, error: Exception) -> ConfigProblem:
     return ConfigProblem(f"data.sources[{file.number}].path", str(file.path), str(error), fix)
 
 
-def list_files(
-    configs: Sequence[SourceConfig], survey: RowSurvey
-) -> tuple[list[DataFile], list[ConfigProblem]]:
+def list_files(configs: Sequence[SourceConfig], survey: RowSurvey) -> tuple[list[DataFile], list[ConfigProblem]]:
     """The files of all data sets, in order, and what keeps data sets from being opened; no row is read.
 
     Args:

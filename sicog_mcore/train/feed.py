@@ -18,7 +18,7 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.data.index.indexed_files import open_index
 from sicog_mcore.data.loader import Loader
-from sicog_mcore.data.packing import PackPlan
+from sicog_mcore.data.plan import PackPlan
 from sicog_mcore.data.quarantine import Quarantine, Rejection
 from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_rows
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError
@@ -26,7 +26,7 @@ from sicog_mcore.files import append_lines
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.gather import first_failure
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.train.flops import WorkCounts
+from sicog_mcore.train.flops import WorkCounts, pack_cost
 from sicog_mcore.train.index_share import share_index
 from sicog_mcore.train.metrics import drop_steps_from
 
@@ -61,6 +61,7 @@ class CountingLoader:
             opened.start,
             pin_memory=topology.device.type == "cuda",
             opened=opened,
+            cost=pack_cost(experiment.model, experiment.optim.freeze),
         )
         self._opened = opened
         self._counts = WorkCounts()

@@ -36,7 +36,10 @@ NUMBERS: Mapping[str, str] = {
 }
 TEXTS = ("detail", "bad_id")
 SIZES, MEMBERS = "image_sizes", "members"
-LISTS: Mapping[str, tuple[str, int]] = {SIZES: ("int32", 2), MEMBERS: ("int64", 4)}  # type and number of an entry's fields
+LISTS: Mapping[str, tuple[str, int]] = {
+    SIZES: ("int32", 2),
+    MEMBERS: ("int64", 4),
+}  # type and number of an entry's fields
 HEADER = b"sicog"
 DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
 

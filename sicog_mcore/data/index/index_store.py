@@ -85,7 +85,9 @@ class IndexStore:
             write_json(self.folder / EXPERIMENT, self._experiment.to_dict(), shared=True)  # JSON is YAML
         except OSError as error:
             fix = "name a folder in data.index that can be written to"
-            problem = ConfigProblem("data.index", str(index_folder(self._experiment)), f"cannot be written: {error}", fix)
+            problem = ConfigProblem(
+                "data.index", str(index_folder(self._experiment)), f"cannot be written: {error}", fix
+            )
             raise ConfigError([problem]) from error
         return self.folder / EXPERIMENT
 
