@@ -17,7 +17,7 @@ from sicog_mcore.data.index.block_jobs import BlockJob, JobDone, run_jobs
 from sicog_mcore.data.index.block_rows import BlockIndexer
 from sicog_mcore.data.index.index_settings import build_function
 from sicog_mcore.data.index.index_store import FileStamp, IndexStore, look_at
-from sicog_mcore.data.index.row_blocks import BlockSpan, FileChanged, cut_blocks
+from sicog_mcore.data.index.row_blocks import BLOCK_ERRORS, BlockSpan, FileChanged, cut_blocks
 from sicog_mcore.data.sources import FILE_ERRORS, DataFile, file_problem, list_files, new_survey
 from sicog_mcore.errors import ConfigError, ConfigProblem
 
@@ -214,7 +214,7 @@ def _choose(experiment: Experiment, options: IndexOptions, work: _Work, config: 
         span = first.span or BlockSpan(0, first.size, 1, 0, 0, "")
         indexer.time_rows(first.file, span, 1)  # libraries load on first use
         seconds, size = indexer.time_rows(first.file, span, TIMED_ROWS)
-    except (*FILE_ERRORS, FileChanged):
+    except BLOCK_ERRORS:
         return most  # the job will say what is wrong
     alone_s = seconds / size * work.total_bytes
     processes = most if options.processes or alone_s > ALONE_S else 1
