@@ -15,6 +15,7 @@ from pathlib import Path
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.index.block_jobs import BlockJob, JobDone, run_jobs
 from sicog_mcore.data.index.block_rows import BlockIndexer
+from sicog_mcore.data.index.image_recheck import healed_blocks
 from sicog_mcore.data.index.index_settings import build_function
 from sicog_mcore.data.index.index_store import FileStamp, IndexStore, look_at
 from sicog_mcore.data.index.row_blocks import BLOCK_ERRORS, BlockSpan, FileChanged, cut_blocks
@@ -151,7 +152,7 @@ def build_index(experiment: Experiment, options: IndexOptions, report: TellProgr
     work = _Work(problems=problems)
     report = report or (lambda _: None)
     for file in files:
-        _look(file, store, work, report)
+        _look(experiment, file, store, work, report)
     if work.problems:
         raise ConfigError(work.problems)
     built_rows = built_blocks = 0
@@ -177,25 +178,32 @@ def build_index(experiment: Experiment, options: IndexOptions, report: TellProgr
     )
 
 
-def _look(file: DataFile, store: IndexStore, work: _Work, report: TellProgress) -> None:
+def _look(experiment: Experiment, file: DataFile, store: IndexStore, work: _Work, report: TellProgress) -> None:
     """Adds to ``work`` what a file needs; of a file that may have changed, its blocks are cut and looked up."""
     try:
-        if known := store.known(file):
-            work.known_rows += sum(span.rows for span in known.spans)
-            work.known_blocks += len(known.spans)
-            return
-        seen = _File(file, *look_at(file.path))
-        place = len(work.files)
-        if file.kind == "shard":
-            jobs = [BlockJob(place, file, None)]
-        else:
+        seen, place = _File(file, *look_at(file.path)), len(work.files)
+        blocks = store.known(file)
+        is_noted = blocks is not None
+        if blocks is None and file.kind != "shard":
             for span in cut_blocks(file):
                 seen.spans += (span,)
                 report(IndexProgress(0, 0, work.total_bytes, 0.0))
+            blocks = store.opened(file, seen.spans)
+        seen.spans = blocks.spans if blocks else seen.spans
+        if file.kind == "shard":
+            jobs = [] if blocks else [BlockJob(place, file, None)]
+        elif blocks:
+            healed = healed_blocks(file, blocks, build_function(experiment), experiment.data)
+            jobs = [BlockJob(place, file, span) for span in healed]
+        else:
             jobs = [BlockJob(place, file, span) for span in store.missing(file, seen.spans)]
         seen.open_jobs = len(jobs)
     except FILE_ERRORS as error:
         work.problems.append(file_problem(file, error))
+        return
+    if blocks and is_noted and not jobs:
+        work.known_rows += sum(span.rows for span in blocks.spans)
+        work.known_blocks += len(blocks.spans)
         return
     work.files.append(seen)
     work.jobs += jobs
