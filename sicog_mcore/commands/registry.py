@@ -68,6 +68,7 @@ VERBS: Sequence[VerbEntry] = (
     VerbEntry(
         "dpo", "train_stage", "train", "preference training on pairs of answers", "launch/train_dpo.py", "DPO_VERB"
     ),
+    VerbEntry("index", "index_data", "train", "index data sets before a training starts"),
     VerbEntry("loop", "loop", "improve", "the whole self-improvement loop, one command", "launch/self_improve.py"),
     VerbEntry("generate", "candidates", "improve", "draw candidates for unlabelled items", "launch/generate.py"),
     VerbEntry("score", "score", "improve", "score candidates by how far they agree", "tools/score.py"),

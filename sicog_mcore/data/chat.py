@@ -130,7 +130,7 @@ class Chat:
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.template = TEMPLATES[template]
         has_default = bool(system_prompt) and self.template.names_roles
-        self._default_system = (Turn("system", system_prompt),) if has_default else ()
+        self._default_system: tuple[Turn, ...] = (Turn("system", system_prompt),) if has_default else ()
         self._constant_ids: dict[str, list[int]] = {}  # of a handful of texts, which stand in every conversation
         self.pad_id = self._control_id(self.template.padding)
         self.end_id = self._control_id(self.template.answer_end)

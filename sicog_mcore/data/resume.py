@@ -27,7 +27,7 @@ from sicog_mcore.data.index.build_index import IndexOptions, build_index
 from sicog_mcore.data.index.indexed_files import MeasuredFile, OpenIndex, join_sizes, open_index
 from sicog_mcore.data.row_sizes import RowSizes
 from sicog_mcore.data.sample import Sample
-from sicog_mcore.data.sources import MeasuredSource, RowFault, SampleIndex, Source
+from sicog_mcore.data.sources import MeasuredSource, RowFault, SampleIndex
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.files import hash_bytes
 
@@ -55,7 +55,7 @@ START = LoaderState()
 class FirstRows:
     """A source as it was before rows were appended."""
 
-    source: Source
+    source: MeasuredSource
     rows: int
 
     def __len__(self) -> int:
@@ -67,9 +67,13 @@ class FirstRows:
     def origin(self, row: int) -> str:
         return self.source.origin(row)
 
+    def measures(self, row: int) -> tuple[int, int]:
+        """Tells the tokens and slices that a row had when it was indexed."""
+        return self.source.measures(row)
+
     def fault(self, row: int) -> RowFault | None:
         """Says why a row was found bad when it was indexed; None if it was not."""
-        return self.source.fault(row) if isinstance(self.source, MeasuredSource) else None
+        return self.source.fault(row)
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ def _first_rows(
     places = find_prefixes(marks, [file.indexed for file in files])
     assert places is not None, "rows that a checkpoint began with are among those that it knew"
     kept = [(files[place], mark.rows) for place, mark in zip(places, marks, strict=True)]
-    sources = [FirstRows(file.indexed.source, rows) for file, rows in kept]
+    sources = [FirstRows(file.source, rows) for file, rows in kept]
     ids = [file.indexed.hashes.ids[:rows] for file, rows in kept]
     earlier = SampleIndex(sources, ids, experiment.data.duplicate_ids)
     return earlier, _join_sizes([(file.sizes, rows) for file, rows in kept], earlier, experiment)

@@ -66,7 +66,11 @@ class RowFault(NamedTuple):
 
 @runtime_checkable
 class MeasuredSource(Source, Protocol):
-    """A Source from an index, which knows its bad rows."""
+    """A Source from an index, which knows what its rows measure, and its bad rows."""
+
+    def measures(self, row: int) -> tuple[int, int]:
+        """Tells the tokens and slices that a row had when it was indexed."""
+        ...
 
     def fault(self, row: int) -> RowFault | None:
         """Says why a row was found bad; None if it was not."""
@@ -118,6 +122,11 @@ class SampleIndex:
             raise SampleError(fault.reason, fault.detail)
         sample = source.read(local)
         return replace(sample, id=f"{sample.id}#{row}")
+
+    def measures(self, row: int) -> tuple[int, int] | None:
+        """Tells the tokens and slices that a row had when it was indexed; None without an index. No file of rows is read."""
+        source, local = self._locate(row)
+        return source.measures(local) if isinstance(source, MeasuredSource) else None
 
     @property
     def repeated(self) -> NDArray[np.int64]:
@@ -253,7 +262,7 @@ FIXES: Mapping[type[Exception], str] = {
     ListMalformed: "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself",
     ShardDamaged: "write the shard again, or move it out of the way: what is lost with it cannot be counted",
 }
-FILE_ERRORS = (OSError, *FIXES)
+FILE_ERRORS: tuple[type[Exception], ...] = (OSError, *FIXES)
 
 
 def file_problem(file: DataFile, error: Exception) -> ConfigProblem:

@@ -1,6 +1,7 @@
 """Decoding of packs in worker processes, and what is to be said when one of them dies or hangs.
 
 In: PackPlans   Out: PackedBatches with the samples that could not be decoded   Next: loader.py
+Reason: row_changed.
 """
 
 from __future__ import annotations
@@ -56,9 +57,22 @@ class PackBuilder(Dataset[Decoded]):
         try:
             sample = samples.read(row)
             sample_id = sample.id
-            return self._encoder.encode(sample)
+            encoded = self._encoder.encode(sample)
+            _check_size(encoded, samples.measures(row))
+            return encoded
         except SampleError as error:
             return Rejection(sample_id, samples.origin(row), error.reason, error.detail, epoch)
+
+
+def _check_size(encoded: EncodedSample, planned: tuple[int, int] | None) -> None:
+    """Refuses a sample that is not what its pack was planned for: its image, which the index does not watch, was changed."""
+    found = (len(encoded.tokens), len(encoded.grids))
+    if planned is not None and found != planned:
+        sizes = "{} tokens and {} slices".format
+        detail = (
+            f"found {sizes(*found)}, the index has {sizes(*planned)}; was an image replaced? then delete data.index"
+        )
+        raise SampleError("row_changed", detail)
 
 
 class PackDecoder(Iterator[Decoded]):

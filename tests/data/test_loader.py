@@ -23,7 +23,7 @@ from sicog_mcore.data.quarantine import Quarantine
 from sicog_mcore.data.resume import open_rows
 from sicog_mcore.data.sample import ImageRef
 from sicog_mcore.errors import DataError
-from tests.builders import tiny_experiment, write_dataset
+from tests.builders import tiny_experiment, write_dataset, write_image
 
 NUM_SAMPLES = 20
 START = LoaderState()
@@ -296,3 +296,19 @@ def test_waiting_time_is_measured(folder: Path, tmp_path: Path) -> None:
     loader = open_loader(experiment_on(folder), tmp_path / "q.jsonl")
     next(loader)
     assert loader.wait_s > 0
+
+
+def test_an_image_that_was_replaced_since_it_was_indexed_is_a_bad_row(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    experiment = experiment_on(tmp_path)
+    opened = open_rows(experiment)
+    changed = next(row for row in range(NUM_SAMPLES) if opened.rows.all.read(row).images)
+    sample = opened.rows.all.read(changed)
+    write_image(Path(sample.images[0].path), 600, 600, seed=1)
+    loader = open_loader(experiment, tmp_path / "q.jsonl")  # opens the index that is there
+    ids = [name for epoch, batch in islice(_with_epoch(loader), 30) if epoch == 0 for name in batch.sample_ids]
+    assert len(ids) == NUM_SAMPLES - 1 and sample.id not in ids
+    first, *_ = (json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines())
+    tokens, slices = opened.rows.all.measures(changed) or (0, 0)
+    assert (first["reason"], first["id"]) == ("row_changed", sample.id)
+    assert f"the index has {tokens} tokens and {slices} slices" in first["detail"]

@@ -19,8 +19,8 @@ from functools import lru_cache
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.index.block_rows import BlockIndexer
 from sicog_mcore.data.index.index_store import IndexStore
-from sicog_mcore.data.index.row_blocks import BlockSpan, FileChanged
-from sicog_mcore.data.sources import FILE_ERRORS, DataFile
+from sicog_mcore.data.index.row_blocks import BLOCK_ERRORS, BlockSpan
+from sicog_mcore.data.sources import DataFile
 from sicog_mcore.errors import MachineError
 from sicog_mcore.files import hash_json
 
@@ -56,7 +56,7 @@ class JobDone:
     Attributes:
         span: the block.
         built_rows: rows that were indexed; 0 if its index was there already.
-        error: why there is no index: one of FILE_ERRORS, or FileChanged.
+        error: why there is no index: one of BLOCK_ERRORS.
     """
 
     job: BlockJob
@@ -88,7 +88,7 @@ class BlockWorker:
                 return JobDone(job, span, 0)
             self._indexer.index_shard(scan, self._store.block(job.file, span))
             return JobDone(job, span, span.rows)
-        except (*FILE_ERRORS, FileChanged) as error:
+        except BLOCK_ERRORS as error:
             return JobDone(job, NO_SPAN, 0, error)
 
 

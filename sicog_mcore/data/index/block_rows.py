@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.encode import Encoder, Measured
@@ -66,9 +68,10 @@ class _Columns:
         self.sizes.append(measured.image_sizes)
 
 
-def _hash_columns(ids: RowIds) -> dict[str, Hashes]:
+def _all_numbers(columns: _Columns, ids: RowIds) -> dict[str, NDArray[Any]]:
     hashes = ids.hashes()
-    return {"id_hash": hashes.ids, "content_hash": hashes.contents}
+    measured = {name: np.asarray(values) for name, values in columns.numbers.items()}
+    return {**measured, "id_hash": hashes.ids, "content_hash": hashes.contents}
 
 
 class BlockIndexer:
@@ -104,7 +107,7 @@ class BlockIndexer:
             types=(),
             survey=survey.state(),
         )
-        numbers = {**columns.numbers, **_hash_columns(ids)}
+        numbers = _all_numbers(columns, ids)
         write_block(target, header, BlockColumns(numbers, columns.texts, {SIZES: columns.sizes}))
 
     def _add_row(self, row: BlockRow, images: str, ids: RowIds, columns: _Columns) -> None:
@@ -163,7 +166,7 @@ class BlockIndexer:
         borders = shard.borders.tolist()
         members = shard.members.tolist()
         groups = [members[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
-        numbers = {**columns.numbers, **_hash_columns(scan.ids)}
+        numbers = _all_numbers(columns, scan.ids)
         lists = {SIZES: columns.sizes, MEMBERS: groups}
         write_block(target, header, BlockColumns(numbers, columns.texts, lists, shard.keys, shard.states))
 

@@ -15,16 +15,17 @@ from pathlib import Path
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.index.block_jobs import BlockJob, JobDone, run_jobs
 from sicog_mcore.data.index.block_rows import BlockIndexer
+from sicog_mcore.data.index.image_recheck import healed_blocks
 from sicog_mcore.data.index.index_settings import build_function
 from sicog_mcore.data.index.index_store import FileStamp, IndexStore, look_at
-from sicog_mcore.data.index.row_blocks import BlockSpan, FileChanged, cut_blocks
+from sicog_mcore.data.index.row_blocks import BLOCK_ERRORS, BlockSpan, FileChanged, cut_blocks
 from sicog_mcore.data.sources import FILE_ERRORS, DataFile, file_problem, list_files, new_survey
 from sicog_mcore.errors import ConfigError, ConfigProblem
 
 TIMED_ROWS = 256  # from whose time that of all others is estimated
 ALONE_S = 20.0  # of one process: so long takes about what others need to start
 
-Report = Callable[["IndexProgress"], None]
+TellProgress = Callable[["IndexProgress"], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class _Work:
         return sum(job.size for job in self.jobs)
 
 
-def build_index(experiment: Experiment, options: IndexOptions, report: Report | None = None) -> IndexReport:
+def build_index(experiment: Experiment, options: IndexOptions, report: TellProgress | None = None) -> IndexReport:
     """Indexes whatever of an experiment's data sets is not indexed yet.
 
     Args:
@@ -151,7 +152,7 @@ def build_index(experiment: Experiment, options: IndexOptions, report: Report | 
     work = _Work(problems=problems)
     report = report or (lambda _: None)
     for file in files:
-        _look(file, store, work, report)
+        _look(experiment, file, store, work, report)
     if work.problems:
         raise ConfigError(work.problems)
     built_rows = built_blocks = 0
@@ -177,25 +178,32 @@ def build_index(experiment: Experiment, options: IndexOptions, report: Report | 
     )
 
 
-def _look(file: DataFile, store: IndexStore, work: _Work, report: Report) -> None:
+def _look(experiment: Experiment, file: DataFile, store: IndexStore, work: _Work, report: TellProgress) -> None:
     """Adds to ``work`` what a file needs; of a file that may have changed, its blocks are cut and looked up."""
     try:
-        if known := store.known(file):
-            work.known_rows += sum(span.rows for span in known.spans)
-            work.known_blocks += len(known.spans)
-            return
-        seen = _File(file, *look_at(file.path))
-        place = len(work.files)
-        if file.kind == "shard":
-            jobs = [BlockJob(place, file, None)]
-        else:
+        seen, place = _File(file, *look_at(file.path)), len(work.files)
+        blocks = store.known(file)
+        is_noted = blocks is not None
+        if blocks is None and file.kind != "shard":
             for span in cut_blocks(file):
                 seen.spans += (span,)
                 report(IndexProgress(0, 0, work.total_bytes, 0.0))
+            blocks = store.opened(file, seen.spans)
+        seen.spans = blocks.spans if blocks else seen.spans
+        if file.kind == "shard":
+            jobs = [] if blocks else [BlockJob(place, file, None)]
+        elif blocks:
+            healed = healed_blocks(file, blocks, build_function(experiment), experiment.data)
+            jobs = [BlockJob(place, file, span) for span in healed]
+        else:
             jobs = [BlockJob(place, file, span) for span in store.missing(file, seen.spans)]
         seen.open_jobs = len(jobs)
     except FILE_ERRORS as error:
         work.problems.append(file_problem(file, error))
+        return
+    if blocks and is_noted and not jobs:
+        work.known_rows += sum(span.rows for span in blocks.spans)
+        work.known_blocks += len(blocks.spans)
         return
     work.files.append(seen)
     work.jobs += jobs
@@ -214,7 +222,7 @@ def _choose(experiment: Experiment, options: IndexOptions, work: _Work, config: 
         span = first.span or BlockSpan(0, first.size, 1, 0, 0, "")
         indexer.time_rows(first.file, span, 1)  # libraries load on first use
         seconds, size = indexer.time_rows(first.file, span, TIMED_ROWS)
-    except (*FILE_ERRORS, FileChanged):
+    except BLOCK_ERRORS:
         return most  # the job will say what is wrong
     alone_s = seconds / size * work.total_bytes
     processes = most if options.processes or alone_s > ALONE_S else 1
@@ -228,7 +236,9 @@ def _choose(experiment: Experiment, options: IndexOptions, work: _Work, config: 
     return processes
 
 
-def _run(experiment: Experiment, store: IndexStore, work: _Work, processes: int, report: Report) -> Iterator[JobDone]:
+def _run(
+    experiment: Experiment, store: IndexStore, work: _Work, processes: int, report: TellProgress
+) -> Iterator[JobDone]:
     """Runs all jobs; notes each file as soon as all its blocks are there."""
     started, rows, done_bytes = time.monotonic(), 0, 0
     for done in run_jobs(experiment, work.jobs, processes):

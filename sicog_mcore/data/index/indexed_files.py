@@ -37,8 +37,8 @@ from sicog_mcore.data.sources import (
     FILE_ERRORS,
     DataFile,
     IndexedFile,
+    MeasuredSource,
     RowFault,
-    Source,
     file_problem,
     list_files,
     new_survey,
@@ -82,6 +82,11 @@ class BlockedFile:
         """Names the file and the line of a row."""
         span, table, local = self._locate(row)
         return f"{self.path}:{span.line + int(table.numbers('line')[local]) - 1}"
+
+    def measures(self, row: int) -> tuple[int, int]:
+        """Tells the tokens and slices that a row had when it was indexed."""
+        _, table, local = self._locate(row)
+        return _measures(table, local)
 
     def fault(self, row: int) -> RowFault | None:
         """Says why a row was found bad when it was indexed; None if it was not."""
@@ -127,6 +132,10 @@ class BlockedShard:
         """Names the shard and the key of a row."""
         return self._shard.origin(row)
 
+    def measures(self, row: int) -> tuple[int, int]:
+        """Tells the tokens and slices that a row had when it was indexed."""
+        return _measures(self.table, row)
+
     def fault(self, row: int) -> RowFault | None:
         """Says why a row was found bad when it was indexed; None if it was not."""
         return _fault(self.table, row, default_id(self.name, row), self.path)
@@ -146,6 +155,10 @@ class BlockedShard:
         )
 
 
+def _measures(table: BlockTable, row: int) -> tuple[int, int]:
+    return int(table.numbers("num_tokens")[row]), int(table.numbers("num_slices")[row])
+
+
 def _fault(table: BlockTable, row: int, fallback_id: str, path: str) -> RowFault | None:
     reason = int(table.numbers("reason")[row])
     if reason == USABLE:
@@ -160,10 +173,12 @@ class MeasuredFile(NamedTuple):
 
     Attributes:
         indexed: the file as a Source, and what its rows are recognised by.
+        source: the same Source, as one that knows what its rows measure.
         sizes: what its rows measure; its shards begin at 0.
     """
 
     indexed: IndexedFile
+    source: MeasuredSource
     sizes: RowSizes
 
 
@@ -222,7 +237,7 @@ def _compare(store: IndexStore, file: DataFile, build: BuildSample) -> FileBlock
 
 
 def _measured(file: DataFile, build: BuildSample, blocks: FileBlocks) -> MeasuredFile:
-    source: Source
+    source: MeasuredSource
     if file.kind == "shard":
         source = BlockedShard(os.path.realpath(file.path), file.name, build, blocks.tables[0])
     else:
@@ -230,7 +245,7 @@ def _measured(file: DataFile, build: BuildSample, blocks: FileBlocks) -> Measure
         source = BlockedFile(str(file.path), images, file.name, build, blocks.spans, blocks.tables)
     ids = [_ids(file, span, table) for span, table in zip(blocks.spans, blocks.tables, strict=True)]
     hashes = RowHashes(_joined(ids, np.uint64), _column(blocks.tables, "content_hash", np.uint64))
-    return MeasuredFile(IndexedFile(str(file.path), source, hashes), _sizes(blocks))
+    return MeasuredFile(IndexedFile(str(file.path), source, hashes), source, _sizes(blocks))
 
 
 def _ids(file: DataFile, span: BlockSpan, table: BlockTable) -> Hashes:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 
 from sicog_mcore.data.row_spans import ListElement, ListMalformed, RowLine, find_elements, find_lines, read_latin
-from sicog_mcore.data.sources import DataFile
+from sicog_mcore.data.sources import FILE_ERRORS, DataFile
 
 BLOCK_ROWS = 8192  # a block has at least so many rows, or so many bytes; none has twice as many
 BLOCK_BYTES = 16 << 20
@@ -42,6 +42,9 @@ class BlockSpan(NamedTuple):
 
 class FileChanged(Exception):
     """A file of rows has other bytes than a moment ago."""
+
+
+BLOCK_ERRORS: tuple[type[Exception], ...] = (*FILE_ERRORS, FileChanged)  # what keeps a block from being indexed
 
 
 class BlockRow(NamedTuple):

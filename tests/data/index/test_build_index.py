@@ -18,15 +18,17 @@ import pytest
 
 from sicog_mcore.config import Experiment, SourceConfig
 from sicog_mcore.data.index import build_index as building
-from sicog_mcore.data.index import index_store, row_blocks
+from sicog_mcore.data.index import image_recheck, index_store, row_blocks
 from sicog_mcore.data.index.block_rows import BlockIndexer
 from sicog_mcore.data.index.build_index import IndexOptions, IndexProgress, IndexReport, build_index
 from sicog_mcore.data.index.index_store import IndexStore
 from sicog_mcore.data.index.indexed_files import open_index
+from sicog_mcore.data.resume import open_rows
 from sicog_mcore.errors import EXIT_CONFIG, ConfigError
 from tests.builders import QUESTIONS, tiny_experiment, write_image
 
 NUM_ROWS = 300
+RESTED = index_store.RESTED_NS
 ALONE = IndexOptions(processes=1)
 
 
@@ -247,6 +249,29 @@ def test_a_damaged_or_missing_block_is_built_again(experiment: Experiment, monke
     (folder / third).unlink()
     assert build_index(experiment, ALONE).built_blocks == 3
     assert blocks(experiment) == good
+
+
+def test_an_image_that_was_missing_is_looked_for_again(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    shown = [json.dumps({"id": f"i{n}", "image": f"{n}.png", "conversations": turns}) for n in range(3)]
+    text = rows_file(experiment).read_text().splitlines()
+    rows_file(experiment).write_text("\n".join([shown[0], *text[:200], shown[1], *text[200:], shown[2]]))
+    (tmp_path / "images" / "2.png").write_bytes(b"no image")
+    for rested in (RESTED, -1):  # also where the file of rows is not read
+        monkeypatch.setattr(index_store, "RESTED_NS", rested)
+        build_index(experiment, ALONE)
+        assert build_index(experiment, ALONE).built_blocks == 0
+    reasons = [open_rows(experiment).rows.all.rejection(row, 0).reason for row in (0, 201, 302)]
+    assert reasons == ["image_missing", "image_missing", "image_unidentified"]
+    write_image(tmp_path / "images" / "1.png", 64, 64, seed=0)
+    assert build_index(experiment, ALONE).built_blocks == 1
+    sizes = open_rows(experiment).sizes
+    assert [sizes.reasons[sizes.reason[row]] for row in (0, 201, 302)] == ["image_missing", "", "image_unidentified"]
+    monkeypatch.setattr(image_recheck, "MOST_ROWS", 1)  # of two, the first stands for both
+    write_image(tmp_path / "images" / "0.png", 64, 64, seed=0)
+    assert build_index(experiment, ALONE).built_blocks == 2
 
 
 def _shard(path: Path, answers: list[str], colour: int = 0) -> None:
