@@ -82,6 +82,8 @@ setup(
     ],
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
     package_data={
+        "sicog_mcore": ["py.typed"],
+        "sicog_kernels": ["py.typed"],
         "sicog_mcore.cognition": ["prompts.json"],
         "sicog_mcore.commands": ["demo_captions.json", "demo_pictures/*"],
         "sicog_mcore.recipes": ["*.yaml"],  # links to examples/, which become files in a wheel
