@@ -26,7 +26,7 @@ def test_the_recipe_is_planned_in_an_empty_folder(
     assert len(commands) == 20
     assert (
         sum("-m torch.distributed.run --standalone --nproc-per-node 2 -m sicog_mcore" in line for line in commands)
-        == 12
+        == 11
     )
     assert "-u -m sicog_mcore score --generations" in "".join(commands)
     assert VERB.start(["--config", "loop_demo", "--plan"], {}) == 0
