@@ -16,8 +16,8 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.memory import estimate_memory, estimate_text, fitting
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
 from sicog_mcore.train.dpo import Preferences

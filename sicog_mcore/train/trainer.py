@@ -12,7 +12,7 @@ from pathlib import Path
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import TrainingError
-from sicog_mcore.parallel.wrap import TrainableModel
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.health import REMEDY, measure, require_sound, require_sound_start
 from sicog_mcore.train.reporter import Reporter
