@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from sicog_mcore.cognition.generation.generate import RecordFacts, estimate, run
+from sicog_mcore.cognition.generation.cost_estimate import estimate
+from sicog_mcore.cognition.generation.generate import run
+from sicog_mcore.cognition.generation.item_records import RecordFacts
 from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
