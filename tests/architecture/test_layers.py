@@ -76,7 +76,16 @@ RULES: tuple[tuple[str, Rule], ...] = (
             (*BELOW_TRAIN, "sicog_mcore.stages", "sicog_mcore.train", "sicog_mcore.cognition"), (*TRAINING, *COGNITION)
         ),
     ),
-    ("sicog_mcore/launcher.py", Rule((*BELOW_TRAIN, *STARTING, "sicog_mcore.train", "sicog_mcore.stages"), ())),
+    (
+        "sicog_mcore/launcher.py",
+        Rule(
+            (
+                *(*BELOW_TRAIN, *STARTING, "sicog_mcore.train", "sicog_mcore.stages"),
+                "sicog_mcore.cognition.evaluation",  # judges what a model in training answers
+            ),
+            (),
+        ),
+    ),
     ("kernels/sicog_kernels/triton/", Rule(("sicog_kernels",), ("torch", "triton"))),
     ("kernels/sicog_kernels/", Rule(("sicog_kernels",), ("torch",))),
     # An experiment on top of everything, like a tool, but of several files.
