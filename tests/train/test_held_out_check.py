@@ -26,6 +26,7 @@ from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment, write_dataset
 from tests.e2e.runs import train_ranks
+from tests.pairs import write_pairs
 from tests.tolerances import LAYOUT_LOSS
 
 STEPS, EVERY = 5, 2
@@ -121,6 +122,21 @@ def test_a_resumed_run_measures_what_the_whole_run_measured(folder: Path, one_ra
     resumed = train_ranks(experiment_in(folder, tmp_path / "run"), 1)
     assert of_held_out(resumed) == of_held_out(metrics)
     assert [line["loss"] for line in resumed] == [line["loss"] for line in metrics]
+
+
+@pytest.mark.slow
+def test_preference_training_measures_the_loss_of_answers(folder: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path, 8)
+    held_out = experiment_in(folder, tmp_path).held_out
+    experiment = tiny_experiment(
+        tmp_path,
+        objective="dpo",
+        train={"steps": 1, "packs_per_step": 2, "tensorboard": False},
+        data={"token_budget": 512},
+    )
+    (line,) = train_ranks(replace(experiment, held_out=held_out), 1)
+    assert line["held_out_tokens"] > 50 and line["preference_accuracy"] is not None
+    assert line["held_out_loss"] == pytest.approx(math.log(experiment.model.decoder.vocab_size), rel=0.1)  # untrained
 
 
 @pytest.fixture(scope="module")
