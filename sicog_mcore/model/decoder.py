@@ -76,7 +76,7 @@ def decoder_transformer_config(
         "persist_layer_norm": False,
         **_recompute(train),
     }
-    if problems := option_problems(decoder.mcore, with_te):
+    if problems := option_problems(decoder.mcore, with_te, interleaved):
         raise ConfigError(problems)
     try:
         return TransformerConfig(**{**values, **decoder.mcore})

@@ -69,12 +69,15 @@ def test_recompute_equals_none(
     _assert_same(train_ranks(_experiment(data, tmp_path, train=train), 1), one_rank[0])
 
 
-def test_a_pipeline_recomputes_in_every_chunk_and_frees_its_outputs(data: Path, one_rank: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks, frees", [(2, False), (1, True)])
+def test_a_pipeline_recomputes_in_every_chunk_and_frees_its_outputs(
+    chunks: int, frees: bool, data: Path, one_rank: Any, tmp_path: Path
+) -> None:
     experiment = _experiment(
         data,
         tmp_path,
-        parallel={"pipeline": 2, "virtual_pipeline": 2},
+        parallel={"pipeline": 2, "virtual_pipeline": chunks},
         train={"recompute_decoder": "block", "recompute_layers": 1},
     )
-    experiment = with_values(experiment, {"model.decoder.mcore": {"deallocate_pipeline_outputs": True}})
+    experiment = with_values(experiment, {"model.decoder.mcore": {"deallocate_pipeline_outputs": frees}})
     _assert_same(train_ranks(experiment, 2), one_rank[0])

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from sicog_mcore.cognition.curation import curate as module
+from sicog_mcore.cognition.curation import curated_round as module
 from sicog_mcore.cognition.curation.conversations import TURN_QUESTIONS, PairBounds, find_rejected
 from sicog_mcore.cognition.curation.curated_round import curate
 from sicog_mcore.cognition.curation.datasets import open_writers
