@@ -32,7 +32,7 @@ from sicog_mcore.data.encode import Encoder
 from sicog_mcore.errors import DataError
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.rollout.engine import NativeEngine
-from sicog_mcore.rollout.load import Checkpoint, joined, load_model, read_checkpoint
+from sicog_mcore.rollout.load import joined, load_model, read_checkpoint
 from sicog_mcore.rollout.parity import PROBE, check_parity
 from sicog_mcore.rollout.requests import Counters, Engine, Request, Result
 from sicog_mcore.rollout.vllm_engine import VllmEngine
@@ -56,8 +56,14 @@ def run(options: GenerationOptions, world_size: int = 1, rank: int = 0, init_met
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
     facts = record_facts(options, checkpoint)
-    told: list[str] = []  # by the rank that reads the rows
-    items, done = _prepare(options, checkpoint, facts, told) if rank == 0 else ([], frozenset())
+    items: list[GenerationItem] = []
+    done: frozenset[str] = frozenset()
+    told: list[str] = []
+    if rank == 0:  # reads the rows for all
+        tally = KeyTally()
+        items = read_items(options.rows, options.images, options.limit, tally)
+        told = [*tally.lines(), *refusal_lines(items, split_items(facts, items)[1])]
+        done = open_parts(options.out, make_header(facts, checkpoint, options.rows))
     failures: Counter[str] = Counter()
     with joined(checkpoint, world_size, init_method, rank, str(options.out)) as (build, topology):
         items, done = topology.broadcast_object((items, done))  # type: ignore[misc]  # as they were sent
@@ -93,16 +99,6 @@ def _require_answers(failures: Counter[str], records: Path) -> None:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in failures.most_common() if reason) or "no rows"
         fix = "their `detail` says why; correct the rows or their images, and choose another --out"
         raise DataError(f"{records}: 0 of {failures.total():,} items were answered ({reasons}); {fix}")
-
-
-def _prepare(
-    options: GenerationOptions, checkpoint: Checkpoint, facts: RecordFacts, told: list[str]
-) -> tuple[list[GenerationItem], frozenset[str]]:
-    """What one rank finds out for all: the items, and which of them are done. Lines for the user are added to ``told``."""
-    tally = KeyTally()
-    items = read_items(options.rows, options.images, options.limit, tally)
-    told += [*tally.lines(), *refusal_lines(items, split_items(facts, items)[1])]
-    return items, open_parts(options.out, make_header(facts, checkpoint, options.rows))
 
 
 def _open_engine(

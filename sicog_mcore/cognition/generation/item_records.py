@@ -63,11 +63,18 @@ class RecordFacts:
 
     def record(self, item: GenerationItem, result: Result) -> Generation:
         """The row of an item."""
+        candidates: tuple[Candidate, ...] = ()
+        if not result.failure:
+            candidates = tuple(
+                self._candidate(item, prompt, index, answer)
+                for (prompt, _), answers in zip(self.prompts, result.answers, strict=True)
+                for index, answer in enumerate(answers)
+            )
         return Generation(
             id=item.id,
             task=self.prompts[0][0].task,
             image=item.image,
-            image_hash=_image_hash(item),
+            image_hash=item.image_hash(),
             question=item.question,
             prompts=tuple(PromptUse(prompt.id, prompt.version, count) for prompt, count in self.prompts),
             engine=self.engine,
@@ -75,13 +82,7 @@ class RecordFacts:
             sampling=self.sampling,
             seed=self.seed,
             prompt_tokens=result.prompt_tokens,
-            candidates=tuple(
-                self._candidate(item, prompt, index, answer)
-                for (prompt, _), answers in zip(self.prompts, result.answers, strict=True)
-                for index, answer in enumerate(answers)
-            )
-            if not result.failure
-            else (),
+            candidates=candidates,
             failure=result.failure,
             detail=result.detail,
         )
@@ -140,10 +141,3 @@ def make_header(facts: RecordFacts, checkpoint: Checkpoint, rows: Sequence[Path]
         "seed": facts.seed,
         "rows": [digest(path) for path in rows],
     }
-
-
-def _image_hash(item: GenerationItem) -> str:
-    try:
-        return digest(Path(item.refs[0].path)) if item.refs else ""
-    except OSError:
-        return ""

@@ -50,6 +50,13 @@ class GenerationItem:
     origin: str = ""
     unasked: tuple[str, ...] = ()
 
+    def image_hash(self) -> str:
+        """``digest`` of the image as it is now; empty where there is none, or where it cannot be read."""
+        try:
+            return digest(Path(self.refs[0].path)) if self.refs else ""
+        except OSError:
+            return ""
+
 
 def read_items(
     rows: Sequence[Path], images: Path, limit: int = 0, tally: KeyTally | None = None
