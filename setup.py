@@ -80,6 +80,8 @@ setup(
     ],
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
     package_data={
+        "sicog_mcore": ["py.typed"],
+        "sicog_kernels": ["py.typed"],
         "sicog_mcore.cognition": ["prompts.json"],
         "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
     },

@@ -17,8 +17,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from sicog_mcore.cognition.generation.options import GenerationOptions
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, SicogError, printable
-from sicog_mcore.launcher import EXIT_INTERRUPTED, find_place, prepare, say, start_command, stop
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, SicogError, printable
+from sicog_mcore.launcher import find_place, prepare, say, start_command, stop
 from sicog_mcore.lock import owned
 from sicog_mcore.rollout.requests import Sampling
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sicog_mcore.config import Experiment, ParallelConfig, SourceConfig
 from sicog_mcore.data.preflight import check_inputs
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, RecordError, SicogError, printable
-from sicog_mcore.launcher import EXIT_INTERRUPTED, find_place, prepare, say, start_command, stop
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, RecordError, SicogError, printable
+from sicog_mcore.launcher import find_place, prepare, say, start_command, stop
 from sicog_mcore.lock import owned
 from sicog_mcore.validation import find_problems
 

@@ -21,9 +21,10 @@ from rich.console import Console
 from sicog_mcore.cognition.loop import loop_console
 from sicog_mcore.cognition.loop.loop_config import read_loop
 from sicog_mcore.cognition.loop.runner import StepRunner, interruptible
-from sicog_mcore.cognition.loop.steps import EXIT_INTERRUPTED, Planned, write_json
+from sicog_mcore.cognition.loop.steps import Planned
 from sicog_mcore.cognition.loop.workflow import COMPARISON, REPORT, build_steps, rounds_of
-from sicog_mcore.errors import EXIT_OK, SicogError, printable
+from sicog_mcore.errors import EXIT_INTERRUPTED, EXIT_OK, SicogError, printable
+from sicog_mcore.files import write_json
 from sicog_mcore.launcher import say
 from sicog_mcore.lock import owned
 
@@ -79,7 +80,7 @@ def main(words: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     rows = loop_console.ledger_rows(runner.plan(steps))
     try:
-        write_json(folder / "ledger.json", rows)
+        write_json(folder / "ledger.json", rows, shared=True)
     except SicogError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code or error.exit_code

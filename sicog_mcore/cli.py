@@ -20,6 +20,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sicog_mcore.config import Experiment
+from sicog_mcore.decoding import decode
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.presets import PRESETS
 from sicog_mcore.validation import find_problems
@@ -99,20 +100,16 @@ def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: a field is missing, unknown, or of the wrong type.
     """
-    problems: list[ConfigProblem] = []
-    leaves = [Leaf(path, _today(path, value), "saved configuration") for path, value in _flatten(values)]
-    given = {leaf.path for leaf in leaves}
-    accepted = _accept(leaves, known_fields(), problems)
-    for path, known in known_fields().items():
-        if known.required and path not in given:
-            problems.append(ConfigProblem(path, None, "is missing", f"give {_describe(known)}"))
-    if problems:
-        raise ConfigError(problems)
-    return _build(Experiment, accepted)
+    found = decode(Experiment, _today("", values))
+    if isinstance(found, list):
+        raise ConfigError(found)
+    return found
 
 
 def _today(path: str, value: Any) -> Any:
-    """What a value that an earlier version saved is called now."""
+    """What a value that an earlier version saved is called now, and so all values of a group."""
+    if isinstance(value, Mapping):
+        return {name: _today(f"{path}.{name}" if path else name, one) for name, one in value.items()}
     return EARLIER.get((path, value), value) if isinstance(value, str) else value
 
 
@@ -317,16 +314,6 @@ def _suggest(path: str, names: Iterable[str]) -> str:
 def _field_of(problem: ConfigProblem) -> str:
     """The field a problem is about, whichever element of its list."""
     return problem.path.partition("[")[0]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of every field, groups opened, lists and mappings that are values left whole."""
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if path in known_groups() and isinstance(value, Mapping):
-            yield from _flatten(value, f"{path}.")
-        else:
-            yield path, value
 
 
 def _values(experiment: Experiment) -> dict[str, Any]:

@@ -6,29 +6,25 @@ In: argv and the environment that torchrun set   Out: exit code   Next: ranks.py
 
 from __future__ import annotations
 
-import logging
 import shlex
-import signal
 import sys
 import time
-import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.data.preflight import check_inputs
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK, ConfigError, SicogError, printable
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ConfigError, SicogError, printable
 from sicog_mcore.lock import owned
 from sicog_mcore.parallel.watch import watch_parent
-from sicog_mcore.ranks import Place, is_first_task, machine_has_gpus, prepare_environment, read_place
+from sicog_mcore.ranks import Place, is_first_task, machine_has_gpus, prepare_environment, read_place, silence_megatron
 from sicog_mcore.stages import StageDefaults
 
 if TYPE_CHECKING:
     from sicog_mcore.config import Experiment
     from sicog_mcore.train.held_out_check import AnswerGrader
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 SPEAKER_FIRST_S = 5.0
 HELD_OUT = "held_out"  # folder of a run for the rows and images of its benchmark
 
@@ -106,9 +102,7 @@ def prepare(environment: MutableMapping[str, str], tensor: int, place: Place) ->
     for note in prepare_environment(environment, tensor):
         if place.is_main:
             say(note)
-    # Megatron warns of every package that is missing (tools/doctor.py explains them) and of its own plans.
-    warnings.simplefilter("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    silence_megatron()
 
 
 def say(text: object) -> None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import os
 import pickle
 import shutil
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,23 +30,26 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-warnings.filterwarnings("ignore")  # before Megatron, which warns of every package that is missing (see tools/doctor.py)
+from sicog_mcore.ranks import silence_megatron
+
+silence_megatron("torch")
 
 from sicog_mcore.build import build_chunks, plan_build
 from sicog_mcore.checkpoint.commit import aside, write_tensors
 from sicog_mcore.checkpoint.export import ExportOptions, What, export_hf
 from sicog_mcore.checkpoint.hf import WeightFiles, require_free
 from sicog_mcore.checkpoint.hf_folder import write_decoder_files, write_model_files
-from sicog_mcore.checkpoint.parts import find_weights, load_parts, read_experiment, read_tensors, save_weights
+from sicog_mcore.checkpoint.part_reader import find_weights, load_parts, read_experiment, read_tensors
+from sicog_mcore.checkpoint.part_writer import save_weights
 from sicog_mcore.checkpoint.targets import PARTS, describe, part_of
 from sicog_mcore.checkpoint.weights import MOST_LINES, import_init, inspect, left_aside, plan_import
 from sicog_mcore.cli import load_experiment
-from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import Experiment, ModelPart, ParallelConfig
 from sicog_mcore.data.batch import EncodedSample
 from sicog_mcore.data.collate import collate
 from sicog_mcore.data.tokenizer_files import compare_tokenizers, tokenizer_notes
 from sicog_mcore.errors import CheckpointError, MachineError, SicogError, exit_code, printable
+from sicog_mcore.files import whole_file
 from sicog_mcore.model.attention import packed_sequences
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import VisionLanguageModel
@@ -65,8 +66,6 @@ TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options, rest = _parser().parse_known_args(arguments)
-    for name in ("megatron", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if rest and options.command is not import_weights:
             raise CheckpointError(f"unknown arguments: {' '.join(rest)}")

@@ -128,7 +128,7 @@ def read_vocabulary(path: Path) -> dict[str, list[str]]:
 def compare(options: argparse.Namespace) -> str:
     """The table of two results; the numbers also as JSON."""
     from sicog_mcore.cognition.evaluation import judging as evaluate
-    from sicog_mcore.cognition.whole_files import whole_file
+    from sicog_mcore.files import write_json
 
     first, second = evaluate.read_outcomes(options.first), evaluate.read_outcomes(options.second)
     comparisons = [asdict(entry) for entry in evaluate.compare(first, second, options.seed)]
@@ -137,8 +137,7 @@ def compare(options: argparse.Namespace) -> str:
         older = options.second if ruled[0] else options.first
         notes([f"{older} does not say which rules read its answers, so older ones did; score its generations again"])
     if options.out:
-        with whole_file(options.out) as aside:
-            aside.write_text(json.dumps(comparisons, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, comparisons)
     unmeasured = len([outcome for outcome in first if outcome.weight == 0])
     left_out = f"\n{unmeasured} items could be measured in neither" if unmeasured else ""
     return table(comparisons) + left_out

@@ -7,10 +7,8 @@ Weights, pixels and text are random; image sizes are those of photographs, cut i
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -26,7 +24,9 @@ from sicog_mcore.data.collate import collate
 from sicog_mcore.data.sample import Size
 from sicog_mcore.data.slicing import lay_out, plan_slices
 from sicog_mcore.errors import EXIT_OK
+from sicog_mcore.files import write_json
 from sicog_mcore.presets import PRESETS
+from sicog_mcore.ranks import silence_megatron
 
 IMAGES = (Size(768, 1024), Size(480, 640), Size(1080, 810), Size(336, 336))
 PROMPT_TOKENS, ANSWER_TOKENS = 32, 160
@@ -170,13 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--packs", type=int, default=4, help="packed sequences per step (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write, e.g. benchmarks/results/h100.json")
     arguments = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
+    silence_megatron()
     experiment = PRESETS[arguments.preset]()
     measured = measure(replace(experiment, train=replace(experiment.train, packs_per_step=arguments.packs)))
     print(measured.line())
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.out, asdict(measured))
     return EXIT_OK
 
 

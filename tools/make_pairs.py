@@ -19,7 +19,6 @@ from typing import Any, get_args
 from PIL import Image
 
 from sicog_mcore.cognition.annotation.annotated_rows import write_rows
-from sicog_mcore.cognition.whole_files import made_folder
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.corrupt import Corruption, corrupt
 from sicog_mcore.data.decode import decode_image, read_bytes
@@ -28,6 +27,7 @@ from sicog_mcore.data.rows import parse_row
 from sicog_mcore.data.sample import Role, Sample
 from sicog_mcore.data.sources import open_sources
 from sicog_mcore.errors import EXIT_GIVE_UP, EXIT_OK, SampleError, SicogError, exit_code, printable
+from sicog_mcore.files import made_folder
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 ROW_FILES = (".json", ".jsonl")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sicog_mcore.config import DataConfig
-from sicog_mcore.errors import EXIT_OK, exit_code
+from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
+from sicog_mcore.files import commit_folder, hash_file, whole_folder
 
 CAPTIONS = Path(__file__).with_name("demo_captions.json")
 DISTRIBUTIONS: Mapping[str, str] = {
@@ -177,10 +176,6 @@ def readme(photos: list[Item], num_shapes: int, num_rows: int, caption_source: s
     return "\n".join(lines) + "\n"
 
 
-def file_hash(path: Path) -> str:
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
-
-
 def files_below(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json")
 
@@ -188,7 +183,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 def request(num_images: int) -> dict[str, str | int]:
     """What determines the bytes; a folder made from another request is made anew."""
     versions = {name: metadata.version(name) for name in (*DISTRIBUTIONS.values(), "tokenizers")}
-    return {"vqa_images": num_images, "captions": file_hash(CAPTIONS), "program": file_hash(Path(__file__)), **versions}
+    return {"vqa_images": num_images, "captions": hash_file(CAPTIONS), "program": hash_file(Path(__file__)), **versions}
 
 
 def is_complete(out: Path, wanted: dict[str, str | int]) -> bool:
@@ -199,7 +194,7 @@ def is_complete(out: Path, wanted: dict[str, str | int]) -> bool:
         return False
     if manifest.get("request") != wanted:
         return False
-    return manifest["files"] == {path.relative_to(out).as_posix(): file_hash(path) for path in files_below(out)}
+    return manifest["files"] == {path.relative_to(out).as_posix(): hash_file(path) for path in files_below(out)}
 
 
 def write(folder: Path, num_images: int, wanted: dict[str, str | int]) -> str:
@@ -219,7 +214,7 @@ def write(folder: Path, num_images: int, wanted: dict[str, str | int]) -> str:
     tokenizer.save(str(folder / "tokenizer.json"))
     text = readme(photo_items, len(shape_items), len(rows), captions["caption_source"])
     (folder / "README.md").write_text(text, encoding="utf-8")
-    files = {path.relative_to(folder).as_posix(): file_hash(path) for path in files_below(folder)}
+    files = {path.relative_to(folder).as_posix(): hash_file(path) for path in files_below(folder)}
     manifest = json.dumps({"request": wanted, "files": files}, indent=1)
     (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
     return (
@@ -243,15 +238,11 @@ def prepare(out: Path, num_images: int) -> str:
     if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not demo data; choose another --out, or remove it")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(partial):
         contents = write(partial, num_images, wanted)
         if out.exists():
             shutil.rmtree(out)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        commit_folder(partial, out)
     return f"{out}: {contents}"
 
 
@@ -264,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--vqa-images {options.vqa_images}: expected 0 or more")
     try:
         print(prepare(options.out, options.vqa_images))
-    except (MissingPackage, ValueError, OSError) as error:
+    except (MissingPackage, SicogError, ValueError, OSError) as error:
         print(f"prepare_demo_data: {error}", file=sys.stderr)
         return exit_code(error)
     return EXIT_OK

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sicog_mcore.config import Experiment
-from sicog_mcore.errors import EXIT_OK, CheckpointError, SicogError, exit_code, printable
+from sicog_mcore.errors import EXIT_OK, SicogError, exit_code, printable
 from sicog_mcore.presets import PRESETS
 
 MEGABYTE = 1_000_000
@@ -57,21 +57,15 @@ def find_experiment(options: argparse.Namespace) -> Experiment:
     """What the model was configured with."""
     if options.preset:
         return PRESETS[options.preset]()
-    from sicog_mcore.checkpoint.commit import committed_steps, step_folder
-    from sicog_mcore.checkpoint.parts import read_experiment
+    from sicog_mcore.checkpoint.locate import find_folder
+    from sicog_mcore.checkpoint.part_reader import read_experiment
 
-    folder = options.checkpoint
-    if (folder / "checkpoints").is_dir():
-        steps = committed_steps(folder / "checkpoints")
-        if not steps:
-            raise CheckpointError(f"{folder / 'checkpoints'} has no committed checkpoint; name another run")
-        folder = step_folder(folder / "checkpoints", steps[-1])
-    return read_experiment(folder)
+    return read_experiment(find_folder(options.checkpoint) or options.checkpoint)
 
 
 def write_whole(path: Path, text: str) -> int:
     """Writes a file that appears whole or not at all. Returns its size in bytes."""
-    from sicog_mcore.cognition.whole_files import whole_file
+    from sicog_mcore.files import whole_file
 
     with whole_file(path) as aside:
         return aside.write_bytes(text.encode("utf-8"))

@@ -21,11 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sicog_mcore.cognition.curation.curated_round import DECISIONS
-from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import ask, load_prompts
 from sicog_mcore.cognition.records import Candidate, Decision, Generation, Scores, read_records
 from sicog_mcore.cognition.reporting.rounds import record_file
 from sicog_mcore.errors import EXIT_OK, RecordError, SampleError, SicogError, exit_code, printable
+from sicog_mcore.files import hash_file
 
 CONSUMED = "consumed-*.jsonl"  # of train/feed.py, which would import Megatron
 PAIR_SUFFIX, TEXT_SUFFIX = "#pair", "#text"
@@ -115,7 +115,7 @@ def image_state(generation: Generation, images: Path | None) -> str:
     if images is None:
         return f"{generation.image}, {state} (give --images to compare)"
     try:
-        found = digest(images / generation.image)
+        found = hash_file(images / generation.image)
     except OSError as error:
         return f"{generation.image}, {state}; cannot be read: {error.strerror}"
     same = "unchanged" if found == generation.image_hash else f"CHANGED, now {found}"

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from sicog_mcore.config import DataConfig, Experiment
 from sicog_mcore.data.chat import TEMPLATES
 from sicog_mcore.data.rows import Hashes
 from sicog_mcore.data.sources import IndexedFile
 from sicog_mcore.data.tokenizer import find_tokenizer_file
+from sicog_mcore.files import hash_bytes, hash_file
 
 # Fields of DataConfig that move no row to another pack. The tokenizer and the sources count by their content.
 HARMLESS = ("sources", "tokenizer", "workers", "worker_timeout_s", "on_change", "max_bad_rate", "bad_window")
@@ -87,7 +87,7 @@ def stream_settings(experiment: Experiment) -> dict[str, Any]:
 def tokenizer_digest(path: str) -> str:
     """Hash of the tokenizer's file."""
     file = find_tokenizer_file(path)
-    return xxhash.xxh3_128_hexdigest(file.read_bytes()) if file else ""
+    return hash_file(file) if file else ""
 
 
 def mark_files(files: Iterable[IndexedFile]) -> tuple[FileMark, ...]:
@@ -151,7 +151,7 @@ def describe_files(old: Sequence[FileMark], files: Sequence[IndexedFile]) -> lis
 
 
 def _mark(path: str, contents: Hashes) -> FileMark:
-    ordered = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(contents, dtype="<u8").tobytes())
+    ordered = hash_bytes(np.ascontiguousarray(contents, dtype="<u8").tobytes())
     return FileMark(path, len(contents), ordered, f"{int(contents.sum(dtype=np.uint64)):016x}")
 
 

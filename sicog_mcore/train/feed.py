@@ -20,8 +20,10 @@ from sicog_mcore.data.loader import Loader
 from sicog_mcore.data.packing import PackPlan
 from sicog_mcore.data.quarantine import Quarantine, Rejection
 from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_rows
-from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError, writing
+from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError
+from sicog_mcore.files import append_lines
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
+from sicog_mcore.parallel.gather import first_failure
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.flops import WorkCounts
 from sicog_mcore.train.metrics import drop_steps_from
@@ -94,8 +96,7 @@ class CountingLoader:
 
     def take(self, step: int) -> WorkCounts:
         """What was handed out since the last call; records its sample ids under ``step``."""
-        with writing(self._record), self._record.open("a", encoding="utf-8") as record:
-            record.write(json.dumps({"step": step, "ids": self._ids}, ensure_ascii=False) + "\n")
+        append_lines(self._record, [json.dumps({"step": step, "ids": self._ids}, ensure_ascii=False)])
         counts, self._counts, self._ids = self._counts, WorkCounts(), []
         return counts
 
@@ -125,11 +126,11 @@ def open_data(
             failure = error.problems
         except CheckpointError as error:
             failure = str(error)
-    for found in topology.gather_objects(failure):
-        if isinstance(found, list):
-            raise ConfigError(found)
-        if found is not None:
-            raise CheckpointError(found)
+    found = first_failure(topology, failure)
+    if isinstance(found, list):
+        raise ConfigError(found)
+    if found is not None:
+        raise CheckpointError(str(found))
     return opened
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from array import array
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from sicog_mcore.errors import writing
+from sicog_mcore.errors import SicogError
+from sicog_mcore.files import LineFile, whole_file, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -150,11 +150,9 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        self._path = path = folder / METRICS_FILE
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            drop_steps_from(path, first_step)
-            self._lines: TextIO = path.open("a", encoding="utf-8")
+        path = folder / METRICS_FILE
+        drop_steps_from(path, first_step)
+        self._lines = LineFile(path)
         self._board: SummaryWriter | None = None
         self._board_folder = folder / TENSORBOARD_FOLDER
         if tensorboard:
@@ -171,9 +169,7 @@ class MetricsLog:
         """
         values = stats.values()
         wall_time = time.time()
-        with writing(self._path):
-            self._lines.write(json.dumps(values | {"time": round(wall_time, 3)}, allow_nan=False) + "\n")
-            self._lines.flush()
+        self._lines.append(json.dumps(values | {"time": round(wall_time, 3)}, allow_nan=False))
         if self._board is not None:
             with writing(self._board_folder):
                 self._draw(self._board, stats, values, wall_time)
@@ -192,7 +188,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Ends both; what a full disk did not take is lost, and was reported when it was written."""
-        with suppress(OSError):
+        with suppress(SicogError):
             self._lines.close()
         if self._board is not None:
             with suppress(OSError):
@@ -208,7 +204,6 @@ def drop_steps_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    aside = path.with_suffix(".tmp")
     with writing(path):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
@@ -217,12 +212,8 @@ def drop_steps_from(path: Path, first_step: int) -> None:
                 continue
             if is_before:
                 kept.append(line)
-        try:
+        with whole_file(path) as aside:
             aside.write_text("".join(kept), encoding="utf-8")
-            os.replace(aside, path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
 
 
 class Summary:

@@ -20,7 +20,7 @@ class Rule(NamedTuple):
 
 
 VERSION = "sicog_mcore.__version__"
-CONTRACTS = ("sicog_mcore.config", "sicog_mcore.errors")
+CONTRACTS = ("sicog_mcore.config", "sicog_mcore.errors", "sicog_mcore.files", "sicog_mcore.decoding")
 BATCH = (*CONTRACTS, "sicog_mcore.data.batch", "sicog_mcore.sizes", "sicog_kernels")
 BELOW_CHECKPOINT = (*BATCH, "sicog_mcore.cli", "sicog_mcore.data", "sicog_mcore.model", "sicog_mcore.parallel")
 STARTING = ("sicog_mcore.ranks", "sicog_mcore.lock")
@@ -39,6 +39,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("sicog_mcore/__init__.py", Rule((), ())),
     ("sicog_mcore/config.py", Rule((), ())),
     ("sicog_mcore/errors.py", Rule((), ())),
+    ("sicog_mcore/files.py", Rule(("sicog_mcore.errors",), ("xxhash",))),
+    ("sicog_mcore/decoding.py", Rule(("sicog_mcore.errors",), ())),
     ("sicog_mcore/ranks.py", Rule(CONTRACTS, ())),
     ("sicog_mcore/lock.py", Rule(CONTRACTS, ())),
     ("sicog_mcore/sizes.py", Rule(CONTRACTS, ())),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sicog_mcore import files
 from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.checkpoint import commit, store
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
@@ -216,8 +217,8 @@ FAULTS: dict[str, tuple[Any, str] | int] = {
     "first file": 500,
     "weights": 100_000,
     "random states": (store, "save_rng"),
-    "sync": (commit.os, "fsync"),
-    "rename": (commit.os, "rename"),
+    "sync": (files.os, "fsync"),
+    "rename": (files.os, "replace"),
 }
 
 

@@ -55,7 +55,7 @@ def _differing(found: list[Tensor], expected: list[Tensor]) -> int:
 def _read_back(model: Any, experiment: Experiment, step: int) -> list[Tensor]:
     """Weights from a checkpoint written now, as evaluation, perplexity, conversion and ``init.checkpoint`` read them."""
     from sicog_mcore.build import build_chunks, plan_build
-    from sicog_mcore.checkpoint.parts import load_parts
+    from sicog_mcore.checkpoint.part_reader import load_parts
     from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 
     folder = CheckpointStore(experiment, model.topology).save(model, RunState(step))

@@ -27,9 +27,9 @@ from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.progress import GenerationProgress
 from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
 from sicog_mcore.cognition.item_keys import KeyTally
-from sicog_mcore.cognition.whole_files import disk_faults
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.errors import DataError
+from sicog_mcore.files import append_lines
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.rollout.engine import NativeEngine
 from sicog_mcore.rollout.load import joined, load_model, read_checkpoint
@@ -175,8 +175,7 @@ def _report(
         "ranks": topology.world_size,
         "device_seconds": round(seconds * topology.world_size, 3),
     }
-    with disk_faults(out / USAGE), (out / USAGE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(usage) + "\n")
+    append_lines(out / USAGE, [json.dumps(usage)])
     progress.finish(
         [
             f"items      {answered:,} answered; failed: {failed}",

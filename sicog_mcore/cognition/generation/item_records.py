@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.cognition.generation.items import GenerationItem, digest
+from sicog_mcore.cognition.generation.items import GenerationItem
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.prompts import Prompt, ask
 from sicog_mcore.cognition.records import Candidate, Generation, PromptUse
 from sicog_mcore.errors import SampleError
+from sicog_mcore.files import hash_file
 from sicog_mcore.rollout.engine import NATIVE
 from sicog_mcore.rollout.load import Checkpoint
 from sicog_mcore.rollout.requests import Answer, Request, Result, Sampling
@@ -135,9 +136,9 @@ def make_header(facts: RecordFacts, checkpoint: Checkpoint, rows: Sequence[Path]
         "engine": facts.engine,
         "checkpoint": facts.checkpoint,
         "precision": checkpoint.experiment.train.precision,
-        "tokenizer": digest(checkpoint.tokenizer),
+        "tokenizer": hash_file(checkpoint.tokenizer),
         "prompts": [f"{prompt.id} version {prompt.version}: {count}" for prompt, count in facts.prompts],
         "sampling": asdict(facts.sampling),
         "seed": facts.seed,
-        "rows": [digest(path) for path in rows],
+        "rows": [hash_file(path) for path in rows],
     }

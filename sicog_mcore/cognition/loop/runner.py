@@ -23,7 +23,6 @@ from pathlib import Path
 
 from sicog_mcore.cognition.loop.loop_console import LiveLine
 from sicog_mcore.cognition.loop.steps import (
-    EXIT_INTERRUPTED,
     FOLDER,
     HASHES,
     ContentHashes,
@@ -34,8 +33,8 @@ from sicog_mcore.cognition.loop.steps import (
     foreign_files,
     plan,
 )
-from sicog_mcore.cognition.whole_files import disk_faults
-from sicog_mcore.errors import EXIT_CRASH, EXIT_OK, ConfigError, ConfigProblem
+from sicog_mcore.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, ConfigProblem
+from sicog_mcore.files import disk_faults
 
 LOGS = "logs"
 LAST_LINES = 20

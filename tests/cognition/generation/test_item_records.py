@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from sicog_mcore.cognition.generation.item_records import RecordFacts, refusal_lines, split_items
-from sicog_mcore.cognition.generation.items import GenerationItem, digest, read_items
+from sicog_mcore.cognition.generation.items import GenerationItem, read_items
 from sicog_mcore.cognition.prompts import find_prompt
 from sicog_mcore.cognition.records import PromptUse
 from sicog_mcore.data.sample import ImageRef
 from sicog_mcore.errors import SampleError
+from sicog_mcore.files import hash_file
 from sicog_mcore.rollout.requests import Answer, Result, Sampling
 from sicog_mcore.rollout.sampling import candidate_seed
 from tests.builders import write_image
@@ -58,7 +59,7 @@ def test_a_record_says_what_was_asked_and_answered(tmp_path: Path) -> None:
     drawn = [Answer((5, 6), "red", (-0.125, -1.0), "stop"), Answer((5,), "blue", (0.0,), "length")]
     record = facts.record(item, Result("a", (9, 30), (tuple(drawn), (drawn[0],))))
     assert record.prompts == (PromptUse("direct", 1, 2), PromptUse("cot", 1, 1)) and record.task == "answer"
-    assert record.prompt_tokens == (9, 30) and record.image_hash == digest(tmp_path / "a.png")
+    assert record.prompt_tokens == (9, 30) and record.image_hash == hash_file(tmp_path / "a.png")
     told = [(c.prompt, c.index, c.text, c.tokens, c.log_prob, c.finish) for c in record.candidates]
     assert told == [
         ("direct", 0, "red", 2, -1.12, "stop"),

@@ -25,13 +25,13 @@ from sicog_mcore.cognition.loop.steps import (
     ContentHashes,
     Stamps,
     WorkflowStep,
-    digest,
     fingerprint,
     foreign_files,
     in_order,
     plan,
 )
 from sicog_mcore.errors import EXIT_CRASH, ConfigError
+from sicog_mcore.files import hash_json
 from tests.interrupts import heeded
 
 # Joins the first lines of its inputs; "fail" in them ends it with exit code 7, "none" writes nothing, "wait" never ends.
@@ -362,11 +362,11 @@ def test_a_stamp_of_another_form_counts_as_none(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_all_that_counts() -> None:
-    inputs = {"first.txt": digest("1")}
+    inputs = {"first.txt": hash_json("1")}
     prints = {
         fingerprint(STEPS[0], inputs),
-        fingerprint(STEPS[0], {"first.txt": digest("2")}),
-        fingerprint(STEPS[0], {**inputs, "more": digest("1")}),
+        fingerprint(STEPS[0], {"first.txt": hash_json("2")}),
+        fingerprint(STEPS[0], {**inputs, "more": hash_json("1")}),
         fingerprint(replace(STEPS[0], command=("fake.py", "--x")), inputs),
         fingerprint(replace(STEPS[0], meaning=("x",)), inputs),
         fingerprint(STEPS[1], inputs),

@@ -1,34 +1,28 @@
-"""Parts of our own checkpoints as first weights, and checkpoints that hold weights only.
+"""Reads parts of our own checkpoints as first weights.
 
 In: a folder ``step_N``, the output folder of a run, or what ``save_weights`` wrote   Out: parameters filled in place
 Any layout, any of the three parts; optimizer state, data position and random states are left alone.
-Next: store.py, which resumes whole runs
+Next: part_writer.py (checkpoints that hold weights only), store.py, which resumes whole runs
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
-from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, load_shards, read_state, stored_tensors
 from sicog_mcore.checkpoint.finite import FiniteWatch
-from sicog_mcore.checkpoint.hf import require_free
-from sicog_mcore.checkpoint.store import WRITE_ERRORS, RunState, write_failure
-from sicog_mcore.checkpoint.targets import PARTS, local_parameters, part_of
+from sicog_mcore.checkpoint.locate import find_folder
+from sicog_mcore.checkpoint.targets import local_parameters, part_of
+from sicog_mcore.checkpoint.trusted_files import STATE, examine, load_shards, read_state, stored_tensors
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import Experiment, ModelPart
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.layers import EXTRA_STATE
 from sicog_mcore.model.vlm import VisionLanguageModel
-from sicog_mcore.parallel.gather import on_main
 from sicog_mcore.parallel.topology import Topology
 
 WIDTHS: Mapping[ModelPart, tuple[str, ...]] = {"resampler": ("model.tower.hidden:", "model.decoder.hidden:")}
@@ -53,18 +47,14 @@ def find_weights(path: Path, topology: Topology) -> Path | None:
 
 
 def _find(path: Path) -> Path | CheckpointError | None:
-    if (path / "checkpoints").is_dir():
-        steps = commit.committed_steps(path / "checkpoints")
-        if not steps:
-            return CheckpointError(f"{path / 'checkpoints'} has no committed checkpoint; name another run")
-        path = commit.step_folder(path / "checkpoints", steps[-1])
-    if not (path / STATE).is_file():
-        return None
     try:
-        examine(commit.verify(path))
+        folder = find_folder(path) or path  # a checkpoint whose manifest is gone is ours, and damaged
+        if not (folder / STATE).is_file():
+            return None
+        examine(commit.verify(folder))
     except CheckpointError as error:
         return error
-    return path
+    return folder
 
 
 def read_experiment(folder: Path) -> Experiment:
@@ -99,9 +89,9 @@ def load_parts(
     """
     saved = read_experiment(folder)
     _require_same_model(saved, experiment, parts, folder)
-    state = {name: _entries(chunk, parts, topology) for name, chunk in _named(chunks)}
+    state = {name: part_entries(chunk, parts, topology) for name, chunk in named_chunks(chunks)}
     loaded = load_shards(state, folder, topology, StrictHandling.RAISE_UNEXPECTED)
-    for name, chunk in _named(chunks):
+    for name, chunk in named_chunks(chunks):
         # A later pipeline stage has nothing of tower and resampler, and Megatron drops what is empty.
         outcome = chunk.load_state_dict(loaded.get(name, {}), strict=False)
         left = [key for key in outcome.missing_keys if part_of(key) in parts and EXTRA_STATE not in key]
@@ -114,42 +104,12 @@ def load_parts(
     return [f"{part}: {folder} ({saved.train.precision} -> {experiment.train.precision})" for part in parts] + notes
 
 
-def save_weights(
-    chunks: Sequence[VisionLanguageModel], experiment: Experiment, topology: Topology, folder: Path
-) -> None:
-    """Commits a checkpoint of weights alone, for ``init`` to start from. Collective.
-
-    Raises:
-        CheckpointError: the folder exists, or it cannot be written; then nothing is there under its name.
-    """
-    temporary = commit.aside(folder)
-
-    def prepare() -> None:
-        require_free(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def finish() -> None:
-        content = {"format": FORMAT, "state": asdict(RunState()), "experiment": experiment.to_dict()}
-        (temporary / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # empty, see require_free
-        commit.commit(folder)
-
-    state = {name: _entries(chunk, PARTS, topology) for name, chunk in _named(chunks)}
-    on_main(topology, prepare, WRITE_ERRORS)
-    try:
-        dist_checkpointing.save(state, str(temporary))
-    except WRITE_ERRORS as error:
-        raise write_failure(folder, error) from error
-    on_main(topology, finish, WRITE_ERRORS)
-
-
-def _named(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, VisionLanguageModel]]:
+def named_chunks(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, VisionLanguageModel]]:
+    """This rank's chunks of the model under the names that a checkpoint gives them."""
     return [(f"model{i}" if len(chunks) > 1 else "model", chunk) for i, chunk in enumerate(chunks)]
 
 
-def _entries(chunk: VisionLanguageModel, parts: Sequence[ModelPart], topology: Topology) -> dict[str, Any]:
+def part_entries(chunk: VisionLanguageModel, parts: Sequence[ModelPart], topology: Topology) -> dict[str, Any]:
     """Megatron's description of a chunk's parts; Transformer Engine's extra states matter for fp8 only."""
     state = chunk.sharded_state_dict(metadata={"dp_cp_group": topology.groups.dp_cp})
     return {key: value for key, value in state.items() if part_of(key) in parts and EXTRA_STATE not in key}

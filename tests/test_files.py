@@ -8,12 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sicog_mcore import files
 from sicog_mcore.cognition.generation.record_parts import PartWriter, open_parts
-from sicog_mcore.cognition.loop.steps import write_json
 from sicog_mcore.cognition.records import Scores, read_records, write_records
 from sicog_mcore.cognition.scoring.vectors import VectorStore
-from sicog_mcore.cognition.whole_files import disk_faults, made_folder, whole_file, whole_folder
 from sicog_mcore.errors import CheckpointError, ConfigError, MachineError, exit_code, is_machine_fault
+from sicog_mcore.files import (
+    CHUNK_BYTES,
+    TAIL_BYTES,
+    LineFile,
+    append_lines,
+    commit_folder,
+    cut_torn_line,
+    disk_faults,
+    hash_bytes,
+    hash_chunks,
+    hash_file,
+    hash_json,
+    made_folder,
+    move,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from tests.cognition.generation.test_generate import record
 from tests.disks import full_after
 
@@ -101,7 +118,7 @@ def test_records_vectors_and_stamps_leave_nothing_half_written(tmp_path: Path) -
         with pytest.raises(MachineError, match="npy cannot be written"):
             list(VectorStore(tmp_path / "v", Embedder()).fill("abc"))  # type: ignore[arg-type]
         with pytest.raises(MachineError):
-            write_json(tmp_path / "steps" / "a.json", "x" * 5000)
+            write_json(tmp_path / "steps" / "a.json", "x" * 5000, shared=True)
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -115,3 +132,71 @@ def test_half_a_record_on_a_full_disk_is_cut_off_and_the_others_stay(tmp_path: P
     assert path.stat().st_size == 4096
     done = open_parts(tmp_path, {})
     assert 0 < len(done) < 100 and len(list(read_records(path, type(record("x"))))) == len(done)
+
+
+def test_what_is_appended_stands_whole_whoever_wrote_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.jsonl"
+    with LineFile(path) as file:
+        file.append('{"a": "\u00e4"}')
+        assert path.read_bytes() == b'{"a": "\xc3\xa4"}\n'  # not only when it is closed
+        append_lines(path, ["b", "c"], is_synced=True)
+        file.append("d", is_synced=True)
+    append_lines(path, [])
+    assert path.read_text().splitlines()[1:] == ["b", "c", "d"]
+
+
+def test_a_line_that_a_full_disk_refuses_is_one_message(tmp_path: Path) -> None:
+    with full_after(4), pytest.raises(MachineError, match="log cannot be written: File too large; make room") as caught:
+        append_lines(tmp_path / "log", ["12345678"])
+    assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize("torn", [0, 1, TAIL_BYTES - 1, TAIL_BYTES, 3 * TAIL_BYTES + 7])
+@pytest.mark.parametrize("whole", [b"", b"a\n", b"a\nbc\n"])
+def test_only_a_torn_last_line_is_cut(tmp_path: Path, whole: bytes, torn: int) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(whole + b"x" * torn)
+    cut_torn_line(path)
+    assert path.read_bytes() == whole
+
+
+def test_a_hash_is_of_the_bytes_however_they_are_read(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (CHUNK_BYTES // 256) + b"rest"
+    (tmp_path / "a").write_bytes(data)
+    assert hash_file(tmp_path / "a") == hash_bytes(data) == hash_chunks([data[:7], b"", data[7:]])
+    # Stored in manifests, records and stamps: these values may never change.
+    assert hash_bytes(b"") == "99aa06d3014798d86001c324468d497f"
+    assert hash_json({"b": [1], "a": "\u00e4"}) == hash_json({"a": "\u00e4", "b": [1]})
+    assert hash_json({"a": "\u00e4", "b": [1]}) == hash_bytes(b'{"a": "\\u00e4", "b": [1]}')
+
+
+def test_a_folder_is_shown_once_all_in_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aside, synced = tmp_path / "a.tmp", list[str]()
+    (aside / "below").mkdir(parents=True)
+    (aside / "below" / "file").write_text("x")
+
+    def note(path: Path) -> None:
+        synced.append(path.relative_to(tmp_path).as_posix())
+        assert (tmp_path / "a").exists() == (path == tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", note)
+        commit_folder(aside, tmp_path / "a")
+    assert synced == ["a.tmp/below/file", "a.tmp/below", "a.tmp", "."]
+    assert (tmp_path / "a" / "below" / "file").read_text() == "x" and not aside.exists()
+    (tmp_path / "b").write_text("old")
+    move(tmp_path / "a" / "below" / "file", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "x"
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.sync(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.sync(tmp_path / "a")

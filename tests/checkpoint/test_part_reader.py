@@ -1,4 +1,4 @@
-"""Weights move between layouts and stages through our own checkpoints: whole, in parts, and from runs."""
+"""Weights move between layouts and stages through our own checkpoints: whole (part_writer.py), in parts, from runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def _import_and_save(rank: Rank, parallel: ParallelConfig, names: tuple[str, ...], foreign: Path, out: Path) -> None:
-    from sicog_mcore.checkpoint.parts import save_weights
+    from sicog_mcore.checkpoint.part_writer import save_weights
 
     topology = rank.start(parallel)
     for name in names:
@@ -92,7 +92,7 @@ def _load_and_export(rank: Rank, checkpoint: Path, out: Path) -> None:
 def test_replicas_load_and_export_as_one(topology: Any, foreign: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from sicog_mcore.checkpoint.parts import save_weights
+    from sicog_mcore.checkpoint.part_writer import save_weights
 
     experiment = experiment_for("smollm2", **init_of("smollm2", foreign))
     save_weights(build(experiment, topology), experiment, topology, tmp_path / "ours")
@@ -104,7 +104,7 @@ def test_replicas_load_and_export_as_one(topology: Any, foreign: Path, tmp_path:
 @pytest.fixture(scope="module")
 def saved(topology: Any, foreign: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A checkpoint of qwen3 with weights only, and its parameters."""
-    from sicog_mcore.checkpoint.parts import save_weights
+    from sicog_mcore.checkpoint.part_writer import save_weights
 
     folder = tmp_path_factory.mktemp("saved") / "v2.5"
     experiment = experiment_for("qwen3", **init_of("qwen3", foreign))
@@ -172,7 +172,7 @@ def test_positions_may_be_frozen_or_trained_from_stage_to_stage(topology: Any, s
 
 
 def test_a_damaged_checkpoint_is_refused(topology: Any, foreign: Path, tmp_path: Path) -> None:
-    from sicog_mcore.checkpoint.parts import save_weights
+    from sicog_mcore.checkpoint.part_writer import save_weights
 
     experiment = experiment_for("qwen3")
     chunks = build(experiment, topology)

@@ -1,6 +1,6 @@
 """What the files of a committed checkpoint hold, read in one order: the manifest, the files it lists, then what is in them.
 
-In: a folder ``step_N`` or what ``save_weights`` wrote   Out: its state, its tensors   Next: store.py, parts.py
+In: a folder ``step_N`` or what ``save_weights`` wrote   Out: its state, its tensors   Next: store.py, part_reader.py
 Nothing in a checkpoint is run: parallel/shard_files.py opens the pickles that torch's format consists of by a short list of
 names, so a checkpoint from elsewhere can be looked at, whatever it holds.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.commit import Manifest
 from sicog_mcore.errors import CheckpointError, SicogError
 from sicog_mcore.model.layers import EXTRA_STATE
+from sicog_mcore.parallel.gather import on_all
 from sicog_mcore.parallel.shard_files import METADATA, UNREADABLE, guarded, read_metadata, require_tensors_only
 from sicog_mcore.parallel.topology import Topology, WritersFailed
 
@@ -160,15 +162,9 @@ def load_shards(state: dict[str, Any], folder: Path, topology: Topology, strict:
     Raises:
         CheckpointError: on every rank, where a file cannot be used, or does not hold what is asked for.
     """
-    described, failure = None, None
+    described = on_all(topology, partial(_open, folder))
     try:
-        described = _open(folder)
-    except CheckpointError as error:
-        failure = str(error)
-    if failures := [text for text in topology.gather_objects(failure) if text is not None]:
-        raise CheckpointError(failures[0])
-    try:
-        with guarded(described):  # type: ignore[arg-type]  # or there was a failure
+        with guarded(described):
             loaded = dist_checkpointing.load(state, str(folder), strict=strict)
     except SicogError:
         raise
