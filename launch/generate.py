@@ -81,7 +81,7 @@ def main(words: list[str], environment: MutableMapping[str, str]) -> int:
         if options.engine == "vllm":
             environment.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
         if is_dry:
-            from sicog_mcore.cognition.generation.generate import estimate  # takes seconds to import
+            from sicog_mcore.cognition.generation.cost_estimate import estimate  # takes seconds to import
 
             lines = estimate(options, place.world_size)
             if place.is_main:

@@ -41,7 +41,12 @@ SCRIPTS: Mapping[str, tuple[tuple[str, ...], StageDefaults]] = {
     "pretrain": (("launch/pretrain_stage15.py",), PRETRAIN),
     "finetune": (("launch/finetune_stage2.py",), FINETUNE),
 }
-NOT_IN_WEIGHTS = ("output", "parallel", "checkpoint")  # groups of an Experiment without effect on what is learnt
+NOT_IN_WEIGHTS = (
+    "output",
+    "parallel",
+    "checkpoint",
+    "held_out",
+)  # groups of an Experiment without effect on what is learnt
 
 
 @dataclass(frozen=True)
