@@ -30,7 +30,11 @@ HELD_OUT = "held_out"  # folder of a run for the rows and images of its benchmar
 
 
 def start_training(
-    argv: Sequence[str], environment: MutableMapping[str, str], stage: StageDefaults, script_words: int = 1
+    argv: Sequence[str],
+    environment: MutableMapping[str, str],
+    stage: StageDefaults,
+    script_words: int = 1,
+    program: str = "",
 ) -> int:
     """Trains what the command line describes.
 
@@ -40,6 +44,7 @@ def start_training(
             What Megatron relies on is set in it.
         stage: what the training stage fixes, see stages.py.
         script_words: words at the front of ``argv`` that are not the configuration's.
+        program: what the usage line calls the program; empty for the script's name.
 
     Returns:
         exit code: 0 done, 2 wrong configuration or checkpoint, 17 do not retry, 75 the machine failed, 130 interrupted; all
@@ -49,7 +54,7 @@ def start_training(
     if place is None:
         return EXIT_CONFIG
     try:
-        experiment = load_experiment(list(argv[script_words:]), place.world_size, check_inputs, stage)
+        experiment = load_experiment(list(argv[script_words:]), place.world_size, check_inputs, stage, program)
         command = start_command(argv, environment)
         with owned(Path(experiment.output), command, say, place.is_main):
             prepare(environment, experiment.parallel.tensor, place)

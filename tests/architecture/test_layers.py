@@ -33,6 +33,8 @@ COGNITION = (
     *("sklearn", "sentence_transformers", "transformers", "tokenizers"),  # score
     *("jinja2", "markupsafe"),  # report
 )
+# What verbs use beside these: parsers, checkpoints of others, and what tells of the machine.
+COMMANDS = ("docstring_parser", "safetensors", "gguf", "psutil", "sentencepiece")
 
 # The first row that matches a path counts; names stand for themselves and everything below them.
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -51,7 +53,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (
         "sicog_mcore/cli.py",
         Rule(
-            (*CONTRACTS, "sicog_mcore.presets", "sicog_mcore.validation"),
+            (*CONTRACTS, "sicog_mcore.presets", "sicog_mcore.recipes", "sicog_mcore.validation"),
             ("jsonargparse", "docstring_parser", "yaml"),
         ),
     ),
@@ -75,7 +77,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (
         "sicog_mcore/cognition/",
         Rule(
-            (*BELOW_TRAIN, "sicog_mcore.stages", "sicog_mcore.train", "sicog_mcore.cognition"), (*TRAINING, *COGNITION)
+            (*BELOW_TRAIN, "sicog_mcore.stages", "sicog_mcore.train", "sicog_mcore.cognition", "sicog_mcore.flags"),
+            (*TRAINING, *COGNITION),
         ),
     ),
     (
@@ -88,6 +91,10 @@ RULES: tuple[tuple[str, Rule], ...] = (
             (),
         ),
     ),
+    ("sicog_mcore/flags.py", Rule((), ())),
+    ("sicog_mcore/recipes/", Rule((), ())),
+    ("sicog_mcore/commands/", Rule(("sicog_mcore",), (*TRAINING, *COGNITION, *COMMANDS))),
+    ("sicog_mcore/__main__.py", Rule(("sicog_mcore.commands",), ())),
     ("kernels/sicog_kernels/triton/", Rule(("sicog_kernels",), ("torch", "triton"))),
     ("kernels/sicog_kernels/", Rule(("sicog_kernels",), ("torch",))),
     # An experiment on top of everything, like a tool, but of several files.
