@@ -20,13 +20,13 @@ class VerbEntry:
     """One verb of the command.
 
     Attributes:
-        module: file below sicog_mcore/commands that holds ``VERB``.
+        file: name of the module below sicog_mcore/commands that holds ``VERB``.
         script: the file of launch/ or tools/ that does the same, empty where there is none.
         holder: the name in the module, where it holds several verbs.
     """
 
     name: str
-    module: str
+    file: str
     group: VerbGroup
     help: str
     script: str = ""
@@ -34,7 +34,7 @@ class VerbEntry:
 
     def load(self) -> Startable:
         """Imports the verb's module and returns its VERB."""
-        module = import_module(f"sicog_mcore.commands.{self.module}")
+        module = import_module(f"sicog_mcore.commands.{self.file}")
         return cast(Startable, getattr(module, self.holder))
 
 
