@@ -16,7 +16,6 @@ from sicog_mcore.commands.demo_data import DemoDataOptions, prepare_demo_data
 from sicog_mcore.errors import ConfigError
 
 
-
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder, in an environment without the packages that bring pictures."""

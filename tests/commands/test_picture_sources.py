@@ -48,5 +48,8 @@ def test_more_shapes_than_are_drawn_are_refused() -> None:
 
 def test_a_photograph_that_does_not_lie_here_is_left_out() -> None:
     with open_pictures("own", 1) as pictures:
-        assert pictures.photograph({"package": "skimage", "file": "data/astronaut.png"}) == OWN_PHOTOGRAPHS / "astronaut.jpg"
+        assert (
+            pictures.photograph({"package": "skimage", "file": "data/astronaut.png"})
+            == OWN_PHOTOGRAPHS / "astronaut.jpg"
+        )
         assert pictures.photograph({"package": "sklearn", "file": "datasets/images/china.jpg"}) is None
