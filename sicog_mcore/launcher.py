@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.data.preflight import check_inputs
@@ -20,7 +21,12 @@ from sicog_mcore.parallel.watch import watch_parent
 from sicog_mcore.ranks import Place, is_first_task, machine_has_gpus, prepare_environment, read_place, silence_megatron
 from sicog_mcore.stages import StageDefaults
 
+if TYPE_CHECKING:
+    from sicog_mcore.config import Experiment
+    from sicog_mcore.train.held_out_check import AnswerGrader
+
 SPEAKER_FIRST_S = 5.0
+HELD_OUT = "held_out"  # folder of a run for the rows and images of its benchmark
 
 
 def start_training(
@@ -54,13 +60,26 @@ def start_training(
             prepare(environment, experiment.parallel.tensor, place)
             from sicog_mcore.train.run import run  # takes seconds to import; mistakes are reported before that
 
-            run(experiment, command)
+            run(experiment, command, _grader(experiment) if place.is_main else None)
     except SicogError as error:
         return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt as interrupt:
         message = " ".join(["interrupted", *interrupt.args])
         return stop(f"{message}; the same command resumes from the newest checkpoint", EXIT_INTERRUPTED, place.is_main)
     return EXIT_OK
+
+
+def _grader(experiment: Experiment) -> AnswerGrader | None:
+    """Judges the answers of a model in training, where questions are to be asked.
+
+    Raises:
+        RecordError: the benchmark cannot be used.
+    """
+    if not (experiment.held_out.every_steps and experiment.held_out.benchmark):
+        return None
+    from sicog_mcore.cognition.evaluation.benchmark_grader import BenchmarkGrader
+
+    return BenchmarkGrader(experiment.held_out, Path(experiment.output) / HELD_OUT)
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:

@@ -15,6 +15,7 @@ from sicog_mcore.config import (
     DataConfig,
     DpoConfig,
     Experiment,
+    HeldOutConfig,
     ModelConfig,
     ModelPart,
     OptimConfig,
@@ -36,11 +37,13 @@ AT_LEAST_ONE = (
     *("data.worker_timeout_s", "data.max_image_px", "data.max_aspect", "data.bad_window"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.timeout_s"),
     *("train.steps", "train.packs_per_step", "train.log_every", "checkpoint.every_steps", "checkpoint.keep_last"),
+    *("held_out.max_new_tokens", "held_out.batch"),
 )
 AT_LEAST_ZERO = (
     *("data.workers", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale"),
     *("optim.weight_decay", "optim.clip_grad_norm", "train.seed", "train.peak_tflops"),
     *("train.samples_per_step", "train.tokens_per_step", "train.recompute_layers", "dpo.sft_weight"),
+    "held_out.every_steps",
 )
 ABOVE_ZERO = (
     "model.tower.norm_eps",
@@ -78,6 +81,7 @@ def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem
         *(() if layout else _ranks(experiment, world_size)),
         *_optimiser(experiment.optim, parallel),
         *_preferences(experiment),
+        *_held_out(experiment.held_out, parallel),
     ]
 
 
@@ -248,6 +252,22 @@ def _preferences(experiment: Experiment) -> Iterator[ConfigProblem]:
     elif dpo.label_smoothing > 0 and dpo.loss != "sigmoid":
         problem = f"would be ignored: the {dpo.loss} loss has no label smoothing"
         yield ConfigProblem("dpo.label_smoothing", dpo.label_smoothing, problem, "set dpo.loss=sigmoid, or this to 0")
+
+
+def _held_out(held_out: HeldOutConfig, parallel: ParallelConfig) -> Iterator[ConfigProblem]:
+    if held_out.every_steps > 0 and not (held_out.sources or held_out.benchmark):
+        fix = "name held_out.sources, held_out.benchmark or both, or set it to 0"
+        yield ConfigProblem("held_out.every_steps", held_out.every_steps, "there is nothing to measure", fix)
+    if held_out.every_steps > 0 and held_out.benchmark:
+        fix = "leave the benchmark out, or set {}; held_out.sources are measured under every layout"
+        if parallel.pipeline > 1:
+            problem = f"a model of {parallel.pipeline} pipeline stages does not answer questions"
+            yield ConfigProblem("held_out.benchmark", held_out.benchmark, problem, fix.format("parallel.pipeline=1"))
+        elif parallel.sequence:
+            problem = "a sequence-parallel model does not answer questions, whose tokens come one by one"
+            yield ConfigProblem(
+                "held_out.benchmark", held_out.benchmark, problem, fix.format("parallel.sequence=false")
+            )
 
 
 def _divides(divisor: int, number: int) -> bool:

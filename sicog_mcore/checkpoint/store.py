@@ -27,9 +27,9 @@ from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.gather import first_failure, on_all
 from sicog_mcore.parallel.topology import Topology, WritersFailed
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 
 # Values that decide which parameters share a group of the optimizer.

@@ -56,7 +56,7 @@ def generate_candidates(
     if options.engine == "vllm":
         environment.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
     if options.dry_run:
-        from sicog_mcore.cognition.generation.generate import estimate  # takes seconds to import
+        from sicog_mcore.cognition.generation.cost_estimate import estimate  # takes seconds to import
 
         return GeneratedCandidates(Path(), tuple(estimate(options, place.world_size)))
     with owned(options.out, command, say, place.is_main):

@@ -20,7 +20,7 @@ VERBS, SCRIPTS = Path("sicog_mcore/commands"), ("tools", "launch")
 # Modules without a mirror file, and the test files (below tests/) that cover them. One module a line, in order.
 COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/__main__.py": ("commands/test_front.py",),
-    "sicog_mcore/build.py": ("checkpoint/test_weights.py", "parallel/test_wrap.py"),
+    "sicog_mcore/build.py": ("checkpoint/test_weights.py", "parallel/test_ddp.py"),
     "sicog_mcore/checkpoint/hf_folder.py": ("checkpoint/test_hf_config.py",),
     "sicog_mcore/checkpoint/hf_keys.py": ("checkpoint/test_hf_config.py",),
     "sicog_mcore/checkpoint/part_writer.py": ("checkpoint/test_part_reader.py",),
@@ -34,6 +34,7 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/cognition/curation/funnel.py": ("cognition/curation/test_curated_round.py",),
     "sicog_mcore/cognition/curation/selection.py": ("cognition/curation/test_curated_round.py",),
     "sicog_mcore/cognition/evaluation/cells.py": ("cognition/evaluation/test_benchmark.py",),
+    "sicog_mcore/cognition/generation/cost_estimate.py": ("cognition/generation/test_generate.py",),
     "sicog_mcore/cognition/generation/items.py": ("cognition/generation/test_generate.py",),
     "sicog_mcore/cognition/generation/options.py": ("cognition/generation/test_generate.py",),
     "sicog_mcore/cognition/generation/record_parts.py": ("cognition/generation/test_generate.py",),
@@ -81,7 +82,7 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/train/reference_key.py": ("train/test_dpo.py",),
     "sicog_mcore/train/reporter.py": ("e2e/test_fields.py",),
     "sicog_mcore/train/run.py": ("train/test_health.py", "e2e/test_stages.py"),
-    "sicog_mcore/train/step.py": ("train/test_health.py", "parallel/test_wrap.py"),
+    "sicog_mcore/train/step.py": ("train/test_health.py", "parallel/test_ddp.py"),
     "sicog_mcore/train/trainer.py": ("e2e/test_fields.py",),
 }
 

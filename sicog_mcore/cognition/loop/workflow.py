@@ -51,7 +51,12 @@ STAGES: Mapping[str, tuple[tuple[str, ...], StageDefaults]] = {
     "pretrain": (("pretrain",), PRETRAIN),
     "finetune": (("finetune",), FINETUNE),
 }
-NOT_IN_WEIGHTS = ("output", "parallel", "checkpoint")  # groups of an Experiment without effect on what is learnt
+NOT_IN_WEIGHTS = (
+    "output",
+    "parallel",
+    "checkpoint",
+    "held_out",
+)  # groups of an Experiment without effect on what is learnt
 
 
 @dataclass(frozen=True)
