@@ -25,10 +25,9 @@ from sicog_mcore.data.resume import EpochRows
 from sicog_mcore.data.sources import open_sources
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.errors import ConfigError, ConfigProblem
-from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.model.loss import owners, supervised_rows
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.train.reference import owners
 from sicog_mcore.train.step import Log, run_schedule
 
 PACKS_AT_ONCE = 8  # micro-batches of one pass through the pipeline
@@ -86,7 +85,7 @@ def measure_losses(experiment: Experiment, topology: Topology) -> Losses:
     packs, refused = _plan(experiment, topology)
     mine = packs[topology.data_rank :: topology.data_size]
     source = PackSource(experiment, mine) if topology.loads_data else None
-    distributor = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), source)
+    distributor = BatchDistributor(topology, BatchSpec.of(experiment), source)
     sums: list[Tensor] = []
     for start in range(0, len(mine), PACKS_AT_ONCE):
         batches = [next(distributor) for _ in mine[start : start + PACKS_AT_ONCE]]

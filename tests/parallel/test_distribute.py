@@ -53,7 +53,7 @@ def _receive(rank: Rank, experiments: list[Experiment]) -> list[tuple[list[dict[
     for i, experiment in enumerate(experiments):
         topology = Rank(rank.rank, rank.world_size, f"{rank.init_method}-{i}").start(experiment.parallel)
         loader = FailingLoader(experiment) if topology.loads_data else None
-        batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)
+        batches = BatchDistributor(topology, BatchSpec.of(experiment), loader)
         received = [plain(next(batches)) for _ in range(COUNT)]
         start = time.monotonic()
         try:
@@ -93,7 +93,7 @@ class SlowLoader(FailingLoader):
 def _receive_late(rank: Rank, experiment: Experiment) -> dict[str, Any]:
     topology = rank.start(experiment.parallel)
     loader = SlowLoader(experiment) if topology.loads_data else None
-    return plain(next(BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)))
+    return plain(next(BatchDistributor(topology, BatchSpec.of(experiment), loader)))
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], loads: bool, has_
 def test_one_rank_gets_the_loaders_batches_and_its_error() -> None:
     topology = start_topology(EXPERIMENT.parallel, seed=0)
     try:
-        batches = BatchDistributor(topology, BatchSpec(EXPERIMENT.model.tower.patch_dim), FailingLoader(EXPERIMENT))
+        batches = BatchDistributor(topology, BatchSpec.of(EXPERIMENT), FailingLoader(EXPERIMENT))
         for expected in random_batches(EXPERIMENT, COUNT):
             assert_equal(plain(next(batches)), plain(expected), loads=True, has_pixels=True)
         with pytest.raises(DataError, match=MESSAGE) as error:
