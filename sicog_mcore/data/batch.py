@@ -88,7 +88,7 @@ class Wire(NamedTuple):
     on_host: bool = False
 
 
-SCALAR = {WIRE: "scalar"}  # of a whole number, which travels in the header
+SCALAR: Mapping[str, str] = {WIRE: "scalar"}  # of a whole number, which travels in the header
 
 
 def _wire(*args: Any, **kwargs: Any) -> Mapping[str, Wire]:
