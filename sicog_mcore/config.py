@@ -171,8 +171,9 @@ class DataConfig:
         system_prompt: system turn of samples that bring none; empty for no system turn.
         token_budget: length of a packed sequence (tokens, visual tokens included).
         slice_budget: most slices in a packed sequence, overviews included.
-        window_samples: samples that are packed together (best fit inside this window); with ``train.samples_per_step``
-            these are the samples of a step instead, and this is not used.
+        window_samples: rows of the shuffle buffer. An epoch shuffles runs of neighbouring rows (at most a sixteenth of this
+            long, and of one file or block of a file), gathers so many rows, shuffles them and packs them together; with
+            ``train.samples_per_step`` the rows of each step are packed together instead.
         workers: processes that decode and slice images, per data-parallel rank; 0 decodes in the main process.
         worker_timeout_s: seconds without a batch after which the run stops instead of waiting for ever.
         too_long: samples over the token budget are quarantined, or lose the end of their last answer.
@@ -187,6 +188,10 @@ class DataConfig:
         on_change: what a resumed run does if rows or settings that its place in the data depends on are not those of
             the checkpoint: "refuse" stops with what changed; "restart_epoch" says so, skips the rest of the epoch and
             starts the data anew at the next one. Rows that were only appended join after the epoch under way.
+        index: folder of the index of the data sets, which all machines of a run must see; empty for ``index`` in the
+            output folder. Runs that share it index the same rows once. It may be deleted at any time.
+        index_limit_s: longest time that building a missing index at the start may take (s), going by the first rows; what
+            takes longer is refused with the command that builds it beforehand.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -195,7 +200,7 @@ class DataConfig:
     system_prompt: str = "You are a helpful assistant."
     token_budget: int = 4096
     slice_budget: int = 32
-    window_samples: int = 512
+    window_samples: int = 8192
     workers: int = 4
     worker_timeout_s: int = 600
     too_long: Literal["quarantine", "truncate"] = "quarantine"
@@ -205,6 +210,8 @@ class DataConfig:
     max_bad_rate: float = 0.01
     bad_window: int = 10_000
     on_change: Literal["refuse", "restart_epoch"] = "refuse"
+    index: str = ""
+    index_limit_s: int = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +373,31 @@ class DpoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """Rows and questions that are not trained on, measured while the run goes on.
+
+    Args:
+        every_steps: steps between two measurements; the last step is measured too. 0 measures never.
+        sources: data sets whose answers are predicted, as in ``data.sources``; metrics.jsonl gets the mean loss of their
+            answers' tokens (next-token loss, whatever the objective) and the perplexity.
+        benchmark: questions with reference answers that the model is asked, greedily: a .tsv or .jsonl file, or
+            "easy-vqa:test"; metrics.jsonl gets the accuracy, judged as tools/evaluate.py does. Empty asks nothing.
+        images: folder that the image paths of ``benchmark`` are relative to.
+        prompt: how the questions are asked; prompts.json has the names.
+        max_new_tokens: an answer is cut after so many tokens.
+        batch: questions that a replica answers at the same time; each needs its KV cache beside what training holds.
+    """
+
+    every_steps: int = 0
+    sources: tuple[SourceConfig, ...] = ()
+    benchmark: str = ""
+    images: str = "."
+    prompt: str = "direct"
+    max_new_tokens: int = 64
+    batch: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One run, whole.
 
@@ -381,6 +413,7 @@ class Experiment:
         init: where first weights come from.
         objective: next-token prediction, or preferences between pairs of answers.
         dpo: the preference loss.
+        held_out: what is measured during training.
     """
 
     preset: str
@@ -394,6 +427,7 @@ class Experiment:
     init: InitConfig = field(default_factory=InitConfig)
     objective: Literal["next_token", "dpo"] = "next_token"
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     @property
     def packs_per_step(self) -> int:

@@ -6,8 +6,7 @@ Error text says what was found, what was expected, and the remedy.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
 from dataclasses import dataclass
 
 EXIT_OK = 0
@@ -15,6 +14,7 @@ EXIT_CONFIG = 2  # wrong configuration or input: do not retry
 EXIT_GIVE_UP = 17  # too many bad samples, or a diverged run: do not retry
 EXIT_RETRY = 75  # the machine failed, not the run: a full disk, a dead peer, a hang; the same command may work later
 EXIT_CRASH = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports Ctrl-C
 # What a disk, or a limit of the machine, says that may be otherwise later. A path that is wrong is none of these.
 MACHINE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -137,23 +137,3 @@ def exit_code(error: BaseException) -> int:
 
 class WriteError(MachineError, CheckpointError):
     """A checkpoint could not be written because a disk or a process failed; what was there before is untouched."""
-
-
-@contextmanager
-def writing(path: object) -> Iterator[None]:
-    """Turns what a disk raises inside into one message about the file that was to be written.
-
-    Raises:
-        MachineError: the disk is full or fails.
-        ConfigError: the place may not be written to.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in DENIED:
-            fix = "choose an output folder that you may write to"
-            raise ConfigError([ConfigProblem("output", str(path), f"cannot be written ({reason})", fix)]) from error
-        raise MachineError(
-            f"{path} cannot be written: {reason}; make room or check the disk, and run the same command again"
-        ) from error

@@ -1,7 +1,7 @@
 """One run owns an output folder: a lock that a second start respects and that a crash does not leave for ever.
 
 In: a folder   Out: ``.lock`` in it while the run lives: host, process, since when, command   Next: launcher.py
-Standard library only: it is taken before anything heavy is imported and before anything in the folder is touched. flock is
+Imports nothing heavy: it is taken before anything heavy is imported and before anything in the folder is touched. flock is
 not trusted, for some shared file systems keep it to one machine: a file that is created in one act is the lock, its owner
 touches it every few seconds, and where the owner cannot be looked up as a process its silence decides.
 """
@@ -31,6 +31,7 @@ from sicog_mcore.errors import (
     is_machine_fault,
     printable,
 )
+from sicog_mcore.files import move, sync
 
 LOCK = ".lock"
 BEAT_S = 3.0  # between two touches by the owner
@@ -183,14 +184,12 @@ class FolderLock:
         return True
 
     def _replace(self, path: Path) -> None:
-        os.replace(self._write_aside(path), path)
+        move(self._write_aside(path), path)
 
     def _write_aside(self, path: Path) -> Path:
         aside = path.with_name(f"{LOCK}.new-{self.own.token}")
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self.own)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_text(json.dumps(asdict(self.own)) + "\n", encoding="utf-8")
+        sync(aside)
         return aside
 
     def _outlived(self, path: Path, owner: Owner) -> bool:

@@ -6,6 +6,8 @@ Standard library only. A process that belongs to several but was not told which 
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,3 +174,16 @@ def _meeting_point(environment: Mapping[str, str]) -> list[ConfigProblem]:
         fix = f"use a free port of the machine of rank 0, 1 to {LARGEST_PORT}"
         found.append(ConfigProblem("MASTER_PORT", port, "is no port", fix))
     return found
+
+
+def silence_megatron(*others: str) -> None:
+    """Hides what Megatron warns of: every package that is missing (tools/doctor.py explains them), and its own plans.
+
+    To be called before Megatron is imported, since it warns while it is.
+
+    Args:
+        others: names of further loggers of which only errors are shown.
+    """
+    warnings.simplefilter("ignore")
+    for name in ("megatron", *others):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -22,7 +22,7 @@ def write_checkpoint(experiment: Experiment, folder: Path, topology: Topology) -
     import torch
 
     from sicog_mcore.build import build_chunks, plan_build
-    from sicog_mcore.checkpoint.parts import save_weights
+    from sicog_mcore.checkpoint.part_writer import save_weights
     from sicog_mcore.model.initialise import initialise
 
     chunks = build_chunks(plan_build(experiment), topology)

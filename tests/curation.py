@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from sicog_mcore.cognition.codec import KINDS, final_clause, render
 from sicog_mcore.cognition.curation.filters import PerPrompt
 from sicog_mcore.cognition.curation.selection import CandidateSource, Curation, ScoreFile
-from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import find_prompt
 from sicog_mcore.cognition.records import Candidate, Generation, PromptUse, Scores, write_records
+from sicog_mcore.files import hash_file
 from sicog_mcore.rollout.requests import Finish, Sampling
 from tests.builders import write_image
 
@@ -52,7 +52,7 @@ def item(folder: Path, name: str, said: Sequence[Said], image: int | None = 0, q
     if image is not None:
         path = f"i{image}.png"
         write_image(folder / "images" / path, *SIZE, seed=image)
-        content = digest(folder / "images" / path)
+        content = hash_file(folder / "images" / path)
     names = list(dict.fromkeys(one.prompt for one in said))
     task = find_prompt(names[0]).task
     candidates = tuple(

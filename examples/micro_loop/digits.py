@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from sicog_mcore.cognition.codec import COD_STEPS, header, render
 from sicog_mcore.cognition.prompts import ask, find_prompt
+from sicog_mcore.files import commit_folder, whole_folder
 
 SIDE, DIGIT_SIDE, JITTER, NOISE = 56, 48, 1, 6.0  # px, px, px, standard deviation of 0..255
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -218,8 +217,13 @@ def write_task(folder: Path, seed: int, sizes: Mapping[str, int] = SIZES, render
     and {validation,test}_questions.jsonl, items to be asked about; tokenizer.json.
     """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "images").mkdir(parents=True)
+    with whole_folder(partial):
+        _write_task(partial, seed, sizes, renderings)
+        commit_folder(partial, folder)
+
+
+def _write_task(partial: Path, seed: int, sizes: Mapping[str, int], renderings: int) -> None:
+    (partial / "images").mkdir()
     pools, glyphs = draw_pools(seed, sizes, renderings), load_digits().images
     for picture in (picture for pool in pools.values() for picture in pool):
         paint(picture, glyphs).save(partial / picture.image)
@@ -232,7 +236,6 @@ def write_task(folder: Path, seed: int, sizes: Mapping[str, int] = SIZES, render
     for name, rows in files.items():
         (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     make_tokenizer().save(str(partial / "tokenizer.json"))
-    os.replace(partial, folder)
 
 
 def write_views(task: Path, out: Path, seed: int) -> None:

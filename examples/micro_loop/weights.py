@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sicog_mcore.build import build_chunks, plan_build
-from sicog_mcore.checkpoint.parts import save_weights
+from sicog_mcore.checkpoint.part_writer import save_weights
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.model.initialise import STD, initialise
 from sicog_mcore.parallel.topology import start_topology, stop_topology

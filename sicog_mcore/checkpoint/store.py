@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.failures import WRITE_ERRORS, Failure, SaveFailed, failure_of, free_bytes, write_failure
-from sicog_mcore.checkpoint.files import FORMAT, STATE, examine, has_shards, load_shards, read_state
+from sicog_mcore.checkpoint.locate import CHECKPOINTS, newest_folder, newest_step
 from sicog_mcore.checkpoint.rng import load_rng, save_rng
+from sicog_mcore.checkpoint.trusted_files import FORMAT, STATE, examine, has_shards, load_shards, read_state
 from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
+from sicog_mcore.parallel.ddp import TrainableModel
+from sicog_mcore.parallel.gather import first_failure, on_all
 from sicog_mcore.parallel.topology import Topology, WritersFailed
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 
+# Values that decide which parameters share a group of the optimizer.
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
 OPTIMIZER_BYTES = 12  # of a trained parameter: an fp32 master and two moments
 RESERVE = 1.02  # headers and paddings
@@ -36,7 +40,7 @@ RESERVE = 1.02  # headers and paddings
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, in integers that do not depend on the layout.
+    """The position of a run, in integers that do not depend on the layout.
 
     Attributes:
         step: optimiser steps done.
@@ -53,7 +57,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for checkpoints came up with; ``notes`` are lines for the user."""
+    """The result of a search for checkpoints; ``notes`` are lines for the user."""
 
     step: int | None
     notes: tuple[str, ...]
@@ -65,11 +69,12 @@ class CheckpointStore:
     def __init__(self, experiment: Experiment, topology: Topology):
         self.experiment = experiment
         self.topology = topology
-        self.root = Path(experiment.output) / "checkpoints"
+        self.root = Path(experiment.output) / CHECKPOINTS
 
     def find(self) -> Found:
         """Looks for the newest committed checkpoint, on rank 0; the answer is the same on all ranks."""
         found = find_checkpoint(self.root, self.experiment.checkpoint) if self.topology.is_main else None
+        # The error travels as a value: raised on rank 0 alone, it would leave the others waiting in this broadcast.
         answer = self.topology.broadcast_object(found)
         if isinstance(answer, CheckpointError):
             raise answer
@@ -80,9 +85,8 @@ class CheckpointStore:
         return commit.step_folder(self.root, step)
 
     def newest(self) -> Path | None:
-        """The newest committed checkpoint, if there is one."""
-        steps = commit.committed_steps(self.root)
-        return self.folder(steps[-1]) if steps else None
+        """Returns the newest committed checkpoint, if there is one."""
+        return newest_folder(self.root)
 
     def save(self, model: TrainableModel, state: RunState) -> Path:
         """Writes and commits a checkpoint; older ones go only after that. Collective.
@@ -92,10 +96,13 @@ class CheckpointStore:
             CheckpointError: the folder may not be written to.
             MachineError: another rank or the network failed.
         """
+        # A save may take longer than a collective may; a phase that begins counts as progress for the watchdog.
         self.topology.watch.beat(f"the save of step {state.step}")
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
         content = _sharded_state(model, is_loading=False)
+        # Between two collectives, every part ends on all ranks or on none: a rank that failed alone would leave the others
+        # waiting for it in the next one until their timeout, with an error that names the network instead of the disk.
         try:
             self._together(lambda: self._prepare(temporary))
             dist_checkpointing.save(content, str(temporary))
@@ -115,12 +122,12 @@ class CheckpointStore:
             work()
         except WRITE_ERRORS as error:
             failure = failure_of(error)
-        failures = [found for found in self.topology.gather_objects(failure) if found is not None]
-        if failures:
-            raise SaveFailed(failures[0])
+        found = first_failure(self.topology, failure)
+        if found is not None:
+            raise SaveFailed(found)
 
     def _agreed(self, error: BaseException) -> Failure:
-        """What failed; where all ranks know that something did, but only one knows what, they agree on its kind."""
+        """Returns the failure; where all ranks know of one, but only some know its cause, they agree on its kind."""
         failure = failure_of(error)
         if not isinstance(error, WritersFailed):
             return failure
@@ -168,6 +175,7 @@ class CheckpointStore:
             temporary.mkdir()
 
     def _add_own_files(self, temporary: Path, state: RunState) -> None:
+        # Random states differ from rank to rank; everything else in these files is equal on all.
         save_rng(_rng_file(temporary, self.topology.rank))
         if self.topology.is_main:
             content = {
@@ -184,7 +192,7 @@ class CheckpointStore:
             commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
 
     def saved_state(self, step: int) -> RunState:
-        """Where the run stood at step ``step``, read before there is a model.
+        """Reads the state of the run at step ``step``, before there is a model.
 
         Raises:
             CheckpointError: the checkpoint belongs to another model.
@@ -205,9 +213,12 @@ class CheckpointStore:
         """
         folder = self.folder(step)
         content = read_state(folder)
+        # Compared before shards are read: "another model" is a better message than a list of tensors.
         notes = self._compare(content, folder)
         state = _run_state(content, folder, step)
+        # Megatron loads into a template that it makes of the live optimizer; Adam's moments must exist to be part of it.
         model.allocate_optimizer_state()
+        # Differences are returned, not only logged: one message can then name them, and extra states can be forgiven.
         loaded, unread, missing = load_shards(
             _sharded_state(model, is_loading=True), folder, self.topology, strict=StrictHandling.RETURN_ALL
         )
@@ -223,7 +234,7 @@ class CheckpointStore:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{folder} does not hold the state of this run's optimizer ({error!r})") from error
         if content.get("layout") == _layout(self.topology):
-            self._load_rng(folder)
+            on_all(self.topology, partial(self._load_rng, folder))
         else:
             notes.append(
                 f"layout changed from {content.get('layout')} to {_layout(self.topology)}: random states start anew"
@@ -231,15 +242,9 @@ class CheckpointStore:
         return state, notes
 
     def _load_rng(self, folder: Path) -> None:
-        """Random states of this place; where one rank cannot read them, all ranks say so."""
-        failure = None
-        try:
-            manifest = commit.read_manifest(folder)
-            load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
-        except CheckpointError as error:
-            failure = str(error)
-        if failures := [text for text in self.topology.gather_objects(failure) if text is not None]:
-            raise CheckpointError(failures[0])
+        """Restores the random states of this rank."""
+        manifest = commit.read_manifest(folder)
+        load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
 
     def _compare(self, content: dict[str, Any], folder: Path) -> list[str]:
         saved = experiment_from_dict(content["experiment"])
@@ -258,12 +263,12 @@ class CheckpointStore:
 
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
-    """Newest committed checkpoint that is whole, under the rules of ``config.resume``."""
-    steps = commit.committed_steps(root)
+    """Finds the newest committed checkpoint under the rules of ``config.resume``, and checks that it is whole."""
+    newest = newest_step(root)
     notes = [
         f"ignored {folder.name}: its save or its removal was interrupted" for folder in commit.unfinished_folders(root)
     ]
-    if not steps:
+    if newest is None:
         if config.resume == "must":
             return CheckpointError(
                 f"checkpoint.resume is 'must' but {root} has no committed checkpoint; set it to 'auto' to start anew"
@@ -271,10 +276,12 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
         return Found(None, tuple(notes))
     if config.resume == "never":
         return CheckpointError(
-            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {steps[-1]}; choose another output folder"
+            f"checkpoint.resume is 'never' but {root} has a checkpoint of step {newest}; choose another output folder"
         )
     try:
-        manifest = commit.verify(commit.step_folder(root, steps[-1]))
+        # The newest alone is verified. Hashing all would read every checkpoint at each start, and an older one is used
+        # only after the user has removed the newest, as the message asks.
+        manifest = commit.verify(commit.step_folder(root, newest))
         if has_shards(manifest):
             examine(manifest)
     except CheckpointError as error:
@@ -283,11 +290,11 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
         notes.append(
             f"{manifest.folder.name}: an earlier version wrote its {commit.MANIFEST}, which has no checksum itself"
         )
-    return Found(steps[-1], tuple(notes))
+    return Found(newest, tuple(notes))
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
-    """About what one checkpoint takes on the disk: weights of all parts, and what the optimizer keeps of trained ones."""
+    """Estimates the bytes of one checkpoint on the disk: weights of all parts, optimizer states of trained ones."""
     weight, counts = 2 if experiment.train.precision == "bf16" else 4, params_by_part(experiment.model)
     trained = sum(count for part, count in counts.items() if part not in experiment.optim.freeze)
     return int(RESERVE * (weight * sum(counts.values()) + OPTIMIZER_BYTES * trained))
@@ -298,15 +305,16 @@ def _size(count: float) -> str:
 
 
 def _run_state(content: Mapping[str, Any], folder: Path, step: int) -> RunState:
-    """Where the run stood, from its file.
+    """Reads the state of the run from the content of its file.
 
     Raises:
-        CheckpointError: it says something else than integers, or another step than its folder.
+        CheckpointError: the file says something else than integers, or another step than its folder.
     """
     try:
         state = RunState(**content["state"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} holds no state of a run ({error}); use another checkpoint") from error
+    # ``type`` and not isinstance: True is an int, too, and would pass for step 1.
     numbers = [state.step, state.samples, *state.loader.values()] if isinstance(state.loader, dict) else [None]
     if state.step != step or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(

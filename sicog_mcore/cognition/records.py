@@ -8,15 +8,14 @@ appear by one rename; rows stand in the order of the items, whatever order they 
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar
 
-from sicog_mcore.cognition.whole_files import whole_file
+from sicog_mcore.decoding import decode, parse_json
 from sicog_mcore.errors import RecordError
+from sicog_mcore.files import whole_file
 from sicog_mcore.rollout.requests import Finish, Sampling
 
 FORMAT = 1  # raised when a field changes its meaning
@@ -157,7 +156,7 @@ def from_json(line: str | bytes, kind: type[Record], origin: str) -> Record:
         RecordError: no JSON, another format, a field missing, unknown, or of another type.
     """
     try:
-        row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        row = parse_json(line)
     except ValueError as error:
         raise RecordError(f"{origin}: not JSON ({error}); remove the line, or make the file again") from error
     found = row.get("format") if isinstance(row, dict) else None
@@ -165,7 +164,12 @@ def from_json(line: str | bytes, kind: type[Record], origin: str) -> Record:
         raise RecordError(
             f"{origin}: found format {found}, expected {FORMAT} of {kind.__name__}; make the file again with this version"
         )
-    return _build(row, kind, origin)
+    record = decode(kind, row, complete=True)
+    if isinstance(record, list):
+        first = record[0]
+        found = f"{origin}: {first.path}: found {first.value!r} ({first.problem})"
+        raise RecordError(f"{found}, expected the fields of {kind.__name__}; make the file again")
+    return record
 
 
 def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
@@ -232,51 +236,3 @@ def _lines(path: Path) -> Iterator[str | bytes]:
         return
     with path.open("rb") as file:
         yield from file
-
-
-def _refuse_constant(name: str) -> Any:
-    """Every comparison with NaN is false: an item scored so would pass any threshold."""
-    raise ValueError(f"found {name}, expected a finite number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names occur once; JSON's reader would take the last value without a word."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return fields
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Types of a dataclass's fields, from their annotations."""
-    return get_type_hints(kind)
-
-
-def _build(value: Any, kind: Any, origin: str) -> Any:
-    """A JSON value as the annotated type; strict, since a wrong field would be found far from its cause."""
-    if isinstance(kind, type) and is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise RecordError(f"{origin}: found {value!r}, expected an object of {kind.__name__}")
-        hints = _hints(kind)
-        if value.keys() != hints.keys():
-            odd = sorted(value.keys() ^ hints.keys())
-            raise RecordError(f"{origin}: fields {odd} are missing or unknown in {kind.__name__}; make the file again")
-        return kind(**{name: _build(value[name], hints[name], f"{origin}: {name}") for name in value})
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise RecordError(f"{origin}: found {value!r}, expected a list")
-        return tuple(_build(entry, get_args(kind)[0], origin) for entry in value)
-    if get_origin(kind) is Literal:
-        fits = value in get_args(kind)
-    elif get_origin(kind) in (Union, types.UnionType):
-        fits = isinstance(value, get_args(kind))
-    elif kind is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    else:
-        fits = type(value) is kind
-    if not fits:
-        raise RecordError(f"{origin}: found {value!r}, expected {kind}; make the file again")
-    return value

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sicog_mcore.errors import writing
+from sicog_mcore.files import append_lines
 
 REASONS_SHOWN = 3
 # Below the end of a pass the share of a part is judged: what chance does to it must not end a run.
@@ -208,10 +208,7 @@ class Quarantine:
 
     def record(self, rejection: Rejection) -> None:
         """Writes a bad sample down."""
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as report:  # closed, so flushed, after every line
-                report.write(json.dumps(asdict(rejection), ensure_ascii=False) + "\n")
+        append_lines(self._path, [json.dumps(asdict(rejection), ensure_ascii=False)])
         self.reasons[rejection.reason] += 1
 
     def count_truncated(self, num_samples: int) -> None:

@@ -1,4 +1,4 @@
-"""Which fields of Megatron's TransformerConfig ``model.decoder.mcore`` may set, and why all others are refused.
+"""Lists the fields of Megatron's TransformerConfig that ``model.decoder.mcore`` may set, and why others are refused.
 
 TransformerConfig has some 240 fields for many kinds of models. Most of them do nothing in this one, some crash, and some
 change what the decoder computes, which neither an export nor generation would follow. A field is taken only if it changes
@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sicog_mcore.errors import ConfigProblem
 
-# What each one is for; all are booleans.
+# The purpose of each option; all are booleans.
 OPTIONS: Mapping[str, str] = {
     "bias_activation_fusion": "SwiGLU as one kernel that torch compiles; false where no C compiler is at hand",
     "apply_rope_fusion": "rotary positions in Transformer Engine's kernel; false to compare with torch's",
@@ -23,6 +23,9 @@ OPTIONS: Mapping[str, str] = {
     "disable_bf16_reduced_precision_matmul": "sums of bf16 products in fp32 throughout",
 }
 NEEDS_TE = ("apply_rope_fusion",)
+# The interleaved schedule overlaps its sends: Megatron frees an output before the send that reads it is over, so that the
+# next stage may receive whatever is written there next (seen on CPU: wrong losses, NaN gradients).
+NOT_INTERLEAVED = ("deallocate_pipeline_outputs",)
 # Fields that have a place of their own in the configuration.
 ELSEWHERE: Mapping[str, str] = {
     "num_layers": "model.decoder.num_layers",
@@ -67,23 +70,30 @@ REASONS: Mapping[str, str] = {
 }
 
 
-def option_problems(options: Mapping[str, bool | int | float | str], with_te: bool) -> list[ConfigProblem]:
-    """Everything in ``model.decoder.mcore`` that would be ignored, would contradict another value, or cannot run here.
+def option_problems(
+    options: Mapping[str, bool | int | float | str], with_te: bool, interleaved: bool = False
+) -> list[ConfigProblem]:
+    """Finds options in ``model.decoder.mcore`` that would be ignored, contradict another value, or cannot run here.
 
     Args:
         options: as configured.
         with_te: whether Transformer Engine's layers are used.
+        interleaved: whether the pipeline runs the interleaved schedule.
     """
-    return [problem for name, value in sorted(options.items()) if (problem := _problem(name, value, with_te))]
+    found = (_problem(name, value, with_te, interleaved) for name, value in sorted(options.items()))
+    return [problem for problem in found if problem]
 
 
-def _problem(name: str, value: bool | int | float | str, with_te: bool) -> ConfigProblem | None:
+def _problem(name: str, value: bool | int | float | str, with_te: bool, interleaved: bool) -> ConfigProblem | None:
     path = f"model.decoder.mcore.{name}"
     if name in OPTIONS:
         if not isinstance(value, bool):
             return ConfigProblem(path, value, "is neither true nor false", "give one of the two")
         if value and name in NEEDS_TE and not with_te:
             return ConfigProblem(path, value, "needs Transformer Engine, which is not used here", "remove it")
+        if value and name in NOT_INTERLEAVED and interleaved:
+            problem = "frees outputs that the interleaved schedule is still sending"
+            return ConfigProblem(path, value, problem, "remove it, or set parallel.virtual_pipeline=1")
         return None
     if name in ELSEWHERE:
         return ConfigProblem(path, value, "has a place of its own", f"set {ELSEWHERE[name]} instead")

@@ -1,11 +1,13 @@
 """Parts of one tensor, from the ranks that hold them to rank 0, for writing a whole model one tensor at a time.
 
 Point to point, so no rank ever holds what it does not own, save rank 0 for one tensor.   Used by: checkpoint/export.py
+Here too: work that may fail on one rank, and then fails on all of them, so that none waits for another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from sicog_mcore.errors import CheckpointError, SicogError
 from sicog_mcore.parallel.topology import Topology
 
 WRITER = 0  # the rank that receives
+
+T = TypeVar("T")
 
 
 def gather_cuts(
@@ -48,6 +52,31 @@ def _receive(own: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.
     buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
     dist.recv(buffer, src=owner)
     return buffer
+
+
+def first_failure(topology: Topology, failure: T | None) -> T | None:
+    """Gathers what failed on each rank, None for nothing; returns that of the lowest rank, on every rank. Collective."""
+    return next((found for found in topology.gather_objects(failure) if found is not None), None)
+
+
+def on_all(topology: Topology, work: Callable[[], T]) -> T:
+    """Does work on every rank, and waits for all; where it fails on one, it fails on all. Collective.
+
+    Returns:
+        what the work returned on this rank.
+
+    Raises:
+        CheckpointError: on every rank, with the text of the lowest rank that met one.
+    """
+    failure, results = None, []
+    try:
+        results.append(work())
+    except CheckpointError as error:
+        failure = str(error)
+    text = first_failure(topology, failure)
+    if text is not None:
+        raise CheckpointError(text)
+    return results[0]
 
 
 def on_main(topology: Topology, work: Callable[[], object], errors: tuple[type[BaseException], ...]) -> None:

@@ -1,6 +1,6 @@
 """Torch's distributed checkpoints, opened without running what is in them: the one place that opens pickles.
 
-In: the files of a checkpoint folder   Out: torch's Metadata, or CheckpointError   Used by: checkpoint/files.py
+In: the files of a checkpoint folder   Out: torch's Metadata, or CheckpointError   Used by: checkpoint/trusted_files.py
 A pickle may name any function and have it called. Here only names on two short lists are looked up, those that real saves
 contain (megatron-core 0.16.1 and 0.19.2); every other name ends the reading before anything is called.
 """

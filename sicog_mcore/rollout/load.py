@@ -14,8 +14,9 @@ from typing import Literal
 
 from sicog_mcore.build import Build, build_chunks, plan_build
 from sicog_mcore.checkpoint import commit
-from sicog_mcore.checkpoint.parts import read_experiment
-from sicog_mcore.checkpoint.store import STATE
+from sicog_mcore.checkpoint.locate import CHECKPOINTS, find_folder
+from sicog_mcore.checkpoint.part_reader import read_experiment
+from sicog_mcore.checkpoint.trusted_files import STATE
 from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment, InitConfig, ParallelConfig
 from sicog_mcore.data.tokenizer import find_tokenizer_file
@@ -25,7 +26,6 @@ from sicog_mcore.model.vlm import VisionLanguageModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 
 Precision = Literal["bf16", "fp32"]
-CHECKPOINTS = "checkpoints"
 # Replicas have different amounts to do and wait for each other only at the end.
 TIMEOUT_S = 7 * 24 * 3600
 
@@ -37,11 +37,13 @@ class Checkpoint:
     Attributes:
         folder: ``step_N``.
         fingerprint: of its files.
+        tokenizer: file of the tokenizer.
         experiment: as the run had it, with the layout and precision that were asked for.
     """
 
     folder: Path
     fingerprint: str
+    tokenizer: Path
     experiment: Experiment
 
 
@@ -59,9 +61,11 @@ def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = N
         ConfigError: its tokenizer is not where it was.
     """
     folder = _find(path)
+    fingerprint = commit.fingerprint(folder)
     saved = read_experiment(folder)
     data = replace(saved.data, tokenizer=tokenizer or saved.data.tokenizer, sources=())
-    if find_tokenizer_file(data.tokenizer) is None:
+    tokenizer_file = find_tokenizer_file(data.tokenizer)
+    if tokenizer_file is None:
         problem = "holds no tokenizer"
         raise ConfigError([ConfigProblem("tokenizer", data.tokenizer, problem, "say where it is with --tokenizer")])
     experiment = replace(
@@ -77,16 +81,15 @@ def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = N
         ),
         init=InitConfig(checkpoint=str(folder)),
     )
-    return Checkpoint(folder, commit.fingerprint(folder), experiment)
+    return Checkpoint(folder, fingerprint, tokenizer_file, experiment)
 
 
 def _find(path: Path) -> Path:
-    steps = commit.committed_steps(path / CHECKPOINTS)
-    folder = commit.step_folder(path / CHECKPOINTS, steps[-1]) if steps else path
-    if not (folder / STATE).is_file() or not (folder / commit.MANIFEST).is_file():
+    folder = find_folder(path)
+    if folder is None or not (folder / STATE).is_file():
         raise CheckpointError(
             f"{path} is no checkpoint of ours; give the output folder of a run or one of its {CHECKPOINTS}/step_N "
-            "folders (tools/convert.py turns other weights into one)"
+            "folders (sicog convert turns other weights into one)"
         )
     return folder
 

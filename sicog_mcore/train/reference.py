@@ -8,7 +8,6 @@ second model is in memory, and a resumed run reads them again. A pass that was i
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +20,11 @@ from torch import Tensor
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.data.resume import OpenRows
-from sicog_mcore.errors import DataError, writing
+from sicog_mcore.errors import DataError
+from sicog_mcore.files import append_lines, move, whole_file, writing
 from sicog_mcore.model.loss import owners, supervised_rows
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.reference_key import fingerprint
 from sicog_mcore.train.step import Log, run_schedule
@@ -155,7 +155,8 @@ def _compute(
     known = dict(_read(unfinished, stamp)) if topology.loads_data else {}
     topology.gather_objects(None)  # all have read before anything is written
     if topology.is_main:
-        _write(unfinished, [{STAMP: stamp}, *_lines(known)], "w")
+        with whole_file(unfinished) as aside:
+            append_lines(aside, _lines(known, stamp))
     # Its own folder: pairs that are refused here will be refused, and reported, in training too.
     begun = opened.from_the_start() if opened else None
     feed = Feed(replace(experiment, output=str(path.parent)), topology, begun, first_step=1)
@@ -173,7 +174,7 @@ def _compute(
                 gathered = topology.gather_objects({name: pair for name, pair in mine.items() if name not in known})
                 known |= mine
                 if topology.is_main:
-                    _write(unfinished, [line for entries in gathered for line in _lines(entries)], "a")
+                    append_lines(unfinished, [line for part in gathered for line in _lines(part)], is_synced=True)
                 num_written += sum(map(len, gathered))
                 if time.monotonic() - told_at > NOTICE_EVERY_S:
                     told_at = time.monotonic()
@@ -186,7 +187,7 @@ def _compute(
         feed.close()
     if topology.is_main:
         with writing(path):
-            os.replace(unfinished, path)
+            move(unfinished, path)
     topology.gather_objects(None)  # nobody reads before that
 
 
@@ -196,15 +197,12 @@ def _anywhere(topology: Topology, *facts: bool) -> list[bool]:
     return [count > 0 for count in found.tolist()]
 
 
-def _lines(entries: Entries) -> Iterable[dict[str, object]]:
-    return ({"id": name, "chosen": chosen, "rejected": rejected} for name, (chosen, rejected) in entries.items())
-
-
-def _write(path: Path, lines: Iterable[Mapping[str, object]], mode: str) -> None:
-    with writing(path), path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+def _lines(entries: Entries, stamp: str = "") -> Iterable[str]:
+    """The entries as they stand in the file; with a stamp, as the whole file."""
+    if stamp:
+        yield json.dumps({STAMP: stamp})
+    for name, (chosen, rejected) in entries.items():
+        yield json.dumps({"id": name, "chosen": chosen, "rejected": rejected})
 
 
 def _fits(path: Path, stamp: str) -> bool:

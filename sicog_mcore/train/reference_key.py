@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from sicog_mcore.checkpoint.locate import CHECKPOINTS
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.fingerprint import TOKENIZER, DataMark
-
-CHECKPOINTS = "checkpoints"
 
 
 def fingerprint(experiment: Experiment, mark: DataMark) -> str:

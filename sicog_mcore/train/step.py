@@ -20,8 +20,8 @@ from torch import Tensor
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.model.loss import owners, supervised_rows
 from sicog_mcore.parallel.ahead import DeviceBatches
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.metrics import PreferenceStats
 
 Log: TypeAlias = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ from tests.architecture.source import dotted, imports, python_files, read
 
 OURS = ("sicog_mcore", "kernels", "launch", "tools", "examples")  # tests may: they prove what others would do
 OPENS_PICKLES = "sicog_mcore/parallel/shard_files.py"  # by a list of names
-OPENS_CHECKPOINTS = "sicog_mcore/checkpoint/files.py"  # through the file above
+OPENS_CHECKPOINTS = "sicog_mcore/checkpoint/trusted_files.py"  # through the file above
 PICKLERS = ("marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle")
 PICKLE_READERS = ("load", "loads", "Unpickler", "_Unpickler", "_load", "_loads")
 RUNS_TEXT = ("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec")

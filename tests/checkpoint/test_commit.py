@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sicog_mcore import files
 from sicog_mcore.checkpoint import commit
 from sicog_mcore.checkpoint.store import Found, find_checkpoint
 from sicog_mcore.config import CheckpointConfig
@@ -67,7 +68,7 @@ def test_a_save_killed_before_the_rename_leaves_the_previous_one(
     committed(tmp_path, 5)
     folder = write_aside(tmp_path, 10)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(commit.os, "rename", interrupt)
+        patch.setattr(files.os, "replace", interrupt)
         commit.commit(folder)
     assert commit.committed_steps(tmp_path) == [5]
     assert commit.unfinished_folders(tmp_path) == [commit.aside(folder)]

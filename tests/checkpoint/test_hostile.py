@@ -180,7 +180,7 @@ def test_an_environment_that_asks_for_full_pickles_changes_nothing(source: Any, 
 
 def test_a_state_of_fp8_is_not_handed_on(source: Any, tmp_path: Path) -> None:
     """Transformer Engine would open its bytes as a pickle."""
-    from sicog_mcore.checkpoint.files import _require_no_extra_state
+    from sicog_mcore.checkpoint.trusted_files import _require_no_extra_state
 
     state = torch.frombuffer(bytearray(pickle.dumps({"scale": 1})), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="fp8"):

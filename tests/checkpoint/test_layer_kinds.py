@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from sicog_mcore.build import Build, build_chunks, build_model, plan_build
-from sicog_mcore.checkpoint.parts import PARTS, load_parts, read_tensors
+from sicog_mcore.checkpoint.part_reader import load_parts, read_tensors
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
-from sicog_mcore.checkpoint.targets import local_parameters
+from sicog_mcore.checkpoint.targets import PARTS, local_parameters
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, LayerKind
 from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.reference import FrozenReference
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches

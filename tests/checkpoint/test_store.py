@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sicog_mcore import files
 from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.checkpoint import commit, store
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, CheckpointError, MachineError
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
@@ -216,8 +217,8 @@ FAULTS: dict[str, tuple[Any, str] | int] = {
     "first file": 500,
     "weights": 100_000,
     "random states": (store, "save_rng"),
-    "sync": (commit.os, "fsync"),
-    "rename": (commit.os, "rename"),
+    "sync": (files.os, "fsync"),
+    "rename": (files.os, "replace"),
 }
 
 

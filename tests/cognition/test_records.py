@@ -47,8 +47,8 @@ def test_a_record_comes_back_equal(record: Generation | Scores | Decision, suffi
         ({"seed": "7"}, "seed: found '7'"),
         ({"seed": True}, "seed: found True"),
         ({"task": "poem"}, "task: found 'poem'"),
-        ({"candidates": [{}]}, "candidates: fields"),
-        ({"more": 1}, "['more'] are missing or unknown"),
+        ({"candidates": [{}]}, "candidates[0].prompt: found None (is missing)"),
+        ({"more": 1}, "more: found 1 (no such field)"),
     ],
 )
 def test_a_wrong_field_is_named_with_file_and_line(change: dict[str, object], named: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from sicog_mcore.config import Experiment, SourceConfig
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP
-from sicog_mcore.launcher import EXIT_INTERRUPTED, start_training
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_GIVE_UP, EXIT_INTERRUPTED
+from sicog_mcore.launcher import start_training
 from sicog_mcore.stages import PRETRAIN
 from tests.builders import tiny_experiment, write_dataset
 from tests.e2e.runs import LAUNCHER, PATIENCE_S, read_metrics, start_launcher

@@ -127,6 +127,8 @@ PROVEN_ELSEWHERE: Mapping[str, str] = {
     "data.worker_timeout_s": "data/test_loader.py",
     "data.bad_window": "data/test_quarantine.py",
     "data.on_change": "data/test_resume.py",
+    "data.index": "data/index/test_build_index.py",
+    "data.index_limit_s": "train/test_index_share.py",
     "parallel.tensor": "e2e/test_layouts.py",
     "parallel.pipeline": "e2e/test_layouts.py",
     "parallel.virtual_pipeline": "e2e/test_layouts.py",
@@ -141,6 +143,13 @@ PROVEN_ELSEWHERE: Mapping[str, str] = {
     "init.tower": "checkpoint/test_weights.py",
     "init.resampler": "checkpoint/test_weights.py",
     "init.decoder": "checkpoint/test_weights.py",
+    "held_out.every_steps": "train/test_held_out_check.py",
+    "held_out.sources": "train/test_held_out_check.py",
+    "held_out.benchmark": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.images": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.prompt": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.max_new_tokens": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.batch": "cognition/evaluation/test_benchmark_grader.py",
 }
 
 

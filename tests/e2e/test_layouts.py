@@ -34,7 +34,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _experiment(data: Path, output: Path, **overrides: Any) -> Experiment:
     train = {"steps": STEPS, "packs_per_step": 4, "tensorboard": False} | overrides.pop("train", {})
-    return tiny_experiment(data, output=str(output), train=train, data={"token_budget": 512}, **overrides)
+    # At the preset's rate the weights overshoot in step 2, and the large gradient of step 3 magnifies rounding.
+    optim = {"lr": 5e-4}
+    return tiny_experiment(data, output=str(output), train=train, data={"token_budget": 512}, optim=optim, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +71,15 @@ def test_recompute_equals_none(
     _assert_same(train_ranks(_experiment(data, tmp_path, train=train), 1), one_rank[0])
 
 
-def test_a_pipeline_recomputes_in_every_chunk_and_frees_its_outputs(data: Path, one_rank: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks, frees", [(2, False), (1, True)])
+def test_a_pipeline_recomputes_in_every_chunk_and_frees_its_outputs(
+    chunks: int, frees: bool, data: Path, one_rank: Any, tmp_path: Path
+) -> None:
     experiment = _experiment(
         data,
         tmp_path,
-        parallel={"pipeline": 2, "virtual_pipeline": 2},
+        parallel={"pipeline": 2, "virtual_pipeline": chunks},
         train={"recompute_decoder": "block", "recompute_layers": 1},
     )
-    experiment = with_values(experiment, {"model.decoder.mcore": {"deallocate_pipeline_outputs": True}})
+    experiment = with_values(experiment, {"model.decoder.mcore": {"deallocate_pipeline_outputs": frees}})
     _assert_same(train_ranks(experiment, 2), one_rank[0])

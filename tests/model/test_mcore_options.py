@@ -57,3 +57,11 @@ def test_what_is_refused_says_why(options: dict[str, bool | int | float | str], 
     decoder = type(tiny.model.decoder)(**{**vars(tiny.model.decoder), "mcore": options})
     with pytest.raises(ConfigError, match=words):
         decoder_transformer_config(decoder, tiny.parallel, tiny.train, on_gpu=False, with_te=False)
+
+
+def test_outputs_are_not_freed_while_the_interleaved_schedule_sends_them() -> None:
+    options = {"deallocate_pipeline_outputs": True}
+    (problem,) = option_problems(options, with_te=False, interleaved=True)
+    assert "still sending" in problem.problem and "virtual_pipeline=1" in problem.fix
+    assert option_problems(options, with_te=False) == []
+    assert option_problems({"deallocate_pipeline_outputs": False}, with_te=False, interleaved=True) == []

@@ -140,7 +140,7 @@ def test_a_checkpoint_with_a_nan_is_no_start(
     assert "NaN or infinite values in 1 tensors: ln_q.bias in projector.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
     with monkeypatch.context() as patched:  # as an earlier version wrote it
-        patched.setattr(weights.Watch, "see", lambda *_: None)
+        patched.setattr(weights.FiniteWatch, "see", lambda *_: None)
         assert convert.main(arguments) == 0
     capsys.readouterr()
     assert (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sicog_mcore.cognition.records import Generation, write_records
-from tests.cognition.evaluation.test_evaluate import generation
+from tests.cognition.evaluation.test_judging import generation
 from tools.evaluate import main
 
 NUM_ITEMS = 6

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sicog_mcore.data.quarantine import Quarantine, Rejection
-from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, MachineError, SicogError, writing
+from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, MachineError, SicogError
+from sicog_mcore.files import LineFile, append_lines, writing
 from sicog_mcore.train import metrics, reference
 from sicog_mcore.train.feed import CountingLoader
 from sicog_mcore.train.metrics import MetricsLog, drop_steps_from
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 def write_metrics(folder: Path) -> None:
     (folder / metrics.METRICS_FILE).symlink_to(FULL)
     log = MetricsLog.__new__(MetricsLog)
-    log._path, log._board, log._lines = folder / metrics.METRICS_FILE, None, FULL.open("a", encoding="utf-8")
+    log._board, log._lines = None, LineFile(folder / metrics.METRICS_FILE)
     try:
         log.write(STATS)
     finally:
@@ -34,11 +35,11 @@ def write_metrics(folder: Path) -> None:
 def drop_steps(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
-    (folder / "metrics.tmp").symlink_to(FULL)
+    (folder / "metrics.jsonl.partial").symlink_to(FULL)
     try:
         drop_steps_from(path, 2)
     finally:
-        assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not (folder / "metrics.tmp").is_symlink()
+        assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not (folder / "metrics.jsonl.partial").is_symlink()
 
 
 def record_consumed(folder: Path) -> None:
@@ -52,7 +53,7 @@ def record_rejection(folder: Path) -> None:
 
 
 def write_reference(folder: Path) -> None:
-    reference._write(FULL, [{"id": "a"}], "a")
+    append_lines(FULL, list(reference._lines({"a": (0.0, 0.0)})), is_synced=True)
 
 
 @pytest.mark.parametrize("write", [write_metrics, drop_steps, record_consumed, record_rejection, write_reference])

@@ -14,8 +14,8 @@ from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.config import DpoConfig, Experiment
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch, Segment
 from sicog_mcore.data.collate import collate
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.dpo import Preferences
 from sicog_mcore.train.step import NextToken, StepResult, train_step
 from tests.batches import SLICED, WIDE, random_sample

@@ -18,12 +18,12 @@ import xxhash
 
 from sicog_mcore.cognition.item_keys import is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.cognition.prompts import ask, find_prompt
-from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.rows import BuildSample, JsonRow, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, Role, Sample, Turn
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
+from sicog_mcore.files import whole_file
 
 ROW_FILES = (".json", ".jsonl")
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}

@@ -18,7 +18,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
-import xxhash
 from PIL import Image
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -33,6 +32,7 @@ from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import SampleIndex
 from sicog_mcore.errors import MachineError, SampleError
+from sicog_mcore.files import hash_bytes
 
 ANSWER_FILES: Sequence[Literal["cod", "caption"]] = ("cod", "caption")
 ITEMS_FILE = "items.jsonl"
@@ -145,7 +145,7 @@ def survey(
             refused.append(Refusal("", origin, error.reason, error.detail))
             continue
         shown = repr((sample.id, relative_paths(sample, images), _shown(sample)))
-        usable.append((sample.id, AnnotationItem(row, sample.id, origin, xxhash.xxh3_128_hexdigest(shown.encode()))))
+        usable.append((sample.id, AnnotationItem(row, sample.id, origin, hash_bytes(shown.encode()))))
     return choose(usable, take, seed), refused
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sicog_mcore.cognition.whole_files import disk_faults, made_folder
-from sicog_mcore.errors import RecordError
+from sicog_mcore.errors import RecordError, SicogError
+from sicog_mcore.files import LineFile, cut_torn_line, disk_faults, made_folder
 
 FORMAT = 1
 CallOutcome = Literal["answer", "refused", "fault"]
@@ -87,12 +86,12 @@ class Ledger:
         self._begun: dict[int, tuple[str, Decimal]] = {}  # calls without an end: their item, and their price at most
         self._next = 0
         with disk_faults(path), made_folder(path.parent):
-            self._file = path.open("a+b")
+            self._file = LineFile(path)
             try:
                 self._lock()
                 self._load({"format": FORMAT} | dict(settings))
             except BaseException:
-                with suppress(OSError):  # it has been said
+                with suppress(SicogError):  # it has been said
                     self._file.close()
                 if not path.stat().st_size:
                     path.unlink()
@@ -104,8 +103,7 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with disk_faults(self._path):
-            self._file.close()
+        self._file.close()
 
     @property
     def committed(self) -> Decimal:
@@ -124,9 +122,7 @@ class Ledger:
     def end(self, number: int, call: Call) -> None:
         """Writes down how a call ended; when this returns it is on disk."""
         cost = None if call.cost is None else str(call.cost)
-        self._write({"call": number} | asdict(call) | {"cost": cost})
-        with disk_faults(self._path):
-            os.fsync(self._file.fileno())
+        self._write({"call": number} | asdict(call) | {"cost": cost}, is_synced=True)
         self._finish(number, call)
 
     def final(self, item: str) -> Call | None:
@@ -150,10 +146,8 @@ class Ledger:
             ) from error
 
     def _load(self, settings: dict[str, Any]) -> None:
-        self._file.seek(0)
-        lines = self._file.read().split(b"\n")
-        if torn := lines.pop():  # a whole file ends with a newline
-            self._file.truncate(self._file.tell() - len(torn))
+        cut_torn_line(self._path)
+        lines = self._path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:
                 self._replay(json.loads(line), settings, first=number == 1)
@@ -197,7 +191,5 @@ class Ledger:
         if call.final:
             self._finals[item] = call
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        with disk_faults(self._path):
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
+    def _write(self, row: Mapping[str, Any], is_synced: bool = False) -> None:
+        self._file.append(json.dumps(row), is_synced)

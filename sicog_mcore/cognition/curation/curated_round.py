@@ -10,7 +10,6 @@ as its id and reason, an image as about 600 bytes.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,12 +23,11 @@ from sicog_mcore.cognition.curation.datasets import RowWriter, encode, open_writ
 from sicog_mcore.cognition.curation.funnel import Funnel, StarvedFunnel
 from sicog_mcore.cognition.curation.near_duplicates import BITS, EXACT
 from sicog_mcore.cognition.curation.selection import Curation, Selection, read_source, select
-from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.records import Decision, Generation, Scores, to_json
-from sicog_mcore.cognition.whole_files import whole_folder
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
+from sicog_mcore.files import hash_file, move, sync, sync_tree, whole_folder
 
 DECISIONS, CURATED, PAIRS, FUNNEL = "decisions.jsonl", "curated", "pairs.jsonl", "funnel.json"
 ASIDE = ".curate.partial"
@@ -64,9 +62,7 @@ def curate(curation: Curation, out: Path) -> Funnel:
         (aside / CURATED).mkdir()
         _write(curation, selection, texts, funnel, aside)
         (aside / FUNNEL).write_text(funnel.to_json(), encoding="utf-8")
-        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
-            _sync(file)
-        _sync(aside / CURATED)
+        sync_tree(aside)
     _commit(aside, out)
     return funnel
 
@@ -123,7 +119,7 @@ def _inputs(curation: Curation) -> Mapping[str, Any]:
 
 def _hash(path: Path) -> str:
     try:
-        return digest(path)
+        return hash_file(path)
     except OSError as error:
         fix = "run the step that writes it first, or name another file"
         raise ConfigError([ConfigProblem("--source", str(path), str(error), fix)]) from error
@@ -215,19 +211,9 @@ def _keep(
 def _commit(aside: Path, out: Path) -> None:
     """Moves finished files to their places. Cut off anywhere, it leaves no funnel.json, and the next run starts anew."""
     (out / FUNNEL).unlink(missing_ok=True)
-    _sync(out)
+    sync(out)
     if (out / CURATED).exists():
-        os.replace(out / CURATED, aside / "old")
+        move(out / CURATED, aside / "old")
     for name in (CURATED, DECISIONS, PAIRS, FUNNEL):
-        os.replace(aside / name, out / name)
-        _sync(out)
+        move(aside / name, out / name)
     shutil.rmtree(aside)
-
-
-def _sync(path: Path) -> None:
-    """Until this returns, a loss of power may still undo what was written."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

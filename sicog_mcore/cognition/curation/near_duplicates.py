@@ -23,6 +23,7 @@ from PIL import Image
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import decode_image
 from sicog_mcore.errors import SampleError
+from sicog_mcore.files import hash_bytes
 
 # Scripts without spaces count by the sign, all others by the word.
 SIGNS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
@@ -77,7 +78,7 @@ def mark_any(data: bytes, limits: DataConfig) -> ImageMark:
 
 def content_hash(data: bytes) -> str:
     """As in ``Generation.image_hash``."""
-    return xxhash.xxh3_128_hexdigest(data)
+    return hash_bytes(data)
 
 
 def distance(one: ImageMark, other: ImageMark) -> int:

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import xxhash
-
 from sicog_mcore.cognition.evaluation.cells import (
     UnreadCells,
     is_missing,
@@ -28,12 +26,12 @@ from sicog_mcore.cognition.evaluation.cells import (
     texts,
     unread_keys,
 )
-from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.decode import read_bytes, read_size
 from sicog_mcore.data.rows import JsonRow, build_sample, locate_image, parse_row
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef
 from sicog_mcore.errors import RecordError, SampleError
+from sicog_mcore.files import hash_bytes, hash_file, whole_file
 
 EASY_VQA = "easy-vqa:"  # followed by "test" or "train"
 MAX_CELL = 1 << 28  # characters; images stand inside cells
@@ -104,13 +102,7 @@ def benchmark_hash(benchmark: str) -> str:
 
 def content_hash(path: Path) -> str:
     """xxh128 of a file in hexadecimal; empty for a folder."""
-    digest = xxhash.xxh3_128()
-    if path.is_dir():
-        return ""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return "" if path.is_dir() else hash_file(path)
 
 
 def prompt_text(item: BenchmarkItem) -> str:
@@ -173,7 +165,7 @@ def _place(picture: Picture, root: str, folder: Path, names: Mapping[str, Sequen
     data = _decode(picture.value) if picture.kind == "base64" else read_bytes(locate_image(picture.value, root))
     read_size(data, DataConfig())
     suffix = next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), ".img")
-    path = folder / (xxhash.xxh3_128_hexdigest(data) + suffix)
+    path = folder / (hash_bytes(data) + suffix)
     if not path.exists() or path.stat().st_size != len(data):
         with whole_file(path) as aside:
             aside.write_bytes(data)

@@ -32,8 +32,8 @@ from sicog_mcore.cognition.evaluation.intervals import bootstrap_interval, mcnem
 from sicog_mcore.cognition.prompts import Prompt, find_prompt
 from sicog_mcore.cognition.records import Candidate, Generation
 from sicog_mcore.cognition.spelling import plain
-from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
+from sicog_mcore.files import whole_file
 
 FORMAT = 2  # 1 had no rules
 OUTCOMES, SUMMARY = "results.jsonl", "results.json"

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from sicog_mcore.cognition.item_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
@@ -21,10 +19,10 @@ from sicog_mcore.data.rows import ROLES, JsonRow, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
+from sicog_mcore.files import hash_file
 
 ANSWER: Mapping[str, str] = {"from": "gpt", "value": "-"}  # stands in for the label that nobody needs
 USED_KEYS = ("id", "image", "conversations")
-CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,13 @@ class GenerationItem:
     detail: str = ""
     origin: str = ""
     unasked: tuple[str, ...] = ()
+
+    def image_hash(self) -> str:
+        """``hash_file`` of the image as it is now; empty where there is none, or where it cannot be read."""
+        try:
+            return hash_file(Path(self.refs[0].path)) if self.refs else ""
+        except OSError:
+            return ""
 
 
 def read_items(
@@ -141,19 +146,6 @@ def _question(row: JsonRow) -> JsonRow:
 
 def _first_question(turns: list[object]) -> object:
     return next((turn for turn in turns if _is_question(turn)), turns[0])
-
-
-def digest(path: Path) -> str:
-    """xxh128 of a file's bytes, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def _is_question(turn: object) -> bool:

@@ -8,7 +8,6 @@ the same, or is refused.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from sicog_mcore.cognition.records import Generation, from_json, to_json, write_records
-from sicog_mcore.cognition.whole_files import disk_faults, whole_file
 from sicog_mcore.errors import RecordError
+from sicog_mcore.files import LineFile, cut_torn_line, whole_file
 
 FOLDER = "parts"
 HEADER = "header.json"
@@ -38,10 +37,7 @@ class PartWriter:
     """Appends records to a file of its own; use it as a context."""
 
     def __init__(self, folder: Path, name: str):
-        self._path = folder / FOLDER / f"{name}{SUFFIX}"
-        with disk_faults(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
+        self._file = LineFile(folder / FOLDER / f"{name}{SUFFIX}")
 
     def __enter__(self) -> PartWriter:
         return self
@@ -49,8 +45,7 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with disk_faults(self._path):
-            self._file.close()
+        self._file.close()
 
     def commit(self, record: Generation) -> None:
         """Returns when the record is on disk.
@@ -58,10 +53,7 @@ class PartWriter:
         Raises:
             MachineError: the disk is full or broken; half a line that is left is cut off by ``open_parts``.
         """
-        with disk_faults(self._path):
-            self._file.write(to_json(record).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._file.append(to_json(record), is_synced=True)
 
 
 def open_parts(folder: Path, header: Header) -> frozenset[str]:
@@ -85,7 +77,7 @@ def open_parts(folder: Path, header: Header) -> frozenset[str]:
         with whole_file(path) as aside:
             aside.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
     for part in parts.glob(f"*{SUFFIX}"):
-        _cut_half_line(part)
+        cut_torn_line(part)
     return frozenset(_index(parts))
 
 
@@ -129,23 +121,6 @@ def _require_same(found: Header, wanted: Header, folder: Path) -> None:
             f"{folder} holds records made with other inputs; restore these, choose another --out, or remove "
             f"{folder / FOLDER}:\n{listed}"
         )
-
-
-def _cut_half_line(path: Path) -> None:
-    """Cuts off what stands behind the last line end: the record was not committed."""
-    with path.open("r+b") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
 
 
 def _index(parts: Path) -> dict[str, _Place]:

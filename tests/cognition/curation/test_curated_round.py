@@ -15,14 +15,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from sicog_mcore.cognition.curation import curate as module
+from sicog_mcore import files
+from sicog_mcore.cognition.curation import curated_round as module
 from sicog_mcore.cognition.curation.conversations import TURN_QUESTIONS, PairBounds, find_rejected
 from sicog_mcore.cognition.curation.curated_round import curate
 from sicog_mcore.cognition.curation.datasets import open_writers
 from sicog_mcore.cognition.curation.filters import PerPrompt
 from sicog_mcore.cognition.curation.funnel import StarvedFunnel
 from sicog_mcore.cognition.curation.selection import CandidateSource, ScoreFile
-from sicog_mcore.cognition.generation.items import digest
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.cognition.records import Decision, PromptUse, read_by_id, read_records
 from sicog_mcore.config import DataConfig, SourceConfig
@@ -30,6 +30,7 @@ from sicog_mcore.data.decode import decode_image, read_bytes
 from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import ConfigError, RecordError
+from sicog_mcore.files import hash_file
 from tests.curation import COD, Made, Said, chain, curation, failed, item, write_round
 
 LAST = COD[-1]
@@ -332,7 +333,7 @@ def test_shards_are_cut_by_size_and_hold_only_formats_that_others_read(tmp_path:
     made = [good(tmp_path, f"a.{i}/b", i) for i in range(3)]
     picture = Image.open(tmp_path / "images/i1.png")
     picture.save(tmp_path / "images/i1.bmp")
-    other = replace(made[1].generation, image="i1.bmp", image_hash=digest(tmp_path / "images/i1.bmp"))
+    other = replace(made[1].generation, image="i1.bmp", image_hash=hash_file(tmp_path / "images/i1.bmp"))
     folder = write_round(tmp_path, [made[0], replace(made[1], generation=other), made[2]])
     curate(curation(tmp_path, [folder]), folder)
     from sicog_mcore.cognition.curation.conversations import make_rows
@@ -463,7 +464,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     curate(old, mixed)
     before = everything(mixed)
     assert before != expected
-    target = {"_keep": module, "replace": module.os, "rmtree": module.shutil}[place]
+    target = {"_keep": module, "replace": files.os, "rmtree": module.shutil}[place]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(target, place, killing(vars(target)[place], after))
         curate(new, mixed)
