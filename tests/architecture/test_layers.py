@@ -73,7 +73,10 @@ RULES: tuple[tuple[str, Rule], ...] = (
         "sicog_mcore/model/",
         Rule((*BATCH, "sicog_mcore.model"), (*TRAINING, "transformer_engine", "flash_attn", "safetensors", "xxhash")),
     ),
-    ("sicog_mcore/parallel/", Rule((*BATCH, "sicog_mcore.parallel", "sicog_mcore.ranks"), TRAINING)),
+    (
+        "sicog_mcore/parallel/",
+        Rule((*BATCH, "sicog_mcore.data.wire", "sicog_mcore.parallel", "sicog_mcore.ranks"), TRAINING),
+    ),
     (
         "sicog_mcore/checkpoint/",
         Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
