@@ -11,10 +11,8 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from sicog_mcore.cognition import spelling
+from sicog_mcore.cognition.answer_cues import NEARBY, QUANTITY, REJECTED
 from sicog_mcore.cognition.answer_grammar import (
-    NEARBY,
-    QUANTITY,
-    REJECTED,
     Reading,
     lone_letter,
     named_letter,

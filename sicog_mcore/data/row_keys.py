@@ -31,7 +31,7 @@ IGNORED = frozenset(
     record form corruption caption_source
     """.split()
 )
-# What curation writes into each of its rows: from which record it comes, in which form, and what the model was asked.
+# Keys that curation writes into each of its rows: the record it comes from, its form, and the model's prompt.
 CURATED = frozenset(("record", "form", "prompt"))
 # The name of a picture, which the row gives by ``image`` already.
 IGNORED_BESIDE_IMAGE = frozenset("image_id image_url image_name img_id file_name filename coco_url flickr_url".split())
@@ -66,7 +66,7 @@ PREFERENCE = frozenset(
     ("chosen", "rejected", "rejectedresponse", "rejectedresponses", "chosenresponse", "rejectedmessages", "ktotag")
 )
 REASONING = frozenset(("reasoningcontent", "reasoning", "thinking", "thought", "thoughts"))
-# What decides which tokens are learnt, and the value at which it says what is done anyway; None: no value does.
+# Keys that decide which tokens are learnt, and the value at which they ask for what is done anyway; None: no value does.
 LEARNING: Mapping[str, int | None] = {
     **dict.fromkeys(("loss", "lossweight", "lossscale", "weight", "sampleweight", "train", "trainable"), 1),
     **dict.fromkeys(("maskprompt", "maskinputs", "maskinput"), 1),
@@ -100,7 +100,7 @@ LLAVA_EXAMPLE = '"conversations": [{"from": "human", "value": ...}, {"from": "gp
 
 
 class KeyFault(NamedTuple):
-    """What keeps a row from being used: its key, and what was found, expected, and the remedy."""
+    """A fault that keeps a row from being used: its key, and what was found, expected, and the remedy."""
 
     key: str
     detail: str
@@ -145,6 +145,7 @@ def row_faults(row: Mapping[str, Any], used: frozenset[str], num_images: int) ->
         used: keys that have a meaning in this run: ROW_KEYS or PAIR_KEYS.
         num_images: images of the row.
     """
+    # Nearly all rows end here, with two comparisons of sets and no look at any value.
     if row.keys() <= used or row.keys() <= (allowed := used | IGNORED):
         return []
     faults: list[KeyFault] = []
@@ -167,6 +168,7 @@ def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[KeyFault]:
         is_answer: whether it is learnt.
     """
     keys = turn.keys()
+    # Nearly all turns end here.
     if keys == LLAVA_TURN or keys == MESSAGE_TURN:
         return []
     faults = []
@@ -191,6 +193,7 @@ def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[KeyFault]:
 def suggestion(row: Mapping[str, Any], wanted: str) -> str:
     """Which key may be meant where ``wanted`` is missing, as an end of a sentence; empty if none looks like it."""
     plain = {_plain(key): key for key in list(row)[:MAX_LOOKED_AT]}
+    # Names that are in use elsewhere come before names that merely look alike.
     known = [plain[name] for name in (wanted, *SUGGESTIONS.get(wanted, ())) if name in plain]
     if not known:
         known = [plain[name] for name in get_close_matches(wanted, list(plain), n=1, cutoff=0.75)]
@@ -213,8 +216,10 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
     """Why the row cannot be used with this key; empty if it can."""
     plain, value = _plain(key), row[key]
     name = f"the key {key[:MAX_KEY_CHARS]!r}"
+    # The key differs from a used one in case or signs alone, so it was surely meant.
     if plain in used and plain != "id":  # all used keys are plain themselves
         return "" if row.get(plain) == value else f"{name} is not known; rename it to {plain!r}"
+    # An unknown key is harmless, unless its value shows that a picture was to be given.
     if plain not in NAMED:
         file = "" if num_images else _media_file(value)
         return (

@@ -60,7 +60,7 @@ Hashes = NDArray[np.uint64]
 
 
 class RowHashes(NamedTuple):
-    """What the rows of a file are recognised by, in order.
+    """The hashes by which the rows of a file are recognised, in order.
 
     Attributes:
         ids: uint64 [rows]: hash of every row's id.
@@ -84,6 +84,7 @@ class RowIds:
         self._name = name
         self._path = path
         self._survey = survey
+        # Eight bytes a row each, for files of many millions.
         self._hashes = array("Q")
         self._contents = array("Q")
 
@@ -214,7 +215,7 @@ def build_sample(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, ori
 
 
 def build_dialogue(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
-    """The same for a row whose other keys were judged before."""
+    """Builds the Sample of a row whose other keys were judged before."""
     turns = _turns(row)
     _check_order(turns)
     _check_media(turns, bool(images))
@@ -275,6 +276,7 @@ def locate_image(path: str, root: str) -> ImageRef:
         SampleError: image_path_unsafe.
     """
     if not is_unsafe_path(path):
+        # Links are followed first. commonpath compares whole names, so that /data-2 does not count as inside /data.
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath([root, real]) == root:
             return ImageRef(real)
@@ -316,6 +318,7 @@ def _turns(row: JsonRow) -> list[Turn]:
     if row.get("system") is None or row["system"] == "":
         return turns
     system = Turn("system", _text(row["system"], "system"))
+    # Both ways of giving a system turn are in use; together they must agree.
     if turns[:1] and turns[0].role == "system":
         if turns[0] != system:
             detail = "the field 'system' and the conversation's system turn differ; keep one of them"
