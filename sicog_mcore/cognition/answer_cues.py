@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from sicog_mcore.cognition.spelling import CJK, NUMBER_WORDS, SCALES, TENS
 
 NEARBY = 48  # characters around a letter that decide whether it is meant
+# Three families write their thoughts differently: <think>, ◁think▷ and [THINK].
 THOUGHT = re.compile(r"(?:<|◁|\[(?=/?THINK\]))(?P<close>/?)(?i:think|thinking|thoughts?|reasoning|reflection)[>▷\]]")
 TAG = re.compile(r"<(?P<close>/?)(?i:answer|final_answer|conclusion)>|<\|(?:begin|(?P<end>end))_of_box\|>")
+# A key that means the answer, then a text in either kind of quotes, or a number.
 JSON = re.compile(
     r"[\"'](?i:(?:final|correct)?[_ ]?answer|choice|答案)[\"']\s?:\s?(?:\"([^\"\n]*)\"|'([^'\n]*)'|(-?[\d.]+))"
 )
@@ -23,6 +25,8 @@ JOINED = re.compile(r"[\s$,.;&/]*(?:and|or|和|或|与)?[\s$]*")  # between two 
 NOUN = r"(?:option|choice|letter|answer|figure|image|picture|statement|选项|選択肢)"
 FILLER = r"(?:(?:most\s)?likely|probably|clearly|definitely|therefore|thus|indeed|simply)\s"
 BE = r"(?:is|was|would\sbe|must\sbe|should\sbe|will\sbe|has\sto\sbe|ist|est|es)"
+# Behind a letter that names an option: no further letter, no "'s", "-ray", "+", "#" or ".g". Signs of CJK may follow,
+# for these scripts leave no space. STANDING is the same in front of it.
 NOT_IN_WORD = rf"(?![^\W{CJK}]|'\w|-\w|[+#]|\.[A-Za-z]\b)"
 STANDING = rf"(?<![^\W{CJK}])(?<!')(?<!\b[A-Za-z]\.)"
 OPEN = r"\s?[(\[{\"'<$]{0,3}\s?"
@@ -30,6 +34,7 @@ STATED = (  # what the answer stands behind, in any kind of answer
     r"\b(?:answer|(?:correct|right|best|final)\s(?:choice|option|letter|answer|one)|(?:my|the)\s(?:choice|pick|guess)|antwort"
     r"|r[ée]ponse|respuesta)(?:\s(?:choice|option|letter))?(?:\s(?:to|for|of|here)\b[^.:?!\n]{0,60}?)?"
     rf"(?:\s{BE}(?![^\W{CJK}])\s?:?|\s?(?:[:=]|->|→))"
+    # A heading "Answer" with the answer below, or "####", which marks the last line of GSM8K's answers.
     r"|(?:^|\n)#{0,6}\s?(?:the\s)?(?:final\s)?answer\s?\n|(?:^|\n)#{4}\s(?=[^\n]*$)"
     r"|\[(?:答案|正解)\]|(?:答案|正解|答え|解答)(?:选项)?(?:应该|应当|应|就|只能)?(?:选择|选|是|为|為|は|[:=])\s?:?"
     r"|正确(?:的)?(?:选项|答案|的)?(?:应该|应|就)?(?:是|为|為|:)\s?:?|(?:정답|답)(?:은|는|\s?:)"
@@ -42,6 +47,7 @@ SO = (  # the same, where the sentence must end with it
     r"\b(?:so|therefore|thus|hence|then|overall|in\sconclusion|conclusion)\b\s?[:,]?\s?"
     rf"(?:(?:it|that|this)?(?:'s|\s?{BE}))?|(?:故|所以|因此|综上所述|综上|因而|可知|则)[,:]?\s?(?:是|为)?|(?:→|=>|⇒)"
 )
+# Up to five small words may stand between "not" and the letter, unless one of them begins a new thought ("but", "so").
 REJECTED = re.compile(  # before a letter, or before what states it
     r"(?:(?i:\b(?:not|nor|neither|cannot|never)|n't)(?:\s(?!but\b|it\b|rather\b|so\b|and\b|then\b|as\b|since\b|because\b)[a-z']+){0,5}\s"
     r"|(?i:\b(?:than|except|unlike|over|wrong|incorrect|false|excludes?|excluding|without|eliminated?|instead\sof|opposed\sto"
@@ -56,6 +62,8 @@ REFUSED = re.compile(  # behind a letter
     r"|[^.\n]{0,30}?,\s(?:so|which\sis)\s(?:no|not|wrong|false|incorrect)\b)"
     r"|[)\]\"':]*\s?(?i:not\b)|[)\]\"']*(?:选项|项|是|都|也|显然|明显|:)*\s?(?:不|错|误|×|✗|✘|❌)"
 )
+# "A" and "I" are words as well. In front of a noun they are an article and a pronoun; in front of these they are
+# letters.
 AFTER_LETTER = re.compile(  # words that follow a letter, and no article
     r"\s(?:because|since|as|for|and|or|is|are|was|but|which|that|with|in|on|over|not|rather|instead|here|based|given|due|from|by"
     r"|shows?|matches|fits|seems|looks|must|would|should|has|describes?|depicts?|represents?|it\sis)\b"
@@ -67,6 +75,8 @@ LEADS_TO_LETTER = re.compile(
     r"|only|just|both|either|ist|est|es)|'s)\s)[(\[\"']*$"
 )
 NAMED_IN_CJK = re.compile(r"[是为為选選择擇项項取即于应為は](?:[(\[\"'\s]*)$")
+# The first hit counts, so "not correct" is bad. "right" is a side as well: "the right hand", "on the right" judge
+# nothing.
 VERDICT = re.compile(
     r"(?P<bad>(?i:\b(?:not|isn't|never)\b|n't\b|\b(?:incorrect|wrong|false|no|inaccurate|cannot|impossible)\b)"
     r"|不|错|误|✗|✘|❌|×|☒)"
@@ -77,6 +87,7 @@ VERDICT = re.compile(
     r"|\b(?:is|as)\sthe\s(?:best\s)?(?:answer|match)\b)|正确|正しい|符合|对(?!于|比|应|面|称|象)|✓|✔|✅|☑|√)"
 )
 
+# Signs that go on as a question ("是否", "是不是", "有没有") are no answer; neither is "no" in "no. 3" or "no doubt".
 YES = r"(?:yes|yeah|yep|yup|はい|是(?!否|不是)|对(?!不|于|比)|有(?!没有|无|可能)|네|예)"
 NO = (
     r"(?:no(?!\.?\s?\d|\s(?:doubt|idea|question|way\sto)\b)|nope|nah|いいえ"
@@ -90,8 +101,10 @@ NO_ANSWER = re.compile(  # a negation that says nothing about the question
     re.I,
 )
 FIRST_WORD = re.compile(rf"\W*(?:(?i:well|sure|ok|okay|oh|so)\b[\s,.!]*)?(?i:(?P<yes>{YES})|(?P<no>{NO}))(?![a-z])")
+# Within a clause "no" denies a thing ("no cat"); only in front of a pause does it answer.
 WORDS = re.compile(r"(?i:\b(?P<yes>yes|yeah)\b|\b(?P<no>no)\b(?!\.\s?\d)(?=\W*(?:$|[.,;!\n])))")
 NEGATION = re.compile(r"(?i:\b(?:no|not|none|never|neither|nothing|nobody)\b|n't\b)|没(?!错)|(?<!是)不是|并非")
+# "Not red but blue" answers another question than yes or no.
 CONTRAST = re.compile(
     r"(?i:\b(?:but|instead|rather|only|however|except|although|though|it\sis|it's|they\sare)\b)|而是|而|但|只"
 )
@@ -102,15 +115,20 @@ UNITS = (  # that stand right behind a number; any may stand behind a space
     r"(?:[mglhtsVAWNJLCF]|(?i:[mckµμ]m|in|ft|yds?|mi|km/?h|kph|mph|[mkµμ]g|lbs?|oz|[mc]l|ms|secs?|mins?|hrs?|px|[kmg]w|[kmg]?wh"
     r"|[km]v|ma|[kmg]?hz|[kmgt]b|kj|k?cal|k?pa|kn|mol|deg|rad|usd|eur|rmb))"
 )
+# Groups of three by comma, apostrophe or space, and the Indian way, 12,34,567.
 GROUPED = r"\d{1,3}(?:[,']\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?: \d{3})+(?! ?\d)"
+# A decimal comma counts only behind groups ("1.234,5"): "1,5" may be a list of two numbers.
 WHOLE = rf"(?:\d{{1,3}}(?:[. ]\d{{3}})+,\d+(?![\d,])|(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
 SPELLED = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True))
+# Number words, from the inside out: up to ninety-nine, then with hundreds, then with thousands and more (in QUANTITY).
 TO_99 = (
     rf"(?:(?:(?:{TENS.replace(' ', '|')})[- ](?:one|two|three|four|five|six|seven|eight|nine)|{SPELLED}"
     r"|a(?=[ -](?:hundred|thousand)))\b)"
 )
 CHUNK = rf"(?:{TO_99}(?:[- ]hundred\b(?:[- ](?:and[- ])?{TO_99})?)?)"
 SCALE = r"(?:thousand|million|billion|trillion)\b"
+# Never a piece of something longer: the borders refuse words, decimals, powers, fractions, times such as 12:30. With
+# re.A the signs of CJK are no letters, so a number may stand right beside them.
 QUANTITY = re.compile(
     r"(?<![\w.,^/])(?<!\d[:/])(?P<minus>(?:-|(?i:minus|negative)\s)?)(?:(?P<currency>[$€£¥])\s?)?"
     rf"(?:(?:(?P<mixed>\d{{1,3}}) (?=\d+/\d))?(?P<digits>{WHOLE})(?:(?i:e)(?P<e>[-+]?\d{{1,3}}))?"

@@ -1,4 +1,4 @@
-r"""The grammar of answers: which rule reads a letter, yes or no, a number or a text out of what a model wrote.
+r"""The grammar of answers: rules that read a letter, yes or no, a number or a text out of a model's text.
 
 In: text of a model, never evaluated   Out: Reading: a value and the rule that read it, or the failure that says why not
 Used by: answers.py. Nothing is guessed: a text that says two things, or none, is a failure with a name.
@@ -63,7 +63,7 @@ Value = TypeVar("Value")
 
 
 class Reading(NamedTuple, Generic[Value]):
-    """What a text says.
+    """The reading of a text: its value, or the failure to find one.
 
     Attributes:
         value: None where nothing can be read.
@@ -77,7 +77,7 @@ class Reading(NamedTuple, Generic[Value]):
 
 
 def spoken(text: str) -> str | None:
-    """The text without what a model thinks aloud; None if a thought does not end, so that no answer was reached."""
+    """Takes a model's thoughts out of a text; None if a thought does not end, so that no answer was reached."""
     kept: list[str] = []
     start, thinks = 0, False
     for match in THOUGHT.finditer(text):
@@ -96,10 +96,13 @@ def unwrap(text: str) -> Reading[str]:
     if said is None:
         return Reading(None, "", "think_not_closed")
     rule = ""
+    # From the outside in: each kind is searched in the content of the one before.
     for name, find in (("answer_tag", _tagged), ("json", _in_json), ("boxed", _boxed)):
         found = find(said)
         if not found:
             continue
+        # The last of several counts, for models revise. But two different ones side by side, joined by "and", are one
+        # double answer.
         for (_, end, one), (start, _, two) in zip(found, found[1:], strict=False):
             if found[-1][0] == start and JOINED.fullmatch(said, end, start) and plain(one) != plain(two):
                 return Reading(None, "", "several_answers")
@@ -126,6 +129,7 @@ def _in_json(text: str) -> list[tuple[int, int, str]]:
 
 def _boxed(text: str) -> list[tuple[int, int, str]]:
     """Boxes with balanced braces; one that does not end is none."""
+    # Braces are matched by hand, since a regular expression cannot balance \\boxed{\\frac{1}{2}}.
     opened: list[int] = []
     ends: dict[int, int] = {}
     for match in re.finditer(r"\\[{}]|[{}]", text):
@@ -150,6 +154,7 @@ def lone_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
 def stated_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     """The letter that stands alone in the last line, or behind the last words that announce it."""
     said, among = plain(text), _among(options)
+    # The last two lines, since a letter below another letter ends a list of options and chooses nothing.
     alone = [lone_letter(line, options).value for line in said.split("\n")[-2:]]
     if alone[-1]:
         echoed = alone[0] not in (None, alone[-1])  # lines of letters are the options again
@@ -158,6 +163,7 @@ def stated_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         rf"(?:(?i:{STATED}{CHOSEN})|(?P<so>(?i:{SO})))(?:\s?(?i:{FILLER}))?(?:\s?(?i:(?:the\s)?{NOUN}))?{OPEN}"
         rf"(?P<letter>(?i:[{among}])){NOT_IN_WORD}(?(so)(?=[)\]\"'}}$>]*\s?(?:$|[.,;!\n]|because\b|since\b)))"
     )
+    # Denied and conditional ones go first ("the answer is not B"); of the rest the last counts, for models revise.
     cued = [match for match in cue.finditer(said) if _is_meant(said, match, options)]
     if not cued:
         return Reading(None, "", "no_choice")
@@ -171,6 +177,7 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     said, among = plain(text), _among(options)
     heads = _heads(said, among)
     listed = {match["letter"].upper() for match in heads} if _is_list(said, heads, options) else set()
+    # "A: wrong. B: right." chooses by its verdicts, provided that exactly one is good.
     right, wrong = _judged(said, heads, options)
     if len(right) == 1:
         return Reading(right.pop(), "verdict")
@@ -179,6 +186,8 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         rf"[(\[\"'#>•-]{{0,6}}\s?(?i:{NOUN}\s)?[(\[]?(?P<letter>[{among}]|[{among.lower()}](?=[)\].:]))"
         rf"(?:[)\]]|[.:](?=\s|$|[{CJK}])|\s?[,;-](?=\s|[{CJK}])(?!\s?[{among}]{NOT_IN_WORD})|(?=\s(?:because|since)\b)|(?=因|\n))"
     ).match(said)
+    # A letter in front of the text chooses, unless it only begins a list of all options, or a line holds nothing but
+    # another.
     letter = lead["letter"].upper() if lead and _is_meant(said, lead, options) else ""
     alone = set(re.findall(rf"(?m)^\W*([{among}])\W*$", said))
     if letter and alone <= {letter} and (letter not in listed or listed - {letter} <= wrong):
@@ -187,6 +196,7 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         return Reading(letter, "leading_letter")
     if concluded:
         return Reading(concluded, "conclusion")
+    # Weakest last: a letter in brackets, then any capital that the words around it let stand for an option.
     for rule, pattern in (
         ("bracketed", rf"[(\[](?P<letter>[{among}])[)\]]"),
         ("only_letter", rf"{STANDING}(?P<letter>[{among}]){NOT_IN_WORD}"),
@@ -212,6 +222,7 @@ def read_yes_no(text: str) -> Reading[str]:
     cue = re.compile(rf"(?i:{STATED})(?:\s?(?i:{FILLER}))?{OPEN}(?i:(?P<yes>{YES})|(?P<no>{NO}))(?![a-z])")
     cued = [m for m in cue.finditer(said) if not REJECTED.search(said[max(0, m.start() - NEARBY) : m.start()])]
     first = FIRST_WORD.match(said)
+    # Announced before first word: "No wonder. The answer is yes."
     for rule, match in (("cue", cued[-1] if cued else None), ("yes_no_first_word", first)):
         if match:
             if HEDGED.match(said, match.end("yes" if match["yes"] else "no")):
@@ -223,6 +234,8 @@ def read_yes_no(text: str) -> Reading[str]:
         return Reading(kinds.pop(), part.rule or "yes_no_only_word")
     sentence = re.split(r"(?<=[.!?;])\s(?!\d)|\n|[.](?=[" + CJK + "])", said, maxsplit=1)[0]
     negated = NEGATION.search(sentence)
+    # Without yes or no, a first sentence with "no", "not" or "none" is a no, as POPE counts it; a hedge or a contrast
+    # is not.
     if not kinds and negated and not NO_ANSWER.search(sentence) and not CONTRAST.search(sentence, negated.end()):
         return Reading("no", part.rule or "yes_no_negation")
     return Reading(None, "", "several_answers" if kinds else "no_yes_no")
@@ -236,6 +249,7 @@ def read_quantity(text: str) -> Reading[float]:
     for inside, rule in ((part.value, part.rule), (spoken(text) or "", "")):  # a box may hold no number
         said = plain(inside)
         found = [(match.start(), value) for match in QUANTITY.finditer(said) if (value := _number(match)) is not None]
+        # A cued number begins where the cue ends, to the letter.
         ends = {match.end() for match in NUMBER_CUE.finditer(said)}
         cued = [value for start, value in found if start in ends]
         if cued:
@@ -257,6 +271,8 @@ def read_text(text: str) -> Reading[str]:
     if not cues:
         return Reading(said if part.rule == "boxed" else part.value, part.rule or "whole")
     stated = said[cues[-1].end() :].strip()
+    # A reason behind the answer goes first, for it may hold the end of a sentence; an answer of nothing else stays
+    # whole.
     for end in (REASON, SENTENCE_END):
         stated = end.split(stated, maxsplit=1)[0].strip() or stated
     return Reading(stated or part.value, part.rule or "cue")
@@ -272,8 +288,10 @@ def _is_meant(text: str, match: re.Match[str], options: Mapping[str, str]) -> bo
     if REJECTED.search(text[max(0, match.start() - NEARBY) : match.start()]):
         return False
     own = options.get(letter, "").casefold()
+    # An option's own words may deny something themselves ("B. is not a cat"); then they refuse nothing.
     if REFUSED.match(after) and not (own and after.lstrip(").]: -\"'").casefold().startswith(own)):
         return False
+    # A word in small letters behind it makes "A" an article and "I" a pronoun, unless it is one that follows letters.
     goes_on = re.match(r"\s[^\W\d_A-Z" + CJK + "]", after) and not AFTER_LETTER.match(after)
     return not (letter in "AI" and goes_on) and not (
         letter == "I" and re.match(r"\s(?:was|must|would|should)\b", after)
@@ -336,10 +354,12 @@ def _judged(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) -
     for head, end in zip(heads, ends, strict=False):
         letter, body = head["letter"].upper(), text[head.end() : end].lstrip(" :.)]-=→\"'")
         own = options.get(letter, "")
+        # The option's own words may read "right" or "no", and judge nothing.
         body = body[len(own) :] if own and body.casefold().startswith(own.casefold()) else body
         verdict = VERDICT.search(body if len(heads) > 1 else re.split(r"[.,;\n]", body, maxsplit=1)[0])
         if verdict:
             (good if verdict["good"] else bad).add(letter)
+    # A letter that is judged both ways is not chosen.
     return good - bad, bad
 
 
@@ -355,6 +375,7 @@ def _concluded(text: str, among: str, options: Mapping[str, str]) -> str | None:
 
 def _number(match: re.Match[str]) -> float | None:
     if match["word"]:
+        # In "the left one" the word is a pronoun.
         if match["word"].lower() == "one" and PRONOUN_ONE.search(match.string[: match.start()][-NEARBY:]):
             return None
         value: float | None = spelled_number(match["word"].removesuffix(" and a half")) + (0.5 if match["half"] else 0)
@@ -385,10 +406,12 @@ def _written(match: re.Match[str]) -> float | None:
         value = value ** int(match["exponent"]) if match["exponent"] else value
     except (OverflowError, ZeroDivisionError):
         return None
+    # "1 1/2": the whole part is added after the fraction.
     value += float(match["mixed"] or 0)
     after, unit = (match["after"] or "").lower(), match["unit"] or ""
     if after == "%" or after.startswith("per"):
         return value / 100
+    # "5m" is a length, "$5m" five million.
     money = {"m": 1e6}.get(unit, 1.0) if match["currency"] else 1.0
     return value * SCALES.get(after, CJK_SCALES.get(after, 1.0)) * SUFFIXES.get(match["suffix"] or "", 1.0) * money
 

@@ -1,4 +1,4 @@
-"""Chain-of-Description by a stronger model: every item asked until it has a usable answer, none lost and none paid twice.
+"""Lets a stronger model write Chains of Description: each item is asked until it is usable, none lost, none paid twice.
 
 In: captioned rows, an endpoint   Out: a ledger of answers; cod.jsonl, caption.jsonl, items.jsonl   Next: data/sources.py
 The ledger is the state: a run that was stopped, killed, or out of money goes on where it was, and the files are
@@ -57,7 +57,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class AnnotationLimits:
-    """How hard to try, and when to stop.
+    """The limits of annotation: how hard to try, and when to stop.
 
     Attributes:
         concurrency: items asked about at the same time.
@@ -107,7 +107,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the open items will cost.
+    """The estimated cost of the open items.
 
     Attributes:
         items: open ones.
@@ -144,6 +144,7 @@ def survey(
         except SampleError as error:
             refused.append(Refusal("", origin, error.reason, error.detail))
             continue
+        # The key covers all that the annotator sees: an item that changed under its id is asked about again.
         shown = repr((sample.id, relative_paths(sample, images), _shown(sample)))
         usable.append((sample.id, AnnotationItem(row, sample.id, origin, hash_bytes(shown.encode()))))
     return choose(usable, take, seed), refused
@@ -210,6 +211,7 @@ class Annotator:
         Raises:
             MachineError: the ledger cannot be written; calls under way are ended.
         """
+        # One iterator for all workers, which take turns on one thread: each item goes to exactly one of them.
         queue, failure = iter(items), None
         try:
             async with asyncio.TaskGroup() as group:
@@ -231,6 +233,7 @@ class Annotator:
         completion_tokens = len(items) * min(TYPICAL_ANSWER_TOKENS, self._decoding.max_tokens)
         cost = self._prices.cost(prompt_tokens, completion_tokens)
         measured = ledger.totals.priced_answers if ledger else 0
+        # Answers that were paid tell more than assumptions on lengths.
         if ledger and measured:
             totals = ledger.totals
             prompt_tokens = len(items) * totals.prompt_tokens // measured
@@ -245,6 +248,7 @@ class Annotator:
                 return
             sample = self._samples.read(item.row)
             try:
+                # Decoding and encoding a picture takes longer than sending it; the other workers go on meanwhile.
                 messages = await asyncio.to_thread(self._messages, sample)
             except SampleError as error:
                 self.refused.append(Refusal(item.id, item.origin, error.reason, error.detail))
@@ -288,6 +292,7 @@ class Annotator:
         try:
             reply = await endpoint.ask(attempt.messages)
         except EndpointFault as fault:
+            # A fault that stops the run says nothing about the item, which is asked about again next time.
             final = not fault.stop and (last_call or not fault.retry)
             cost = None if fault.maybe_paid else Decimal(0)
             ledger.end(number, Call("fault", fault.reason, fault.detail, final, cost=cost))
@@ -305,6 +310,8 @@ class Annotator:
         """Waits until a call fits into the budget; False if it never will, or the run halted."""
         budget = self._limits.max_cost
         async with self._call_ended:
+            # ``committed`` counts calls under way at their bound. As they end cheaper than feared, money comes free
+            # again.
             while not self._halt.is_set() and budget is not None and ledger.committed + at_most > budget:
                 if not self._under_way:  # nothing can become cheaper than feared
                     self.halt(f"the next call may cost {at_most:.4f} USD, {budget - ledger.committed:.4f} are left")

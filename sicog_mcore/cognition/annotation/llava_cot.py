@@ -1,4 +1,4 @@
-"""LLaVA-CoT-100k to training rows, without a model: the same questions once with four steps, once with the answer alone.
+"""Converts LLaVA-CoT-100k to training rows, without a model: each question once with four steps, once with the answer.
 
 In: rows whose answers carry four tags   Out: two files that share nothing, and a list of refused rows   Next: sources.py
 """
@@ -35,7 +35,7 @@ REFUSED_FILE = "refused.jsonl"
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of a file.
+    """The result of converting a file.
 
     Attributes:
         written: rows in each of the two files.
@@ -103,6 +103,7 @@ def _survey(samples: SampleIndex, images: Path) -> tuple[list[tuple[str, _Usable
         try:
             sample = samples.read(number)
             name = sample.id
+            # The weaker form first: where only the steps fail, the row is refused in cot.jsonl alone.
             convert_row(sample, images, "direct")
             forms.append("direct")
             convert_row(sample, images, "cot")

@@ -1,4 +1,4 @@
-"""Images on disk to what they are recognised by: those of the items, and those that evaluation owns.
+"""Marks images on disk, so that they are recognised: those of the items, and those that evaluation owns.
 
 In: paths inside the folder of images; files, folders or TSV files of evaluation images   Out: ImageMark
 Next: curated_round.py
@@ -79,6 +79,7 @@ def _read(source: Path) -> Iterator[tuple[str, bytes]]:
         return
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     for file in files:
+        # A file that was named itself is taken whatever its ending; in a folder only images are.
         if file == source or (file.suffix.lower() in ENDINGS and file.is_file()):
             yield file.name, file.read_bytes()
 

@@ -1,4 +1,4 @@
-"""Benchmarks to items: question, options, reference answers, pictures. Cells are data; nothing in them is ever evaluated.
+"""Reads benchmarks as items: question, options, reference answers, pictures. No cell is ever evaluated.
 
 In: TSV with VLMEvalKit's columns, JSONL, or easy-vqa from its wheel   Out: BenchmarkItem; LLaVA rows and images
 Next: launch/generate.py (answers the rows), judging.py (judges the answers)
@@ -106,7 +106,7 @@ def content_hash(path: Path) -> str:
 
 
 def prompt_text(item: BenchmarkItem) -> str:
-    """What is asked: hint, question, options, and for these the request for a letter."""
+    """Writes the prompt: hint, question, options, and for these the request for a letter."""
     options = [f"{letter}. {text}" for letter, text in item.options.items()]
     lines = [item.hint, item.question, *options, LETTER_REQUEST if options else ""]
     return "\n".join(line for line in lines if line)
@@ -126,7 +126,8 @@ def write_rows(benchmark: str, images: Path | None, out: Path, unread: UnreadCel
     Raises:
         RecordError: as ``read_items``; an image that is missing, unsafe, no image, or not base64.
     """
-    for _ in _checked(benchmark, unread):  # before anything is written
+    # The whole benchmark is read twice: a bad row must be known before the first file is written.
+    for _ in _checked(benchmark, unread):
         pass
     root = os.path.realpath(_easy_vqa_images(benchmark) if benchmark.startswith(EASY_VQA) else images or ".")
     names: dict[str, list[str]] = {}  # by id of the item
@@ -163,7 +164,9 @@ def _place(picture: Picture, root: str, folder: Path, names: Mapping[str, Sequen
             raise SampleError("image_missing", f"no row before has the index {picture.value!r:.80} and one image")
         return names[picture.value][0]
     data = _decode(picture.value) if picture.kind == "base64" else read_bytes(locate_image(picture.value, root))
+    # Refuses bytes that are no image before they get a name.
     read_size(data, DataConfig())
+    # The suffix follows the content too: benchmarks name pictures wrongly.
     suffix = next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), ".img")
     path = folder / (hash_bytes(data) + suffix)
     if not path.exists() or path.stat().st_size != len(data):

@@ -1,4 +1,4 @@
-"""Models that turn a batch of texts into vectors, and the settings by which a decoder is made to.
+"""Encoders: models that turn a batch of texts into vectors, and the settings of pooling a decoder.
 
 In: a folder on disk   Out: TextEncoder   Next: embed.py (pieces, batches, unit norm)
 Everything is read from the folder, nothing downloaded, and no code in it is run.
@@ -39,7 +39,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a decoder's hidden states become one vector.
+    """The settings by which a decoder's hidden states become one vector.
 
     Attributes:
         append_eos: end each text with the tokenizer's end-of-sequence token.
@@ -105,6 +105,7 @@ class DecoderEncoder:
         import torch
 
         end = [self._tokenizer.eos_token_id] if self._settings.append_eos else []
+        # Cut once more: a piece that was cut out of a text may have a token more by itself than it had there.
         rows = [row[: self._settings.max_tokens - len(end)] + end for row in self._tokenizer(list(texts))["input_ids"]]
         longest = max(1, max(map(len, rows)))
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self._device)  # [n, s]

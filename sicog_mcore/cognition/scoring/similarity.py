@@ -1,4 +1,4 @@
-"""How alike two clauses are, on one scale from 0 to 1: by vectors, by votes, by the attributes they name.
+"""Measures how alike two clauses are, on one scale from 0 to 1: by vectors, by votes, by the attributes they name.
 
 In: distinct clauses   Out: [n, n] similarities   Next: agreement.py
 A clause that is not like itself (0 on the diagonal) has nothing that could be compared, and wins nothing. None of these
@@ -42,7 +42,7 @@ class Cosine:
 
     @property
     def name(self) -> str:
-        """The embedder's."""
+        """Name of the embedder."""
         return self._embedder.name
 
     def matrix(self, texts: Sequence[str]) -> np.ndarray:
@@ -73,6 +73,7 @@ class Vote:
     def _same(a: str, b: str, plain_a: str, plain_b: str) -> bool:
         if plain_a == plain_b:
             return plain_a != ""
+        # Two answers with words are compared by these alone: "3 apples" and "3 pears" share a number, and nothing else.
         bare = not (any(map(str.isalpha, plain_a)) and any(map(str.isalpha, plain_b)))
         return bare and (same_number(a, b) or same_number(b, a))
 
