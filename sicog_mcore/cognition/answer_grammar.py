@@ -261,7 +261,7 @@ def read_quantity(text: str) -> Reading[float]:
 
 
 def read_text(text: str) -> Reading[str]:
-    """What a wrapper holds, or what is announced up to its reason or the sentence's end; or else all that is spoken."""
+    """Reads the text in a wrapper, or the announced one up to its reason or the sentence's end; or else all of it."""
     part = unwrap(text)
     if part.value is None:
         return part

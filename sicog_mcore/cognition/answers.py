@@ -64,7 +64,7 @@ def read_number(text: str) -> float | None:
 
 
 def same_number(answer: str, reference: str, relative: float = 0.0) -> bool:
-    """Whether both give a number and the answer's lies within a share of the reference's.
+    """Whether both give a number, and that of the answer lies within a share of that of the reference.
 
     With 0.05 this is the numeric half of ChartQA's relaxed accuracy. Only zero equals zero, whatever the tolerance.
 

@@ -151,7 +151,7 @@ def survey(
 
 
 def open_items(items: Iterable[AnnotationItem], ledger: Ledger, retry_failed: bool) -> list[AnnotationItem]:
-    """Those that still need an answer.
+    """Selects the items that still need an answer.
 
     Args:
         retry_failed: ask also about items that failed. While an endpoint has not answered at all, nothing speaks against
@@ -428,7 +428,7 @@ def _training_row(
 
 
 def _states(items: Iterable[AnnotationItem], refused: Iterable[Refusal], ledger: Ledger) -> Iterator[dict[str, str]]:
-    """What became of every row; those that cannot be asked about stand last."""
+    """Yields the state of every row; rows that cannot be asked about stand last."""
     nameless = [refusal for refusal in refused if not refusal.id]  # a list in one line has all its rows in line 1
     unusable = {(refusal.id, refusal.origin): refusal for refusal in refused if refusal.id}
     for item in items:

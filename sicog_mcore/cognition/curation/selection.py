@@ -138,7 +138,7 @@ def read_source(source: CandidateSource) -> Iterator[tuple[Generation, tuple[Sco
 
 
 def _check_versions(generation: Generation, origin: str) -> None:
-    """What is learnt must be the answer to what was asked, so the wording may not have changed since."""
+    """Checks the wording of every prompt: if it has changed since, the answer is one to another question."""
     for use in generation.prompts:
         known = find_prompt(use.id).version
         if use.version != known:

@@ -84,7 +84,7 @@ def is_missing(value: object) -> bool:
 
 
 def texts(value: object) -> list[str]:
-    """One text, several, or none. A cell of a TSV file may hold a list, in JSON's form or in Python's.
+    """Reads one text, several, or none. A cell of a TSV file may hold a list, in the form of JSON or of Python.
 
     Raises:
         SampleError: field_type.
@@ -227,7 +227,7 @@ def _runs(length: int) -> tuple[list[int], list[int]]:
 
 
 def _literal(cell: str) -> Any:
-    """What a literal in a cell says; None if it is none. Literals only: nothing is called or looked up."""
+    """Parses a literal in a cell; None if it is none. Literals only: nothing is called or looked up."""
     if len(cell) > MAX_LIST:
         return None
     for parse in (json.loads, ast.literal_eval):

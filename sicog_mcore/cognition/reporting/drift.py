@@ -87,7 +87,7 @@ class RoundNumbers:
 
 @dataclass(frozen=True)
 class DriftVerdict:
-    """The verdict on a round's numbers against the first round's.
+    """The verdict on a round's numbers, compared with those of the first round.
 
     Attributes:
         signs: a sentence for each number that moved too far.

@@ -88,7 +88,7 @@ def read_items(generations: Path, views: Mapping[str, Path]) -> Iterator[Scoring
 
 
 def _voters(row: Generation) -> Iterator[Voter]:
-    """Its candidates; those that a failed row should have had count as silent, so that n stays what it was."""
+    """Yields a row's candidates; a failed row counts as so many silent ones, so that n stays as it was."""
     if row.failure:
         yield from (Voter(None, find_prompt(use.id).style) for use in row.prompts for _ in range(use.count))
         return
@@ -197,7 +197,7 @@ class Tally:
             yield scores
 
     def lines(self) -> Iterator[str]:
-        """What the thresholds mean and how many items pass them, and a histogram of agreement."""
+        """Gives the meaning of the thresholds, how many items pass them, and a histogram of agreement."""
         if not self.items:
             return
         yield "voters    items  " + "  ".join(f"agreement >= {tau:.2f}            " for tau in THRESHOLDS).rstrip()
