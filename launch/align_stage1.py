@@ -3,11 +3,11 @@
 torchrun --nproc-per-node 2 launch/align_stage1.py --config examples/stage1_tiny.yaml
 """
 
-import os
 import sys
 
-from sicog_mcore.launcher import start_training
-from sicog_mcore.stages import ALIGN
+from sicog_mcore.commands.train_stage import ALIGN_VERB
 
-if __name__ == "__main__":
-    sys.exit(start_training(sys.argv, os.environ, ALIGN))
+main = ALIGN_VERB.start
+
+if __name__ == "__main__":  # required: saving a checkpoint starts processes that import this file
+    sys.exit(main())

@@ -3,11 +3,11 @@
 torchrun --nproc-per-node 2 launch/finetune_stage2.py --config examples/stage2_tiny.yaml
 """
 
-import os
 import sys
 
-from sicog_mcore.launcher import start_training
-from sicog_mcore.stages import FINETUNE
+from sicog_mcore.commands.train_stage import FINETUNE_VERB
 
-if __name__ == "__main__":
-    sys.exit(start_training(sys.argv, os.environ, FINETUNE))
+main = FINETUNE_VERB.start
+
+if __name__ == "__main__":  # required: saving a checkpoint starts processes that import this file
+    sys.exit(main())

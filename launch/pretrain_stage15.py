@@ -5,11 +5,11 @@ torchrun --nproc-per-node 2 launch/pretrain_stage15.py --config examples/demo.ya
 The same command resumes an interrupted run. --help lists every value, --print_config shows what would be used.
 """
 
-import os
 import sys
 
-from sicog_mcore.launcher import start_training
-from sicog_mcore.stages import PRETRAIN
+from sicog_mcore.commands.train_stage import PRETRAIN_VERB
+
+main = PRETRAIN_VERB.start
 
 if __name__ == "__main__":  # required: saving a checkpoint starts processes that import this file
-    sys.exit(start_training(sys.argv, os.environ, PRETRAIN))
+    sys.exit(main())

@@ -4,21 +4,11 @@ torchrun --nproc-per-node 2 launch/warmup_stage0.py perception --config examples
 torchrun --nproc-per-node 2 launch/warmup_stage0.py reasoning --config examples/stage0_tiny.yaml
 """
 
-import os
 import sys
-from collections.abc import Mapping
 
-from sicog_mcore.errors import printable
-from sicog_mcore.launcher import start_training
-from sicog_mcore.stages import PERCEPTION, REASONING, StageDefaults
+from sicog_mcore.commands.train_stage import WARMUP_VERB
 
-KINDS: Mapping[str, StageDefaults] = {"perception": PERCEPTION, "reasoning": REASONING}
+main = WARMUP_VERB.start
 
-if __name__ == "__main__":
-    words = sys.argv[1:]
-    if not words or words[0] not in KINDS:
-        found = printable(words[0]) if words else "nothing"
-        print(f"error: found {found}, expected perception or reasoning as the first word", file=sys.stderr)
-        sys.exit(2)
-    # The word is none of the configuration's, but belongs to the command that the summary prints.
-    sys.exit(start_training(sys.argv, os.environ, KINDS[words[0]], script_words=2))
+if __name__ == "__main__":  # required: saving a checkpoint starts processes that import this file
+    sys.exit(main())

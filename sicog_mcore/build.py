@@ -17,8 +17,8 @@ from sicog_mcore.model.capability import AttentionChoice, LayerChoice, probe
 from sicog_mcore.model.decoder import decoder_transformer_config
 from sicog_mcore.model.initialise import initialise
 from sicog_mcore.model.vlm import StagePlan, VisionLanguageModel
+from sicog_mcore.parallel.ddp import TrainableModel, wrap_model
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.parallel.wrap import TrainableModel, wrap_model
 
 
 @dataclass(frozen=True)

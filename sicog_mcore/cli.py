@@ -23,6 +23,7 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.decoding import decode
 from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.presets import PRESETS
+from sicog_mcore.recipes import resolve
 from sicog_mcore.validation import find_problems
 
 COMMAND_LINE = "command line"
@@ -57,6 +58,7 @@ def load_experiment(
     world_size: int,
     check_inputs: Callable[[Experiment], list[ConfigProblem]] = lambda _: [],
     stage: Mapping[str, Any] = MappingProxyType({}),
+    program: str = "",
 ) -> Experiment:
     """Reads the command line.
 
@@ -65,6 +67,7 @@ def load_experiment(
         world_size: ranks the run was started with.
         check_inputs: looks at the files that are named; what it finds is reported together with the rest.
         stage: values, by dotted path, that a training stage puts on top of the preset; files and overrides win.
+        program: what the usage line of the help calls the program; empty for the script that runs.
 
     Raises:
         ConfigError: anything wrong with the arguments, the files they name, or what they ask for; all of it.
@@ -75,7 +78,7 @@ def load_experiment(
     name = next((leaf.value for leaf in reversed(leaves) if leaf.path == "preset"), None)
     preset = name if isinstance(name, str) and name in PRESETS else FALLBACK_PRESET
     if "--help" in argv or "-h" in argv:
-        _print_help(preset)
+        _print_help(preset, program)
     all_read = not any(problem.path == "config" for problem in problems)
     if name != preset and (all_read or name is not None):
         problem = "is missing" if name is None else "is not a preset"
@@ -174,7 +177,7 @@ def _read_arguments(argv: list[str], problems: list[ConfigProblem]) -> Iterator[
 
 def _read_file(file: str, problems: list[ConfigProblem]) -> list[Leaf]:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(resolve(file), encoding="utf-8") as stream:
             return list(_read_yaml(stream.read(), file, "", problems))
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
@@ -332,13 +335,15 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     return cls(**arguments)
 
 
-def _print_help(preset: str) -> None:
+def _print_help(preset: str, program: str) -> None:
     """Every field with its description, unit, type and the preset's value; then exit 0."""
     about = (
         f"Presets: {', '.join(PRESETS)}. Files overlay the preset, overrides win over both. Defaults are {preset}'s."
     )
-    parser = ArgumentParser(description=about, usage=USAGE)
-    parser.add_argument("--config", metavar="FILE", help="YAML file; several are read in order")
+    parser = ArgumentParser(prog=program or None, description=about, usage=USAGE)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file, or the name of a recipe; several are read in order"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML and exit")
     defaults = _values(PRESETS[preset]())
     groups = {path: parser.add_argument_group(path, text) for path, text in known_groups().items()}

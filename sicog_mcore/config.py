@@ -275,7 +275,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Args:
         steps: optimiser steps of the whole run.
@@ -366,6 +366,31 @@ class DpoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """Rows and questions that are not trained on, measured while the run goes on.
+
+    Args:
+        every_steps: steps between two measurements; the last step is measured too. 0 measures never.
+        sources: data sets whose answers are predicted, as in ``data.sources``; metrics.jsonl gets the mean loss of their
+            answers' tokens (next-token loss, whatever the objective) and the perplexity.
+        benchmark: questions with reference answers that the model is asked, greedily: a .tsv or .jsonl file, or
+            "easy-vqa:test"; metrics.jsonl gets the accuracy, judged as tools/evaluate.py does. Empty asks nothing.
+        images: folder that the image paths of ``benchmark`` are relative to.
+        prompt: how the questions are asked; prompts.json has the names.
+        max_new_tokens: an answer is cut after so many tokens.
+        batch: questions that a replica answers at the same time; each needs its KV cache beside what training holds.
+    """
+
+    every_steps: int = 0
+    sources: tuple[SourceConfig, ...] = ()
+    benchmark: str = ""
+    images: str = "."
+    prompt: str = "direct"
+    max_new_tokens: int = 64
+    batch: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One run, whole.
 
@@ -381,6 +406,7 @@ class Experiment:
         init: where first weights come from.
         objective: next-token prediction, or preferences between pairs of answers.
         dpo: the preference loss.
+        held_out: what is measured during training.
     """
 
     preset: str
@@ -394,6 +420,7 @@ class Experiment:
     init: InitConfig = field(default_factory=InitConfig)
     objective: Literal["next_token", "dpo"] = "next_token"
     dpo: DpoConfig = field(default_factory=DpoConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     @property
     def packs_per_step(self) -> int:

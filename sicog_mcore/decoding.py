@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sicog_mcore.errors import ConfigProblem
@@ -22,6 +23,7 @@ SCALAR_WORDS: Mapping[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    Path: "a path",
     type(None): "null",
 }
 
@@ -57,13 +59,15 @@ def _decode(kind: Any, value: Any, path: str, complete: bool, problems: list[Con
     if kind is float:  # the most frequent by far, in matrices of scores
         if type(value) in (float, int):
             return float(value)
-    elif kind is Any:
+    elif kind is Any:  # a class too, so it comes first
         return value
     elif isinstance(kind, type):
         if is_dataclass(kind):
             return _decode_fields(kind, value, path, complete, problems)
         if type(value) is kind:
             return value
+        if kind is Path and type(value) is str:
+            return Path(value)
     elif (origin := get_origin(kind)) is tuple:
         if isinstance(value, list | tuple):
             element = get_args(kind)[0]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sicog_mcore.cli import load_experiment
 from sicog_mcore.data.preflight import check_inputs
@@ -20,11 +21,20 @@ from sicog_mcore.parallel.watch import watch_parent
 from sicog_mcore.ranks import Place, is_first_task, machine_has_gpus, prepare_environment, read_place, silence_megatron
 from sicog_mcore.stages import StageDefaults
 
+if TYPE_CHECKING:
+    from sicog_mcore.config import Experiment
+    from sicog_mcore.train.held_out_check import AnswerGrader
+
 SPEAKER_FIRST_S = 5.0
+HELD_OUT = "held_out"  # folder of a run for the rows and images of its benchmark
 
 
 def start_training(
-    argv: Sequence[str], environment: MutableMapping[str, str], stage: StageDefaults, script_words: int = 1
+    argv: Sequence[str],
+    environment: MutableMapping[str, str],
+    stage: StageDefaults,
+    script_words: int = 1,
+    program: str = "",
 ) -> int:
     """Trains what the command line describes.
 
@@ -34,6 +44,7 @@ def start_training(
             What Megatron relies on is set in it.
         stage: what the training stage fixes, see stages.py.
         script_words: words at the front of ``argv`` that are not the configuration's.
+        program: what the usage line calls the program; empty for the script's name.
 
     Returns:
         exit code: 0 done, 2 wrong configuration or checkpoint, 17 do not retry, 75 the machine failed, 130 interrupted; all
@@ -43,19 +54,32 @@ def start_training(
     if place is None:
         return EXIT_CONFIG
     try:
-        experiment = load_experiment(list(argv[script_words:]), place.world_size, check_inputs, stage)
+        experiment = load_experiment(list(argv[script_words:]), place.world_size, check_inputs, stage, program)
         command = start_command(argv, environment)
         with owned(Path(experiment.output), command, say, place.is_main):
             prepare(environment, experiment.parallel.tensor, place)
             from sicog_mcore.train.run import run  # takes seconds to import; mistakes are reported before that
 
-            run(experiment, command)
+            run(experiment, command, _grader(experiment) if place.is_main else None)
     except SicogError as error:
         return stop(f"error: {error}", error.exit_code, error.is_said_by(place.is_main))
     except KeyboardInterrupt as interrupt:
         message = " ".join(["interrupted", *interrupt.args])
         return stop(f"{message}; the same command resumes from the newest checkpoint", EXIT_INTERRUPTED, place.is_main)
     return EXIT_OK
+
+
+def _grader(experiment: Experiment) -> AnswerGrader | None:
+    """Judges the answers of a model in training, where questions are to be asked.
+
+    Raises:
+        RecordError: the benchmark cannot be used.
+    """
+    if not (experiment.held_out.every_steps and experiment.held_out.benchmark):
+        return None
+    from sicog_mcore.cognition.evaluation.benchmark_grader import BenchmarkGrader
+
+    return BenchmarkGrader(experiment.held_out, Path(experiment.output) / HELD_OUT)
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:

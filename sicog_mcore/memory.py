@@ -1,10 +1,11 @@
-"""Bytes that a run needs on one device, by arithmetic: what a layout costs before anything is built.
+"""Estimates the bytes that a run needs on one device, by arithmetic, before anything is built.
 
 In: an Experiment and the number of ranks   Out: MemoryEstimate of the first and of the last pipeline stage
 Used by: train/run.py, which refuses what cannot fit, and by the tests of the presets. Standard library only.
-Counted are weights, gradients, optimizer states and what the backward pass keeps; allocator losses, NCCL's buffers and the
-CUDA context are not: RESERVED_GIB stands for them. The states are exact to the padding of buckets; activations are those of
-the layers as they are written here, in the precision of the run. No figure has been compared with a GPU yet.
+Weights, gradients, optimizer states and the activations that the backward pass keeps are counted. Allocator losses, NCCL's
+buffers and the CUDA context are not: RESERVED_GIB stands for them. The states are exact to the padding of buckets;
+activations are those of the layers as they are written here, in the precision of the run. No figure has been compared with
+a GPU yet.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class MemoryEstimate:
         weights: of this stage's part of the model, and of the frozen reference if there is one.
         gradients: fp32, of what is trained.
         optimizer: this rank's share of master weights and moments.
-        decoder: activations of the decoder's layers that the backward pass keeps, over all micro-batches in flight.
+        decoder: activations of the decoder's layers that are kept for the backward pass, over all micro-batches in flight.
         vision: the same for tower and resampler; zero behind the first stage.
         logits: of the supervised positions; zero before the last stage.
     """
@@ -49,7 +50,7 @@ class MemoryEstimate:
 
     @property
     def states(self) -> int:
-        """What is there from the first step to the last, whatever the batch."""
+        """Sums the bytes that are there from the first step to the last, whatever the batch is."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -58,7 +59,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(experiment: Experiment, world_size: int) -> MemoryEstimate:
-    """The stage that needs most, of the first and the last one; only these hold more than their layers.
+    """Estimates the first and the last stage, and returns the larger: only these hold more than their layers.
 
     Args:
         world_size: ranks of the run, a multiple of ``parallel.model_size``.
@@ -68,7 +69,7 @@ def estimate_memory(experiment: Experiment, world_size: int) -> MemoryEstimate:
 
 
 def estimate_text(estimate: MemoryEstimate) -> str:
-    """The estimate in one line, in GiB."""
+    """Writes the estimate in one line, in GiB."""
     causes = {
         "weights": estimate.weights,
         "gradients": estimate.gradients,
@@ -82,7 +83,7 @@ def estimate_text(estimate: MemoryEstimate) -> str:
 
 
 def fitting(experiment: Experiment, world_size: int, device_bytes: int) -> list[str]:
-    """What to say of a run on devices of this size before it starts; nothing if it fits by arithmetic.
+    """Checks a run against devices of this size before it starts; returns lines for the user, none if it fits.
 
     Raises:
         ConfigError: weights, gradients and optimizer states alone are larger than the device.
@@ -103,7 +104,7 @@ def fitting(experiment: Experiment, world_size: int, device_bytes: int) -> list[
 
 
 def _layers_to_recompute(experiment: Experiment, world_size: int, room: int) -> int | None:
-    """Fewest layers of a model chunk that must be recomputed; None if all of them are too few."""
+    """Finds the fewest layers of a model chunk that must be recomputed; None if all of them are too few."""
     parallel = experiment.parallel
     for layers in range(1, experiment.model.decoder.num_layers // (parallel.pipeline * parallel.virtual_pipeline) + 1):
         train = replace(experiment.train, recompute_decoder="block", recompute_layers=layers)
@@ -119,6 +120,7 @@ def _stage(experiment: Experiment, world_size: int, stage: int) -> MemoryEstimat
     trained = sum(size for part, size in held.items() if part not in experiment.optim.freeze)
     width = 2 if train.precision == "bf16" else 4
     replicas = world_size // parallel.model_size
+    # In fp32 the weights are their own masters.
     states = MASTER_AND_MOMENTS if width == 2 else MASTER_AND_MOMENTS - 4
     copies = 2 if experiment.objective == "dpo" and experiment.dpo.reference == "frozen" else 1
     supervised = int(experiment.data.token_budget * SUPERVISED_SHARE)
@@ -135,18 +137,19 @@ def _stage(experiment: Experiment, world_size: int, stage: int) -> MemoryEstimat
 def _held_params(
     model: ModelConfig, tensor: int, pipeline: int, is_first: bool, is_last: bool
 ) -> Mapping[ModelPart, int]:
-    """Parameters of each part on a rank; tower and resampler are whole on every rank of the first stage."""
+    """Counts the parameters of each part on a rank; tower and resampler are whole on every rank of the first stage."""
     whole, decoder = params_by_part(model), model.decoder
     table = padded_vocab(decoder) * decoder.hidden
     tables = table * (1 if decoder.tie_embeddings else 2)
     layers = (whole["decoder"] - tables) // pipeline
+    # The first stage holds the embedding table, the last one the head; tied and on one stage, both are one table.
     own_tables = table * (is_first + (is_last and not (is_first and decoder.tie_embeddings)))
     vision: Mapping[ModelPart, int] = {"tower": whole["tower"], "resampler": whole["resampler"]}
     return {"decoder": (layers + own_tables) // tensor, **(vision if is_first else {})}
 
 
 def _decoder_activations(experiment: Experiment, stage: int, width: int) -> int:
-    """Kept over all micro-batches that are between their forward and their backward pass on this stage."""
+    """Counts activations of all micro-batches that are between forward and backward pass on this stage."""
     parallel, train, decoder = experiment.parallel, experiment.train, experiment.model.decoder
     chunks = parallel.virtual_pipeline
     layers = decoder.num_layers // (parallel.pipeline * chunks)  # of one chunk
@@ -155,13 +158,15 @@ def _decoder_activations(experiment: Experiment, stage: int, width: int) -> int:
     kept = (layers - redone) * whole + redone * entry
     in_flight = parallel.pipeline - stage  # 1F1B; the interleaved schedule warms up with more chunks, of fewer layers
     if chunks > 1:
+        # Megatron's interleaved schedule warms up with two passes for each stage behind this one, and with a group of
+        # ``pipeline`` micro-batches through all chunks but the last; one more pass is at work.
         in_flight = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline + 1
     transient = whole if redone else 0  # a layer that is computed again is whole for a moment
     return experiment.data.token_budget * (in_flight * kept + transient)
 
 
 def _layer_bytes(decoder: DecoderConfig, tensor: int, sequence: bool, width: int) -> tuple[int, int]:
-    """Per token: what a layer keeps, and what enters it."""
+    """Counts bytes per token: the activations that a layer keeps, and its input."""
     query, key_value = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     residual = 4 * width * decoder.hidden  # in and out of both norms
     # projected and rotated queries and keys; values keep the projection's storage alive; attention's output
@@ -172,11 +177,13 @@ def _layer_bytes(decoder: DecoderConfig, tensor: int, sequence: bool, width: int
 
 
 def _vision_activations(experiment: Experiment, width: int) -> int:
-    """Of the slices of one pack that this rank encodes, for each micro-batch in flight."""
+    """Counts activations of the slices of one pack that this rank encodes, for each micro-batch in flight."""
     model, train, parallel, freeze = experiment.model, experiment.train, experiment.parallel, experiment.optim.freeze
     slices = -(-_usual_slices(experiment) // parallel.tensor)
+    # All slices have about the same area, so the largest one stands for each of them.
     patches = (model.slicing.resolution_px // model.tower.patch_px) ** 2
     tower, layer, entry = model.tower, *_tower_layer_bytes(model.tower, width)
+    # A frozen tower needs no backward pass, and so keeps nothing; the resampler behind it may still learn.
     if "tower" in freeze:
         kept = 0
     elif train.recompute_tower == "full":
@@ -189,11 +196,12 @@ def _vision_activations(experiment: Experiment, width: int) -> int:
 
 
 def _tower_layer_bytes(tower: TowerConfig, width: int) -> tuple[int, int]:
-    """Per token: what a layer keeps (norms, q k v, attention's output, three wide activations), and what enters it."""
+    """Counts bytes per token: the activations that a layer keeps, and its input."""
+    # Kept are norms and residuals (4 c), queries, keys and values (3 c), attention's output (c), three wide activations.
     return width * (4 * tower.hidden + 3 * tower.hidden + tower.hidden + 3 * tower.ffn), width * tower.hidden
 
 
 def _usual_slices(experiment: Experiment) -> int:
-    """Slices of a pack whose tokens are half visual, as high-resolution data has them; at most the budget."""
+    """Counts the slices of a pack whose tokens are half visual, as in high-resolution data; at most the budget."""
     visual = experiment.data.token_budget // (2 * experiment.model.resampler.queries)
     return max(1, min(experiment.data.slice_budget, visual))

@@ -74,7 +74,7 @@ LLAMA3_1_8B = DecoderConfig(
 
 
 def _uhd(preset: str, decoder: DecoderConfig) -> Experiment:
-    """CLIP-ViT-L/14-336 and the 144-query resampler in front of a decoder; SICOG's stage 1.5 optimiser settings."""
+    """Puts CLIP-ViT-L/14-336 and the 144-query resampler in front of a decoder, with SICOG's settings of stage 1.5."""
     model = ModelConfig(
         slicing=SlicingConfig(),
         tower=TowerConfig(),
@@ -117,7 +117,7 @@ def uhd_llama3_1_8b() -> Experiment:
 
 
 def tiny() -> Experiment:
-    """The same code in seconds on a CPU: four decoder layers, slices of at most 112 x 112 px area, 16 queries a slice."""
+    """Runs in seconds on a CPU: four decoder layers, slices of at most 112 x 112 px area, 16 queries a slice."""
     model = ModelConfig(
         slicing=SlicingConfig(resolution_px=112),
         tower=TowerConfig(image_px=112, num_layers=3, hidden=64, num_heads=4, ffn=256),

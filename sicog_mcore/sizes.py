@@ -1,4 +1,4 @@
-"""Sizes by arithmetic: parameters of every part, and the most visual tokens an image can take.
+"""Counts by arithmetic: parameters of every part, and the most visual tokens an image can take.
 
 In: the dataclasses of config.py.  Out: plain integers, before anything is built.  Next: validation.py, train/.
 Standard library only; a test compares these numbers with the built model.
@@ -12,18 +12,20 @@ VOCAB_MULTIPLE = 128  # the same for every tensor-parallel size, so that checkpo
 
 
 def padded_vocab(config: DecoderConfig) -> int:
-    """Rows of the embedding table as it is built."""
+    """Returns the rows of the embedding table as it is built."""
     return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def tower_params(config: TowerConfig, all_layers: bool = False) -> int:
-    """Parameters of the vision tower.
+    """Counts the parameters of the vision tower.
 
     Args:
         config: sizes of the tower.
         all_layers: count the source checkpoint (every layer and the last norm) instead of the part that is built.
     """
     c, f = config.hidden, config.ffn
+    # Biases of query, key, value and output (4 c), of the second feed-forward matrix (c) and of the first (f); two
+    # norms with weight and bias (4 c).
     layer = 4 * c * c + 2 * c * f + (4 + 4 + 1) * c + f  # attention and MLP matrices; two norms, biases
     positions = (config.grid**2 + 1) * c  # one row more for the class token
     class_token = c
@@ -33,7 +35,7 @@ def tower_params(config: TowerConfig, all_layers: bool = False) -> int:
 
 
 def resampler_params(config: ResamplerConfig, kv_width: int, width: int) -> int:
-    """Parameters of the window resampler, its position table counted whether it is trained or not.
+    """Counts the parameters of the window resampler, with its position table, trained or not.
 
     Args:
         config: sizes of the resampler.
@@ -49,7 +51,7 @@ def resampler_params(config: ResamplerConfig, kv_width: int, width: int) -> int:
 
 
 def decoder_params(config: DecoderConfig) -> int:
-    """Parameters of the language model, the padding of the vocabulary included."""
+    """Counts the parameters of the language model, the padding of the vocabulary included."""
     h, query, key_value = config.hidden, config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     matrices = h * (query + key_value) + query * h + 3 * h * config.ffn
     biases = query + key_value if config.qkv_bias else 0
@@ -59,7 +61,7 @@ def decoder_params(config: DecoderConfig) -> int:
 
 
 def params_by_part(config: ModelConfig) -> dict[ModelPart, int]:
-    """Parameters of each part as it is built, over all ranks."""
+    """Counts the parameters of each part as it is built, over all ranks."""
     return {
         "tower": tower_params(config.tower),
         "resampler": resampler_params(config.resampler, config.tower.hidden, config.decoder.hidden),
@@ -68,12 +70,12 @@ def params_by_part(config: ModelConfig) -> dict[ModelPart, int]:
 
 
 def model_params(config: ModelConfig) -> int:
-    """Parameters of the whole model as it is built."""
+    """Counts the parameters of the whole model as it is built."""
     return sum(params_by_part(config).values())
 
 
 def most_visual_tokens(slicing: SlicingConfig, resampler: ResamplerConfig) -> int:
-    """Visual tokens, separators included, of the image that takes the most of them."""
+    """Counts the visual tokens, separators included, of the image that takes the most of them."""
     side, queries, most = resampler.query_grid, resampler.queries, slicing.max_slices
     if most <= 1:
         return queries

@@ -1,4 +1,4 @@
-"""What cannot work, found by arithmetic before torch is imported or a process group starts.
+"""Finds configurations that cannot work, by arithmetic, before torch is imported or a process group starts.
 
 In: an Experiment and the number of ranks.  Out: every problem at once, each with path, value and remedy.  Next: cli.py.
 A rule is skipped where an earlier one already reported the number it would divide by.
@@ -15,6 +15,7 @@ from sicog_mcore.config import (
     DataConfig,
     DpoConfig,
     Experiment,
+    HeldOutConfig,
     ModelConfig,
     ModelPart,
     OptimConfig,
@@ -36,11 +37,13 @@ AT_LEAST_ONE = (
     *("data.worker_timeout_s", "data.max_image_px", "data.max_aspect", "data.bad_window"),
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.timeout_s"),
     *("train.steps", "train.packs_per_step", "train.log_every", "checkpoint.every_steps", "checkpoint.keep_last"),
+    *("held_out.max_new_tokens", "held_out.batch"),
 )
 AT_LEAST_ZERO = (
     *("data.workers", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale"),
     *("optim.weight_decay", "optim.clip_grad_norm", "train.seed", "train.peak_tflops"),
     *("train.samples_per_step", "train.tokens_per_step", "train.recompute_layers", "dpo.sft_weight"),
+    "held_out.every_steps",
 )
 ABOVE_ZERO = (
     "model.tower.norm_eps",
@@ -63,8 +66,9 @@ RULE_PATHS: Mapping[str, tuple[str, ...]] = {
 
 
 def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem]:
-    """Everything in a configuration that cannot work on ``world_size`` ranks; nothing on disk is looked at."""
+    """Lists all values of a configuration that cannot work on ``world_size`` ranks; nothing on disk is looked at."""
     model, data, parallel = experiment.model, experiment.data, experiment.parallel
+    # Rules on ranks divide by the sizes of the layout, so they wait until the layout itself is sound.
     layout = [*_tensor_parallel(model, data, parallel), *_pipeline(model, parallel)]
     return [
         *_ranges(experiment),
@@ -77,6 +81,7 @@ def find_problems(experiment: Experiment, world_size: int) -> list[ConfigProblem
         *(() if layout else _ranks(experiment, world_size)),
         *_optimiser(experiment.optim, parallel),
         *_preferences(experiment),
+        *_held_out(experiment.held_out, parallel),
     ]
 
 
@@ -91,6 +96,7 @@ def _ranges(experiment: Experiment) -> Iterator[ConfigProblem]:
     for rule, paths in RULE_PATHS.items():
         for path in paths:
             number: Any = reduce(getattr, path.split("."), experiment)
+            # A chain that is negated as a whole: NaN fails it, and would slip through a test of the opposite.
             if not (-math.inf < number < math.inf and allowed[rule](number)):
                 yield ConfigProblem(path, number, "out of range", f"use a finite number {rule}")
 
@@ -134,6 +140,7 @@ def _budgets(model: ModelConfig, data: DataConfig) -> Iterator[ConfigProblem]:
     most = model.slicing.max_slices
     if most < 1 or model.resampler.query_grid < 1:
         return
+    # The largest image must fit a pack with some text, or rows with such images would be refused one by one later.
     tokens = most_visual_tokens(model.slicing, model.resampler) + TEXT_ROOM
     if data.token_budget < tokens:
         problem = f"an image of up to {most} slices and {TEXT_ROOM} tokens of text need {tokens} tokens"
@@ -179,6 +186,7 @@ def _tensor_parallel(model: ModelConfig, data: DataConfig, parallel: ParallelCon
     ]
     if parallel.sequence:
         shared.append((data.token_budget, f"the token budget of {data.token_budget}, split by sequence parallelism"))
+    # A number that divides the greatest common divisor divides every size; these are the ones to offer.
     choices = _divisors(math.gcd(*(size for size, _ in shared)))
     if uneven := [words for size, words in shared if not _divides(tensor, size)]:
         problem = f"tensor={tensor} does not divide {', '.join(uneven)}"
@@ -219,6 +227,7 @@ def _ranks(experiment: Experiment, world_size: int) -> Iterator[ConfigProblem]:
     if not _divides(replicas, packs):
         problem = f"{packs} packs cannot be shared equally by {replicas} data-parallel replicas"
         yield ConfigProblem("train.packs_per_step", packs, problem, _multiple(replicas, packs))
+    # The interleaved schedule takes micro-batches in groups of as many as there are stages.
     elif parallel.virtual_pipeline > 1 and not _divides(stages, packs // replicas):
         problem = f"{packs // replicas} packs per replica are not a multiple of {stages} stages (interleaved schedule)"
         yield ConfigProblem("train.packs_per_step", packs, problem, _multiple(replicas * stages, packs))
@@ -245,8 +254,24 @@ def _preferences(experiment: Experiment) -> Iterator[ConfigProblem]:
         yield ConfigProblem("dpo.label_smoothing", dpo.label_smoothing, problem, "set dpo.loss=sigmoid, or this to 0")
 
 
+def _held_out(held_out: HeldOutConfig, parallel: ParallelConfig) -> Iterator[ConfigProblem]:
+    if held_out.every_steps > 0 and not (held_out.sources or held_out.benchmark):
+        fix = "name held_out.sources, held_out.benchmark or both, or set it to 0"
+        yield ConfigProblem("held_out.every_steps", held_out.every_steps, "there is nothing to measure", fix)
+    if held_out.every_steps > 0 and held_out.benchmark:
+        fix = "leave the benchmark out, or set {}; held_out.sources are measured under every layout"
+        if parallel.pipeline > 1:
+            problem = f"a model of {parallel.pipeline} pipeline stages does not answer questions"
+            yield ConfigProblem("held_out.benchmark", held_out.benchmark, problem, fix.format("parallel.pipeline=1"))
+        elif parallel.sequence:
+            problem = "a sequence-parallel model does not answer questions, whose tokens come one by one"
+            yield ConfigProblem(
+                "held_out.benchmark", held_out.benchmark, problem, fix.format("parallel.sequence=false")
+            )
+
+
 def _divides(divisor: int, number: int) -> bool:
-    """True for a whole quotient, and where a number below 1 was already reported as out of range."""
+    """Tells whether the quotient is whole; also true where a number below 1 was already reported as out of range."""
     return divisor < 1 or number < 1 or number % divisor == 0
 
 
@@ -259,7 +284,7 @@ def _use(choices: Iterable[int]) -> str:
 
 
 def _multiple(of: int, near: int) -> str:
-    """The multiples on both sides of a number."""
+    """Names the multiples on both sides of a number."""
     below = near // of * of
     return f"use a multiple of {of}, e.g. {_words(size for size in (below, below + of) if size > 0)}"
 

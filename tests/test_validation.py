@@ -18,6 +18,7 @@ def changed(**values: Any) -> Experiment:
     return with_values(PRESETS["tiny"](), {path.replace("__", "."): value for path, value in values.items()})
 
 
+ASKED = {"held_out__every_steps": 5, "held_out__benchmark": "b.tsv"}
 # (ranks, values, path that is blamed, part of the message)
 BROKEN = [
     (3, {"parallel__tensor": 3}, "parallel.tensor", "tensor=3 does not divide 4 attention heads"),
@@ -63,6 +64,20 @@ BROKEN = [
     (1, {"dpo__beta": 0.3, "dpo__loss": "ipo"}, "dpo.beta", "would be ignored: objective is next_token"),
     (1, {"objective": "dpo", "dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "dpo.label_smoothing", "ipo loss has"),
     (1, {"train__recompute_layers": 2}, "train.recompute_layers", "would be ignored"),
+    (1, {"held_out__every_steps": 5}, "held_out.every_steps", "name held_out.sources"),
+    (2, {**ASKED, "parallel__pipeline": 2}, "held_out.benchmark", "2 pipeline stages does not answer"),
+    (
+        2,
+        {**ASKED, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+        "held_out.benchmark",
+        "set parallel.pipeline=1",
+    ),
+    (
+        2,
+        {**ASKED, "parallel__tensor": 2, "parallel__sequence": True},
+        "held_out.benchmark",
+        "parallel.sequence=false",
+    ),
     (1, {"train__recompute_decoder": "full", "train__recompute_layers": 2}, "train.recompute_layers", "be ignored"),
 ]
 
@@ -124,6 +139,8 @@ def test_all_problems_are_found_at_once() -> None:
         (4, {}),
         (1, {"optim__freeze": ("tower", "decoder")}),
         (1, {"data__token_budget": 189, "data__slice_budget": 8}),
+        (2, {**ASKED, "parallel__tensor": 2}),
+        (2, {**ASKED, "held_out__every_steps": 0, "parallel__pipeline": 2}),
     ],
 )
 def test_layouts_that_work_have_no_problem(ranks: int, values: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""A checkpoint folder either exists whole or not at all, and says so itself.
+"""Commits checkpoint folders: a folder exists whole or not at all, and a manifest in it proves so.
 
-Written aside as ``step_N.tmp``; every file is hashed into ``manifest.json`` and synced to disk; then one rename makes it
-visible. No file format underneath notices a flipped bit, so the manifest, which has a checksum of its own, is checked before
-anything is read. A file that it does not list is never opened.
+It is written under a temporary name, ``step_N.tmp``; every file is hashed into ``manifest.json`` and synced to disk; then
+one rename makes it visible. No file format underneath notices a flipped bit, so the manifest, which has a checksum of its
+own, is checked before anything is read. A file that it does not list is never opened.
 Next: trusted_files.py (what the files hold), store.py
 """
 
@@ -37,20 +37,21 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def aside(folder: Path) -> Path:
-    """Where a checkpoint is written before it is committed."""
+    """Returns the temporary folder in which a checkpoint is written before it is committed."""
     return folder.with_suffix(".tmp")
 
 
 def committed_steps(root: Path) -> list[int]:
-    """Steps with a committed checkpoint, oldest first. Folders that were never committed do not count."""
+    """Lists steps with a committed checkpoint, oldest first. Folders that were never committed do not count."""
     if not root.is_dir():
         return []
+    # A folder of the right name without a manifest was left by a removal that was interrupted.
     matches = (COMMITTED.match(entry.name) for entry in root.iterdir() if (entry / MANIFEST).is_file())
     return sorted(int(match.group(1)) for match in matches if match)
 
 
 def unfinished_folders(root: Path) -> list[Path]:
-    """Leftovers of saves and of removals that were interrupted."""
+    """Lists leftovers of saves and of removals that were interrupted."""
     if not root.is_dir():
         return []
     entries = sorted(entry for entry in root.iterdir() if entry.is_dir() and UNFINISHED.match(entry.name))
@@ -58,7 +59,7 @@ def unfinished_folders(root: Path) -> list[Path]:
 
 
 def commit(folder: Path) -> int:
-    """Makes the checkpoint written aside visible under its final name. Returns its size in bytes."""
+    """Gives the temporary folder of a checkpoint its final name. Returns its size in bytes."""
     temporary = aside(folder)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
@@ -69,7 +70,7 @@ def commit(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed folder consists of.
+    """The list of the files of a committed folder.
 
     Attributes:
         files: size and hash of each, by its path in the folder.
@@ -85,18 +86,19 @@ class Manifest:
         return _remedy(self.folder)
 
     def size(self, name: str) -> int:
-        """Bytes of a listed file."""
+        """Returns the bytes of a listed file."""
         return int(self.files[name]["bytes"])
 
     def check(self, name: str) -> Path:
-        """The place of one file, whose contents are what was committed.
+        """Returns the path of one file, once its contents are found to be those that were committed.
 
         Raises:
-            CheckpointError: it is not listed, missing, a link, or has another size or other contents.
+            CheckpointError: the file is not listed, missing, a link, or has another size or other contents.
         """
         path, expected = self.folder / name, self.files.get(name)
         if expected is None:
             raise CheckpointError(f"{path} is not listed in {MANIFEST}, so it is not opened; {self.remedy}")
+        # A link on any level could lead out of the checkpoint, to a file that no manifest describes.
         steps = [self.folder / part for part in (*map(str, PurePosixPath(name).parents), name) if part != "."]
         if any(step.is_symlink() for step in steps):
             raise CheckpointError(f"{path} is a link, expected a file of the checkpoint itself; {self.remedy}")
@@ -104,6 +106,7 @@ class Manifest:
             raise CheckpointError(f"{path} is missing; {self.remedy}")
         try:
             size = path.stat().st_size
+            # A wrong size needs no hash: a file of 30 GB that was cut off is named at once.
             found = _fingerprint(path) if size == expected["bytes"] else {"bytes": size}
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error}); {self.remedy}") from error
@@ -113,10 +116,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a committed folder, once its own checksum is right; no other file is opened.
+    """Reads the manifest of a committed folder and checks its own checksum; no other file is opened.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged, or is none.
+        CheckpointError: the manifest cannot be read, is damaged, or is none.
     """
     path = folder / MANIFEST
     try:
@@ -139,10 +142,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_text(path: Path) -> str:
-    """A small text file that is no link and no device.
+    """Reads a small text file that is no link and no device.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is something else, too large, or not UTF-8.
+        OSError: the file cannot be read. ValueError: the file is something else, too large, or not UTF-8.
     """
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_JSON:
@@ -163,7 +166,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of all that a committed checkpoint says; two equal runs write checkpoints with the same one.
+    """Returns a hash of the contents of a committed checkpoint; two equal runs write checkpoints with the same hash.
 
     Raises:
         CheckpointError: the manifest cannot be read.
@@ -185,7 +188,7 @@ def keep_last(root: Path, count: int) -> list[int]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file that whoever may enter the folder may read; the library leaves it to the owner alone."""
+    """Writes a safetensors file that everyone with access to the folder can read; the library lets the owner alone."""
     from safetensors.torch import save_file  # imports torch, which whoever only looks for checkpoints does not need
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
@@ -197,7 +200,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _render(files: Mapping[str, Any]) -> str:
-    """The manifest as it is written, with the hash of what it lists."""
+    """Returns the text of a manifest, with the hash of its list."""
     digest = hash_bytes(_render_without_checksum(files).encode())
     return json.dumps({"files": files, "xxh3": digest}, indent=1, sort_keys=True)
 
@@ -207,7 +210,7 @@ def _render_without_checksum(files: Mapping[str, Any]) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name can only mean a file in the folder."""
+    """Tells whether a name can only mean a file in the folder."""
     path = PurePosixPath(name)
     is_plain = bool(path.parts) and str(path) == name and "\0" not in name and "\\" not in name
     return is_plain and not path.is_absolute() and ".." not in path.parts

@@ -1,4 +1,4 @@
-"""Our model into a folder that transformers loads, from any layout, one tensor at a time.
+"""Exports the model, from any layout and one tensor at a time, into a folder that transformers loads.
 
 In: the model's chunks   Out: safetensors shards with an index, and config.json   The way in: weights.py
 Rank 0 writes; every other rank sends it what it holds. Padding of the vocabulary is left out.
@@ -39,7 +39,7 @@ LAYOUTS: Mapping[What, tuple[Family, tuple[ModelPart, ...]]] = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a folder is written.
+    """The options of an export.
 
     Attributes:
         dtype: of the tensors; None keeps the model's.
@@ -76,6 +76,7 @@ def export_hf(
     export = _Export(folder, what, chunks[0].model_config, targets, options)
     try:
         on_main(topology, export.begin, WRITE_ERRORS)
+        # One tensor at a time: no process ever holds the whole model, whatever its size.
         for target in targets:
             dtype = options.dtype or target.dtype
             cuts = gather_cuts(own.get(target.name), target.owners, target.cut_shape, dtype, topology)
@@ -87,7 +88,7 @@ def export_hf(
 
 
 class _Export:
-    """What rank 0 does; on other ranks nothing of it is called but ``abandon``."""
+    """The work of rank 0; on other ranks nothing of it is called but ``abandon``."""
 
     def __init__(self, folder: Path, what: What, model: ModelConfig, targets: Sequence[Target], options: ExportOptions):
         self.folder, self.what, self.model, self.targets, self.options = folder, what, model, targets, options
@@ -132,7 +133,7 @@ class _Export:
         return self.writer
 
     def _take_layout(self, path: Path, dtype: str) -> None:
-        """The result has the names and the config.json of the file that it is completed from."""
+        """Takes names and config.json from the file that completes the export."""
         if self.what != "tower":
             raise CheckpointError(
                 f"only an export of the tower is completed from other weights, not of the {self.what}"
@@ -152,6 +153,7 @@ class _Export:
         with WeightFiles(path) as files:
             prefix, _ = choose_prefix(CLIP, "tower", self.targets, files, self.model)
             table = part_table("tower", self.model)
+            # In the order of names, so that two exports of equal weights have equal bytes.
             for name in sorted(files.entries):
                 if CLIP.part_of(name) is None or is_ignored(name, table, prefix):
                     tensor = files.whole(name)

@@ -1,4 +1,4 @@
-"""Why a checkpoint could not be written: a full disk, no right to write, another rank, or a disk that fails.
+"""Finds out why a checkpoint could not be written: a full disk, no right to write, another rank, a disk that fails.
 
 In: what pathlib, torch.save, safetensors, Megatron's writers or a collective raised   Out: one error with its remedy
 Each cause has its own remedy and exit code; a wrong one sends people to the wrong machine.   For: store.py, part_writer.py
@@ -24,6 +24,7 @@ WRITE_ERRORS = (OSError, EOFError, RuntimeError, SafetensorError, WritersFailed)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PIPES = (errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED)
 # Where only a text arrives: torch's and Rust's libraries, and failures that crossed a process.
+# The order counts: "os error 28" is a full disk before "os error" is any other failure of a disk.
 WORDS: tuple[tuple[FailureKind, tuple[str, ...]], ...] = (
     ("full", ("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 122")),
     ("denied", ("Permission denied", "Read-only file system", "Operation not permitted")),
@@ -42,14 +43,14 @@ REMEDIES: tuple[tuple[FailureKind, str], ...] = (
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a save, small enough to send to other ranks."""
+    """The cause of a failed save, small enough to send to other ranks."""
 
     kind: FailureKind
     text: str
 
 
 class SaveFailed(OSError):
-    """A part of a save failed on one rank, and so on all."""
+    """A part of a save failed on one rank, and therefore on all."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.text)
@@ -57,7 +58,7 @@ class SaveFailed(OSError):
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What an exception out of a save means.
+    """Tells what an exception out of a save means.
 
     Raises:
         BaseException: the exception itself, where it has nothing to do with writing: a mistake in a program.
@@ -68,6 +69,7 @@ def failure_of(error: BaseException) -> Failure:
     kind = _kind_of_number(error) or next((kind for kind, words in WORDS if any(word in text for word in words)), None)
     if any(parent.__name__ == "DistError" for parent in type(error).__mro__):  # torch's own, of collectives
         kind = "peer"
+    # A bare RuntimeError without a known word is a fault of the program; calling it a fault of the disk would hide it.
     if kind is None and type(error) is RuntimeError:
         raise error
     if kind is None:
@@ -85,10 +87,10 @@ def _kind_of_number(error: BaseException) -> FailureKind | None:
 
 
 def write_failure(folder: Path, error: BaseException, failure: Failure | None = None) -> SicogError:
-    """The one error that a save ends with.
+    """Returns the one error that a save ends with.
 
     Args:
-        failure: what the ranks agreed on; None for what the exception means.
+        failure: the cause that the ranks agreed on; None to read it from the exception.
     """
     failure = failure or failure_of(error)
     text = f"checkpoint {folder} cannot be written: {failure.text}{_free_text(folder)}; {dict(REMEDIES)[failure.kind]}"
@@ -102,11 +104,12 @@ def write_failure(folder: Path, error: BaseException, failure: Failure | None = 
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space where a folder is, or will be.
+    """Returns the free bytes where a folder is, or will be.
 
     Raises:
-        OSError: it cannot be known.
+        OSError: the free space cannot be known.
     """
+    # The folder may not exist yet; the nearest one above it that does is asked.
     place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.is_dir())
     return shutil.disk_usage(place).free
 

@@ -1,4 +1,4 @@
-"""Are first weights numbers? Looked at while they are copied, so that no file is read twice.
+"""Looks for NaN and infinite values in first weights while they are copied, so that no file is read twice.
 
 In: rows of tensors as they arrive on this rank   Out: what is not finite or all zero   Used by: weights.py, part_reader.py
 A NaN in first weights ends a run at its first step, where nothing points at the file any more.
@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 class FiniteWatch:
-    """Collects what is wrong with the rows that pass by."""
+    """Collects faults of the rows that pass by: values that are not finite, matrices of zeros."""
 
     def __init__(self) -> None:
         self._broken: dict[str, int] = {}
@@ -33,12 +33,13 @@ class FiniteWatch:
         total = rows.sum(dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
         if not bool(torch.isfinite(total)) and (count := int((~torch.isfinite(rows)).sum())):
             self._broken[name] = self._broken.get(name, 0) + count
+        # Matrices only: biases and norms of zeros are common.
         if rows.dim() > 1:
             is_zero = float(total) == 0 and not bool(rows.any())
             (self._zero if is_zero else self._filled).add(name)
 
     def settle(self, topology: Topology, where: str) -> list[str]:
-        """Joins what all ranks saw. Collective.
+        """Joins the findings of all ranks. Collective.
 
         Returns:
             a line on matrices that hold nothing but zeros, if there are any.
@@ -50,6 +51,7 @@ class FiniteWatch:
         broken: dict[str, int] = {}
         for found, _ in seen:
             for name, count in found.items():
+                # Replicas see the same rows, so counts are not added; the largest of them is shown.
                 broken[name] = max(broken.get(name, 0), count)
         if broken:
             listed = _shown(f"{name} ({count:,} values)" for name, count in sorted(broken.items()))

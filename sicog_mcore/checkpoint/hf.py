@@ -1,4 +1,4 @@
-"""Safetensors in and out: names and shapes without loading anything, rows of one tensor at a time, shards of bounded size.
+"""Reads and writes safetensors: names and shapes by headers, rows of one tensor at a time, shards of bounded size.
 
 In: a file, or a folder with or without an index   Out: rows of tensors; a folder that appears whole or not at all
 Pickle files are never opened here.   Used by: weights.py
@@ -33,7 +33,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header of a file says about one tensor."""
+    """The header entry of one tensor in a file."""
 
     file: Path
     shape: Shape
@@ -41,7 +41,7 @@ class Entry:
 
 
 class WeightFiles:
-    """All tensors of a safetensors file or of a folder. Use as a context manager; files stay mapped until it ends.
+    """The tensors of a safetensors file or of a folder. It is a context manager; files stay mapped until it ends.
 
     Raises:
         CheckpointError: a file is missing, damaged, a pickle, or at odds with the index.
@@ -74,6 +74,7 @@ class WeightFiles:
             ) from error
         self._open[file] = handle
         names = set(handle.keys())
+        # Names stand in messages; one with control characters could write to the user's terminal.
         if odd := [name for name in sorted(names) if not name.isprintable()]:
             raise CheckpointError(f"{file} holds a tensor named {odd[0]!r}; expected a name that can be printed")
         if expected is not None and names != set(expected):
@@ -85,10 +86,10 @@ class WeightFiles:
             self.entries[name] = Entry(file, tuple(header.get_shape()), header.get_dtype())
 
     def read(self, name: str, axis: int, start: int, length: int) -> Tensor:
-        """Rows of one tensor along an axis; only these are read.
+        """Reads rows of one tensor along an axis, and nothing else of it.
 
         Raises:
-            CheckpointError: names tensor and file.
+            CheckpointError: the file cannot be read; the message names tensor and file.
         """
         entry = self.entries[name]
         try:
@@ -98,12 +99,12 @@ class WeightFiles:
             raise CheckpointError(f"{name} in {entry.file} cannot be read ({error}); copy the file again") from error
 
     def whole(self, name: str) -> Tensor:
-        """One tensor."""
+        """Reads one tensor."""
         return self._open[self.entries[name].file].get_tensor(name)
 
 
 def _files(path: Path) -> Mapping[Path, Collection[str] | None]:
-    """Every file to read, with the names that the index promises for it, if there is an index."""
+    """Lists the files to read, each with the names that the index promises for it, if there is an index."""
     if path.is_file():
         if path.name == INDEX:
             return _indexed(path)
@@ -131,6 +132,7 @@ def _indexed(index: Path) -> Mapping[Path, Collection[str]]:
         raise CheckpointError(f"{index} cannot be read ({error!r}); copy it again") from error
     files: dict[Path, list[str]] = {}
     for name, file in places:
+        # An index comes from strangers: a path such as ../../x in it must not open a file elsewhere.
         if Path(file).name != file:
             raise CheckpointError(f"{index} places {name} in {file!r}; only files beside the index are read")
         files.setdefault(index.parent / file, []).append(name)
@@ -152,23 +154,23 @@ def _pickle(files: list[Path]) -> CheckpointError:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a folder, or beside a file; empty if there is none."""
+    """Reads config.json of a folder, or beside a file; empty if there is none."""
     return read_json((path if path.is_dir() else path.parent) / CONFIG)
 
 
 def shortened(lines: Collection[str], most: int = 12) -> str:
-    """A list for a message, cut where it gets long."""
+    """Joins lines for a message, and cuts the list where it gets long."""
     more = len(lines) - most
     return ", ".join([*list(lines)[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
 class ShardWriter:
-    """Writes tensors in the order they come into shards, beside the folder; ``finish`` makes it appear under its name.
+    """Writes tensors into shards in a temporary folder, in the order they come; ``finish`` gives it its name.
 
-    Holds one shard in memory.
+    It holds one shard in memory.
 
     Args:
-        folder: must not exist yet, or be empty.
+        folder: the final name; nothing may be there yet but an empty folder.
         shard_bytes: largest shard; a larger tensor gets one of its own.
     """
 
@@ -184,7 +186,7 @@ class ShardWriter:
         self.aside.mkdir(parents=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes one tensor; the shard before it is written if this one does not fit any more."""
+        """Adds one tensor; the shard so far is written first where this tensor does not fit into it."""
         assert name not in self._shard and not any(name in names for names in self._names), f"{name} is written twice"
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._held + size > self.shard_bytes:
@@ -194,12 +196,13 @@ class ShardWriter:
         self._bytes += size
 
     def finish(self) -> int:
-        """Completes and shows the folder. Returns the bytes of all tensors."""
+        """Completes the folder and gives it its final name. Returns the bytes of all tensors."""
         self._flush()
         count = len(self._names)
         places: dict[str, str] = {}
         for number, names in enumerate(self._names):
             file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            # By convention every name holds the number of shards, which is known only now.
             move(self._temporary(number), self.aside / file)
             places |= dict.fromkeys(names, file)
         if count > 1:
@@ -211,7 +214,7 @@ class ShardWriter:
         return self._bytes
 
     def abandon(self) -> None:
-        """Removes what was written so far."""
+        """Removes the temporary folder."""
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def _flush(self) -> None:
@@ -225,10 +228,10 @@ class ShardWriter:
 
 
 def require_free(folder: Path) -> None:
-    """An export never writes into a folder that has something in it.
+    """Refuses a folder that holds something: an export never mixes with other files.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: the folder holds something, or is a file.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already; choose another folder, or remove it")

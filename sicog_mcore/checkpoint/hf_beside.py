@@ -1,7 +1,7 @@
-"""What stands beside foreign weights: adapters, second sets of weights, signs of packing, configurations of other steps.
+"""Judges files beside foreign weights: adapters, second sets of weights, signs of packing, other configurations.
 
 In: a folder and the files that are read of it   Out: ConfigVerdict   Next: weights.py
-A folder is refused where it could mean two models; of what is only left aside, one line says so.
+A folder is refused where it could mean two models. One line names files that are merely not used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PREPROCESSOR_FIELDS = (
 
 
 def judge_names(names: Collection[str]) -> list[str]:
-    """Problems that the names of tensors show: an adapter that is not merged, or packed weights."""
+    """Finds problems that the names of tensors show: an adapter that is not merged, or packed weights."""
     problems = []
     for pattern, meaning in (
         (
@@ -58,7 +58,7 @@ def judge_names(names: Collection[str]) -> list[str]:
 
 
 def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
-    """Adapters, other sets of weights and signs of quantisation beside the files that are read.
+    """Finds adapters, other sets of weights and signs of quantisation beside the files that are read.
 
     Args:
         path: as the user gave it; a file that was named is meant, of a folder the right one must be clear.
@@ -75,6 +75,7 @@ def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
         text = f"{' and '.join(adapters)} beside the weights: an adapter that is not merged; merge it into the weights first"
         (problems if path.is_dir() else notes).append(text + ("" if path.is_dir() else ", it is left out here"))
     problems += [f"{name} beside the weights: they are packed" for name in QUANTISED if name in names]
+    # Two whole models in one folder: nothing tells which one is meant, so neither is taken.
     twins = [name for name in others if SAME_NAMES.fullmatch(name)]
     if twins and path.is_dir():
         problems.append(
@@ -84,6 +85,7 @@ def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
     left = [name for name in others if name not in ADAPTERS and not TRAINING_STATE.fullmatch(name)]
     left = [name for name in left if not (name in twins and path.is_dir())]
     if left:
+        # A second file that is newer is often the one that was meant, for example a fine-tuned copy; its age is said.
         newest = max((file.stat().st_mtime for file in read), default=0.0)
         newer = [name for name in left if (folder / name).stat().st_mtime > newest]
         also = f" ({_listed(newer)} newer than it)" if newer else ""
@@ -92,7 +94,7 @@ def judge_folder(path: Path, read: Collection[Path]) -> ConfigVerdict:
 
 
 def judge_configs(path: Path, part: ModelPart, model: ModelConfig) -> ConfigVerdict:
-    """The configurations of other steps: how pictures become numbers, how answers are generated."""
+    """Compares configurations of other steps: of pictures that become numbers, of answers that are generated."""
     folder = path if path.is_dir() else path.parent
     verdict = ConfigVerdict()
     files: tuple[tuple[str, Scope], ...] = ((PREPROCESSOR, "preprocessor"),) if part == "tower" else ()
@@ -116,10 +118,10 @@ def judge_configs(path: Path, part: ModelPart, model: ModelConfig) -> ConfigVerd
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object from a file; empty if there is no file.
+    """Reads a JSON object from a file; empty if there is no file.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no object.
+        CheckpointError: the file cannot be read, or holds no object.
     """
     if not file.is_file():
         return {}
@@ -133,7 +135,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _pixels(values: Mapping[str, Any]) -> Iterator[str]:
-    """Values of pixels as the tower was trained on them; ours are CLIP's."""
+    """Compares the normalisation of pixels that the tower was trained with; ours is CLIP's."""
     for name, ours in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
         given = values.get(name)
         if given is not None and not _is_close(given, ours):

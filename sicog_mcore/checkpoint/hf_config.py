@@ -1,4 +1,4 @@
-"""config.json of Hugging Face models and our sizes, field by field: what an export writes is what an import expects.
+"""Compares config.json of Hugging Face models with our sizes, field by field; an export writes what an import expects.
 
 Shapes do not show the number of heads, the base of the rotary frequencies or an epsilon: a wrong one gives a model that
 loads without an error and answers nonsense. So config.json, where there is one, must agree with the configuration.
@@ -77,7 +77,7 @@ CONTEXT, SCALED_CONTEXT = 32768, 131072  # tokens; nothing here depends on it, t
 
 
 def decoder_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a decoder, in the form that transformers 4 and 5 read.
+    """Returns config.json of a decoder, in the form that transformers 4 and 5 read.
 
     Raises:
         CheckpointError: no family that transformers knows has such a decoder.
@@ -101,7 +101,7 @@ def decoder_config(decoder: DecoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def tower_config(tower: TowerConfig, dtype: str) -> dict[str, Any]:
-    """config.json of CLIP's vision model, all layers of the source counted."""
+    """Returns config.json of CLIP's vision model, all layers of the source counted."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -113,7 +113,7 @@ def tower_config(tower: TowerConfig, dtype: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ConfigVerdict:
-    """What a configuration beside weights means for a run.
+    """The verdict on a configuration beside weights.
 
     Attributes:
         problems: why the weights would compute something else: found, expected, remedy.
@@ -147,6 +147,7 @@ def judge(config: Mapping[str, Any], part: ModelPart, kinds: Mapping[str, str], 
     if own is None:
         return top + ConfigVerdict((f"{name}: expected one object with the sizes of the {part}",))
     prefix = f"{name}." if name else ""
+    # Without a model_type the family's first kind holds: names of tensors have chosen the family already.
     kind = str(own.get("model_type", "")) or next(iter(kinds))
     if kind not in kinds:
         known = ", ".join(kinds)
@@ -171,7 +172,7 @@ def judge(config: Mapping[str, Any], part: ModelPart, kinds: Mapping[str, str], 
 def judge_kinds(
     config: Mapping[str, Any], kinds: Mapping[ModelPart, Mapping[str, str]], parts: Collection[ModelPart]
 ) -> ConfigVerdict:
-    """What can be said of config.json without a model of ours: kinds, packed weights, keys that nobody knows.
+    """Judges config.json without a model of ours: kinds, packed weights, keys that nobody knows.
 
     Args:
         parts: that the weights hold.
@@ -193,9 +194,10 @@ def judge_kinds(
 
 
 def nested(config: Mapping[str, Any], part: ModelPart) -> tuple[str, Mapping[str, Any] | None]:
-    """The configuration of a part inside that of a whole model, and its dotted name; the whole one where none is nested.
+    """Finds the configuration of a part inside that of a whole model, and its dotted name.
 
-    None if it cannot be told: several claim to be it, or what stands there is no object.
+    Where none is nested, the whole configuration is returned with an empty name. None stands for a part that cannot be told:
+    several objects claim to be it, or the value under its name is no object.
     """
     names = NESTED["decoder" if part == "decoder" else "tower"]
     if part == "tower" and str(config.get("model_type", "")).endswith("vision_model"):
@@ -227,7 +229,7 @@ def _has_sizes(value: object, part: ModelPart) -> bool:
 
 
 def _top_scopes(config: Mapping[str, Any], part: ModelPart) -> tuple[Scope, ...]:
-    """Kinds of keys that stand side by side at the top."""
+    """Returns the kinds of keys that stand side by side at the top."""
     is_flat = part != "resampler" and nested(config, part)[1] is config
     scopes: tuple[Scope, ...] = ("decoder", "top") if part == "decoder" else ("tower", "top")
     if not is_flat:
@@ -251,7 +253,7 @@ def _packed(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def _absent(config: Mapping[str, Any], prefix: str, decoder: DecoderConfig) -> Iterator[str]:
-    """Layers, scales and masks that neither of our parts has."""
+    """Finds layers, scales and masks that none of our parts has."""
     for key in sorted(ABSENT.keys() & config.keys()):
         value = config[key]
         if value and value not in ABSENT[key] and not (key == "use_qk_norm" and decoder.qk_norm):
@@ -265,7 +267,7 @@ def _dropout(config: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def _code(config: Mapping[str, Any], own: Mapping[str, Any], prefix: str, kind: str) -> Iterator[str]:
-    """What the names of classes say: a model behind the decoder that is not ours, or code of its own."""
+    """Reads the names of classes: they may mean another model around the decoder, or code of its own."""
     if config.get("auto_map") and config.get("model_type") != MODEL_TYPE:
         yield f"{CONFIG}: auto_map names code of its own, which is never run"
     classes = own.get("architectures") if kind else None
@@ -275,7 +277,7 @@ def _code(config: Mapping[str, Any], own: Mapping[str, Any], prefix: str, kind: 
 
 
 def _around(config: Mapping[str, Any], part: ModelPart, model: ModelConfig) -> Iterator[str]:
-    """Fields of a whole model around the nested configuration of a part."""
+    """Compares fields of a whole model around the nested configuration of a part."""
     tied = config.get("tie_word_embeddings")
     if part == "decoder" and tied is not None and bool(tied) != model.decoder.tie_embeddings:
         yield f"{CONFIG}: tie_word_embeddings is {tied!r} for the whole model; model.decoder.tie_embeddings counts"
@@ -298,9 +300,10 @@ def _resampler(config: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
 
 
 def _with_defaults(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The values that transformers computes with: what config.json leaves out is the default of the class."""
+    """Returns the values that transformers computes with: the default of the class where config.json has none."""
     found = {**CLASS_DEFAULTS[kind], **{key: value for key, value in config.items() if value is not None}}
     heads = found.get("num_attention_heads")
+    # As in transformers: null means one key/value head for each query head; for Llama, so does a missing field.
     if kind == "llama" or ("num_key_value_heads" in config and config["num_key_value_heads"] is None):
         found["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     if found.get("head_dim") is None and isinstance(heads, int) and heads and isinstance(found.get("hidden_size"), int):
@@ -314,6 +317,7 @@ def _decoder(named: Mapping[str, Any], found: dict[str, Any], decoder: DecoderCo
         if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
             yield f"{name} is {brief(scaling)}, expected one object for all layers: our decoder has one rotary table"
             return
+    # Files of transformers 5 hold the base inside the object; a file with both places must agree with ours in both.
     theta = scalings.get("rope_parameters", {}).get("rope_theta")  # from transformers 5 on
     if theta is not None and "rope_theta" not in named:
         found["rope_theta"] = theta
@@ -353,6 +357,7 @@ def _attention(found: Mapping[str, Any], decoder: DecoderConfig) -> Iterator[str
 
 
 def _rope(name: str, scaling: Mapping[str, Any], found: Mapping[str, Any], decoder: DecoderConfig) -> Iterator[str]:
+    # Two names of one key: older files of transformers have ``type``.
     kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
     for kind in kinds:
         if kind not in ("default", "llama3"):
@@ -399,10 +404,10 @@ def _compare(
     path: str,
     named: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """One line per field that differs.
+    """Yields one line for each field that differs.
 
     Args:
-        named: what config.json itself says; all else in ``config`` is a default.
+        named: the values that stand in config.json; all others in ``config`` are defaults.
     """
     for theirs, name in fields:
         found, here = config.get(theirs), vars(ours)[name]
@@ -417,7 +422,7 @@ def _compare(
 
 
 def brief(value: object, most: int = 80) -> str:
-    """A foreign value for a message, escaped and cut."""
+    """Shows a foreign value in a message, escaped and cut."""
     shown = repr(value)
     return shown if len(shown) <= most else f"{shown[:most]}..."
 

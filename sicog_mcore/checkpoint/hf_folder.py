@@ -1,4 +1,4 @@
-"""All files of an exported folder but the weights: what transformers needs to build, feed and ask the model.
+"""Writes all files of an exported folder but the weights, so that transformers can build, feed and ask the model.
 
 In: Experiment   Out: config.json, generation_config.json, tokenizer, chat template, processor configs, modelling code
 The weights come from export.py, into the same folder.
@@ -29,11 +29,11 @@ PROCESSORS: Mapping[str, str] = {"image_processor_type": "SicogImageProcessor", 
 
 
 def write_model_files(folder: Path, experiment: Experiment, dtype: str) -> None:
-    """Everything beside the weights of the whole model, the code of ``sicog_mcore.hf`` included.
+    """Writes the files beside the weights of the whole model, the code of ``sicog_mcore.hf`` included.
 
     Args:
-        folder: exists.
-        experiment: that the weights come from.
+        folder: an existing folder.
+        experiment: the run that the weights come from.
         dtype: of the weights: "float32" or "bfloat16".
     """
     data, model = experiment.data, experiment.model
@@ -57,11 +57,11 @@ def write_model_files(folder: Path, experiment: Experiment, dtype: str) -> None:
 
 
 def write_decoder_files(folder: Path, experiment: Experiment, dtype: str) -> None:
-    """Everything beside the weights of the decoder alone, which transformers knows without any code of ours.
+    """Writes the files beside the weights of the decoder alone, which transformers knows without our code.
 
     Args:
-        folder: exists.
-        experiment: that the weights come from.
+        folder: an existing folder.
+        experiment: the run that the weights come from.
         dtype: of the weights: "float32" or "bfloat16".
     """
     data = experiment.data
@@ -71,7 +71,7 @@ def write_decoder_files(folder: Path, experiment: Experiment, dtype: str) -> Non
 
 
 def model_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of the whole model."""
+    """Returns config.json of the whole model."""
     return {
         "architectures": ["SicogForConditionalGeneration"],
         "model_type": MODEL_TYPE,
@@ -101,12 +101,12 @@ def _preprocessor_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _special_ids(chat: Chat) -> dict[str, Any]:
-    """Generation stops at the end of an answer, and at what fills empty places."""
+    """Returns the ids at which generation stops: the end of an answer, and padding."""
     return {"eos_token_id": list(dict.fromkeys([chat.end_id, chat.pad_id])), "pad_token_id": chat.pad_id}
 
 
 def _write_tokenizer(folder: Path, chat: Chat, data: DataConfig) -> None:
-    """Tokenizer, chat template, and greedy generation as the default: nothing is sampled unless it is asked for."""
+    """Writes tokenizer, chat template, and greedy generation as the default: nothing is sampled unless asked for."""
     _write_json(folder / "generation_config.json", {"do_sample": False, **_special_ids(chat)})
     chat.tokenizer.save(folder / HF_FILE)
     config = {
@@ -122,12 +122,13 @@ def _write_tokenizer(folder: Path, chat: Chat, data: DataConfig) -> None:
 
 
 def jinja_template(template: Template, system_prompt: str) -> str:
-    """A chat template in Jinja; an image in a list of contents becomes ``<image>`` and a newline, as in training.
+    """Writes a chat template in Jinja; an image in a list becomes ``<image>`` and a newline, as in training.
 
     Args:
-        template: how turns are written.
+        template: the pieces that turns are written with.
         system_prompt: system turn of conversations that bring none; empty for none.
     """
+    # Every tag strips the whitespace around it: the rendered text must equal that of training to the character.
     before, _, after = template.header.partition("{role}") if template.names_roles else (template.header, "", "")
 
     def header(role: str) -> str:

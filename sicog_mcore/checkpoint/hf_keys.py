@@ -1,6 +1,6 @@
-"""Every key of the configurations beside foreign weights that we know: compared, harmless at one value, or irrelevant.
+"""Lists known keys of configurations beside foreign weights: compared, harmless at one value, or irrelevant.
 
-A key that stands nowhere here is named to the user. A new key is a word in the group whose reason holds for it.
+A key that is not listed is named to the user. To add a key, write it into the group whose reason holds for it.
 Used by: hf_config.py, hf_beside.py
 """
 
@@ -227,13 +227,13 @@ _BY_SCOPE: Mapping[Scope, Mapping[str, frozenset[str]]] = MappingProxyType(
 
 
 def reason(key: str, scope: Scope) -> str:
-    """Why a key does not matter here; empty if it does or nobody knows it."""
+    """Returns why a key does not matter here; empty if it matters or is unknown."""
     groups = (*_EVERYWHERE.items(), *_BY_SCOPE[scope].items())
     return next((why for why, keys in groups if key in keys), "")
 
 
 def fate(key: str, scope: Scope, also: Collection[Scope] = ()) -> Fate:
-    """What happens to a key of one kind of configuration.
+    """Tells what happens to a key of one kind of configuration.
 
     Args:
         also: other scopes whose keys stand in the same object, as in the flat config.json of released weights.

@@ -1,7 +1,7 @@
-"""What foreign weights and our parameters have in common: each kind of mapping says which rows go where, once.
+"""Maps foreign weights to our parameters: each kind of mapping says once which rows go where.
 
-A mapping lists pieces, runs of rows that stand in a source tensor and in one tensor-parallel cut of our parameter. Import
-copies them one way, export the other, so a mapping is its own inverse.
+A mapping lists pieces: runs of rows that stand both in a source tensor and in one tensor-parallel shard of our parameter.
+Import copies them one way, export the other, so a mapping is its own inverse. In names, a shard is called a cut.
 In: names of tables.py, parameters of the model   Out: Transfer, one bound mapping   Next: weights.py
 """
 
@@ -27,8 +27,8 @@ class Target:
 
     Attributes:
         shape: of the whole parameter.
-        axis: dimension that tensor parallelism cuts; 0 where nothing is cut.
-        owners: the rank that holds each cut, in order.
+        axis: dimension along which tensor parallelism shards it; 0 where it does not.
+        owners: the rank that holds each shard, in order; one rank where it is not sharded.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class RowRun:
-    """Rows along the target's axis that one source and one cut of the target have in common."""
+    """Rows along the target's axis that one source and one shard of the target have in common."""
 
     source: int  # index of the source
     source_start: int
@@ -68,11 +68,11 @@ class OneToOne:
         return (self.source,)
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        """Shapes of the sources."""
+        """Returns the shapes of the sources."""
         return (target.shape,)
 
     def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
-        """What one cut of the target holds."""
+        """Lists the pieces of one shard of the target, from its first row on."""
         length = target.cut_shape[target.axis]
         yield RowRun(0, cut * length, 0, length)
 
@@ -84,7 +84,9 @@ class Fused(OneToOne):
     channels: int = 3
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        """Shapes of the sources."""
+        """Returns the shapes of the sources."""
+        # A convolution that steps by its own width is a matrix product over flattened patches, (c, y, x) in both: only
+        # the shape of the kernel differs, no value moves.
         side = round((target.shape[1] / self.channels) ** 0.5)
         return ((target.shape[0], self.channels, side, side),)
 
@@ -96,11 +98,12 @@ class PaddedVocabulary(OneToOne):
     rows: int = 0
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        """Shapes of the sources."""
+        """Returns the shapes of the sources."""
         return ((self.rows, *target.shape[1:]),)
 
     def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
-        """What one cut of the target holds."""
+        """Lists the pieces of one shard of the target, from its first row on."""
+        # The vocabulary is padded to a multiple that all layouts share, so the last shards hold fewer source rows, or none.
         length = target.cut_shape[0]
         start = cut * length
         if start < self.rows:
@@ -109,7 +112,7 @@ class PaddedVocabulary(OneToOne):
 
 @dataclass(frozen=True)
 class QKV:
-    """Query, key and value projections, weights or biases. Ours keeps each key/value head behind its query heads.
+    """Query, key and value projections, weights or biases. Ours puts each key/value head behind its query heads.
 
     Args:
         groups: key/value heads.
@@ -122,12 +125,15 @@ class QKV:
     queries: int
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        """Shapes of the sources."""
+        """Returns the shapes of the sources."""
         rows = self._rows(target)
         return tuple((n * self.groups, *target.shape[1:]) for n in rows)
 
     def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
-        """What one cut of the target holds."""
+        """Lists the pieces of one shard of the target, from its first row on."""
+        # Ours is [groups * (queries + 2) * d, ...]: the query heads of a group, its key head, its value head, then the next
+        # group. A shard is a run of whole groups, so no head is split and each rank attends on its own; the sources keep
+        # all queries, all keys and all values apart, so a shard takes one run of each source for every group.
         rows, groups = self._rows(target), self.groups // target.cuts
         target_start = 0
         for group in range(cut * groups, (cut + 1) * groups):
@@ -136,24 +142,26 @@ class QKV:
                 target_start += length
 
     def _rows(self, target: Target) -> tuple[int, int, int]:
-        """Rows of query, key and value in one group."""
+        """Returns the rows of query, key and value in one group."""
         head_dim = target.shape[0] // (self.groups * (self.queries + 2))
         return self.queries * head_dim, head_dim, head_dim
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """Gate and up projection. Every cut of ours holds its part of the gate, then its part of the up projection."""
+    """Gate and up projection. Every shard of ours holds its part of the gate, then its part of the up projection."""
 
     target: str
     sources: tuple[str, str]
 
     def shapes(self, target: Target) -> tuple[Shape, ...]:
-        """Shapes of the sources."""
+        """Returns the shapes of the sources."""
         return ((target.shape[0] // 2, *target.shape[1:]),) * 2
 
     def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
-        """What one cut of the target holds."""
+        """Lists the pieces of one shard of the target, from its first row on."""
+        # SwiGLU multiplies gate and up row by row on one rank. Were the stacked matrix sharded by runs of rows, the first
+        # ranks would hold the gate alone and the last ones the up projection alone.
         length = target.cut_shape[0] // 2
         for source in range(2):
             yield RowRun(source, cut * length, source * length, length)
@@ -169,7 +177,7 @@ class Tied:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Sources that our model has no use for; they may be there or not. ``**`` stands for any rest of a name."""
+    """Sources that our model does not use; they may be there or not. ``**`` stands for any rest of a name."""
 
     source: str
     why: str
@@ -193,18 +201,21 @@ class Transfer:
         return self.mapping.shapes(self.target)
 
     def fill(self, parameter: Tensor, cut: int, read: ReadRows) -> None:
-        """Writes one cut of the parameter, in place and in its own dtype; rows that no source has become zero."""
+        """Fills one shard of the parameter, in place and in its own dtype; rows that no source has become zero."""
         axis, filled = self.target.axis, 0
         for piece in self.mapping.pieces(self.target, cut):
             rows = read(self.sources[piece.source], axis, piece.source_start, piece.length)
             here = parameter.narrow(axis, piece.target_start, piece.length)
+            # A copy into a view converts the dtype without a second tensor; the shapes differ where a kernel is flattened.
             here.copy_(rows.reshape(here.shape))
             filled += piece.length
+        # Pieces follow each other from the first row on, so what is left is padding at the end.
         parameter.narrow(axis, filled, parameter.shape[axis] - filled).zero_()
 
     def assemble(self, cuts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The source tensors, by name, from all cuts of the parameter."""
+        """Returns the source tensors, by name, from all shards of the parameter."""
         axis = self.target.axis
+        # Empty is enough: shards are disjoint, and their pieces cover every source row once.
         wholes = [torch.empty(shape, dtype=cuts[0].dtype) for shape in self.shapes]
         for cut, tensor in enumerate(cuts):
             for piece in self.mapping.pieces(self.target, cut):
@@ -214,14 +225,15 @@ class Transfer:
 
 
 def matches(pattern: str, name: str) -> re.Match[str] | None:
-    """``*`` matches the number of a layer, ``**`` any rest of a name."""
+    """Matches a name against a pattern: ``*`` is the number of a layer, ``**`` any rest of a name."""
+    # All else is escaped, since names are full of dots. ``**`` is split off before ``*``, which it begins with.
     wild = {"**": ".+", "*": r"(\d+)"}
     parts = re.split(r"(\*\*|\*)", pattern)
     return re.fullmatch("".join(wild.get(part) or re.escape(part) for part in parts), name)
 
 
 def bind(table: MappingTable, targets: Sequence[Target], prefix: str) -> tuple[Transfer, ...]:
-    """One transfer for every target, in the order of the targets.
+    """Binds each target to the one row of the table that names it, in the order of the targets.
 
     Args:
         table: rows without the prefix.
@@ -232,12 +244,14 @@ def bind(table: MappingTable, targets: Sequence[Target], prefix: str) -> tuple[T
     """
     transfers, orphans = [], []
     for target in targets:
+        # Tied and Ignored rows are no Mapping: no parameter of ours is filled from them.
         found = [
             (row, match) for row in table if isinstance(row, Mapping) and (match := matches(row.target, target.name))
         ]
         if len(found) != 1:
             orphans.append(f"{target.name} ({len(found)} rows)")
             continue
+        # A row stands for all layers: the number that ``*`` met in our name goes into the names of the sources.
         row, match = found[0]
         layer = match.group(1) if match.groups() else ""
         transfers.append(Transfer(row, target, tuple(prefix + source.replace("*", layer) for source in row.sources)))

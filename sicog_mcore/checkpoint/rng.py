@@ -1,6 +1,6 @@
-"""Random states of one rank as tensors: torch, CUDA, Megatron's tensor-parallel tracker, numpy, Python.
+"""Saves the random states of one rank as tensors: torch, CUDA, Megatron's tensor-parallel tracker, numpy, Python.
 
-Stored as safetensors, one file per rank, because a random state belongs to a place in a layout, not to a parameter.
+They are stored as safetensors, one file per rank, because a random state belongs to a place in a layout, not to a parameter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ TRACKER = "tracker."
 
 def save_rng(path: Path) -> None:
     """Writes this process's random states."""
+    # Python's state is a version, 625 words and a cached normal number or None; numpy's is 624 words, a position, a
+    # flag and the cached number. Integers and floats are kept in tensors of their own, so that nothing is rounded.
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -40,10 +42,10 @@ def save_rng(path: Path) -> None:
 
 
 def load_rng(path: Path) -> None:
-    """Restores what save_rng wrote, in a process at the same place of the same layout.
+    """Restores the states that ``save_rng`` wrote, in a process at the same place of the same layout.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: the file holds something else.
     """
     try:
         _restore(load_file(path))

@@ -27,11 +27,12 @@ from sicog_mcore.cli import describe_changes, experiment_from_dict
 from sicog_mcore.config import CheckpointConfig, Experiment
 from sicog_mcore.errors import CheckpointError, MachineError
 from sicog_mcore.model.layers import EXTRA_STATE
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.gather import first_failure, on_all
 from sicog_mcore.parallel.topology import Topology, WritersFailed
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 
+# Values that decide which parameters share a group of the optimizer.
 OPTIMIZER_GROUPS = ("optim.freeze", "optim.tower_lr_scale", "optim.resampler_lr_scale", "optim.decoder_lr_scale")
 OPTIMIZER_BYTES = 12  # of a trained parameter: an fp32 master and two moments
 RESERVE = 1.02  # headers and paddings
@@ -39,7 +40,7 @@ RESERVE = 1.02  # headers and paddings
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, in integers that do not depend on the layout.
+    """The position of a run, in integers that do not depend on the layout.
 
     Attributes:
         step: optimiser steps done.
@@ -56,7 +57,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for checkpoints came up with; ``notes`` are lines for the user."""
+    """The result of a search for checkpoints; ``notes`` are lines for the user."""
 
     step: int | None
     notes: tuple[str, ...]
@@ -73,6 +74,7 @@ class CheckpointStore:
     def find(self) -> Found:
         """Looks for the newest committed checkpoint, on rank 0; the answer is the same on all ranks."""
         found = find_checkpoint(self.root, self.experiment.checkpoint) if self.topology.is_main else None
+        # The error travels as a value: raised on rank 0 alone, it would leave the others waiting in this broadcast.
         answer = self.topology.broadcast_object(found)
         if isinstance(answer, CheckpointError):
             raise answer
@@ -83,7 +85,7 @@ class CheckpointStore:
         return commit.step_folder(self.root, step)
 
     def newest(self) -> Path | None:
-        """The newest committed checkpoint, if there is one."""
+        """Returns the newest committed checkpoint, if there is one."""
         return newest_folder(self.root)
 
     def save(self, model: TrainableModel, state: RunState) -> Path:
@@ -94,10 +96,13 @@ class CheckpointStore:
             CheckpointError: the folder may not be written to.
             MachineError: another rank or the network failed.
         """
+        # A save may take longer than a collective may; a phase that begins counts as progress for the watchdog.
         self.topology.watch.beat(f"the save of step {state.step}")
         folder = self.folder(state.step)
         temporary = commit.aside(folder)
         content = _sharded_state(model, is_loading=False)
+        # Between two collectives, every part ends on all ranks or on none: a rank that failed alone would leave the others
+        # waiting for it in the next one until their timeout, with an error that names the network instead of the disk.
         try:
             self._together(lambda: self._prepare(temporary))
             dist_checkpointing.save(content, str(temporary))
@@ -122,7 +127,7 @@ class CheckpointStore:
             raise SaveFailed(found)
 
     def _agreed(self, error: BaseException) -> Failure:
-        """What failed; where all ranks know that something did, but only one knows what, they agree on its kind."""
+        """Returns the failure; where all ranks know of one, but only some know its cause, they agree on its kind."""
         failure = failure_of(error)
         if not isinstance(error, WritersFailed):
             return failure
@@ -170,6 +175,7 @@ class CheckpointStore:
             temporary.mkdir()
 
     def _add_own_files(self, temporary: Path, state: RunState) -> None:
+        # Random states differ from rank to rank; everything else in these files is equal on all.
         save_rng(_rng_file(temporary, self.topology.rank))
         if self.topology.is_main:
             content = {
@@ -186,7 +192,7 @@ class CheckpointStore:
             commit.keep_last(self.root, self.experiment.checkpoint.keep_last)
 
     def saved_state(self, step: int) -> RunState:
-        """Where the run stood at step ``step``, read before there is a model.
+        """Reads the state of the run at step ``step``, before there is a model.
 
         Raises:
             CheckpointError: the checkpoint belongs to another model.
@@ -207,9 +213,12 @@ class CheckpointStore:
         """
         folder = self.folder(step)
         content = read_state(folder)
+        # Compared before shards are read: "another model" is a better message than a list of tensors.
         notes = self._compare(content, folder)
         state = _run_state(content, folder, step)
+        # Megatron loads into a template that it makes of the live optimizer; Adam's moments must exist to be part of it.
         model.allocate_optimizer_state()
+        # Differences are returned, not only logged: one message can then name them, and extra states can be forgiven.
         loaded, unread, missing = load_shards(
             _sharded_state(model, is_loading=True), folder, self.topology, strict=StrictHandling.RETURN_ALL
         )
@@ -233,7 +242,7 @@ class CheckpointStore:
         return state, notes
 
     def _load_rng(self, folder: Path) -> None:
-        """Restores the random states of this place."""
+        """Restores the random states of this rank."""
         manifest = commit.read_manifest(folder)
         load_rng(manifest.check(_rng_file(folder, self.topology.rank).relative_to(folder).as_posix()))
 
@@ -254,7 +263,7 @@ class CheckpointStore:
 
 
 def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointError:
-    """Newest committed checkpoint that is whole, under the rules of ``config.resume``."""
+    """Finds the newest committed checkpoint under the rules of ``config.resume``, and checks that it is whole."""
     newest = newest_step(root)
     notes = [
         f"ignored {folder.name}: its save or its removal was interrupted" for folder in commit.unfinished_folders(root)
@@ -270,6 +279,8 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
             f"checkpoint.resume is 'never' but {root} has a checkpoint of step {newest}; choose another output folder"
         )
     try:
+        # The newest alone is verified. Hashing all would read every checkpoint at each start, and an older one is used
+        # only after the user has removed the newest, as the message asks.
         manifest = commit.verify(commit.step_folder(root, newest))
         if has_shards(manifest):
             examine(manifest)
@@ -283,7 +294,7 @@ def find_checkpoint(root: Path, config: CheckpointConfig) -> Found | CheckpointE
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
-    """About what one checkpoint takes on the disk: weights of all parts, and what the optimizer keeps of trained ones."""
+    """Estimates the bytes of one checkpoint on the disk: weights of all parts, optimizer states of trained ones."""
     weight, counts = 2 if experiment.train.precision == "bf16" else 4, params_by_part(experiment.model)
     trained = sum(count for part, count in counts.items() if part not in experiment.optim.freeze)
     return int(RESERVE * (weight * sum(counts.values()) + OPTIMIZER_BYTES * trained))
@@ -294,15 +305,16 @@ def _size(count: float) -> str:
 
 
 def _run_state(content: Mapping[str, Any], folder: Path, step: int) -> RunState:
-    """Where the run stood, from its file.
+    """Reads the state of the run from the content of its file.
 
     Raises:
-        CheckpointError: it says something else than integers, or another step than its folder.
+        CheckpointError: the file says something else than integers, or another step than its folder.
     """
     try:
         state = RunState(**content["state"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} holds no state of a run ({error}); use another checkpoint") from error
+    # ``type`` and not isinstance: True is an int, too, and would pass for step 1.
     numbers = [state.step, state.samples, *state.loader.values()] if isinstance(state.loader, dict) else [None]
     if state.step != step or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(

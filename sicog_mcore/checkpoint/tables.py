@@ -1,7 +1,8 @@
-"""Names of foreign weights and ours, side by side, per part; and the families of checkpoints that use them.
+"""Lists names of foreign weights beside ours, part by part, and the families of checkpoints that use them.
 
-A new family is a row in FAMILIES and, where its names are new, a table. Names only: shapes, cuts and order of rows are the
-business of mapping.py. Rows whose parameter the model lacks (biases of Qwen2, head norms of Qwen3) simply do not apply.
+A new family is a row in FAMILIES and, where its names are new, a table. Tables hold names only: mapping.py knows shapes,
+shards and the order of rows. A row does not apply where the model lacks its parameter (biases of Qwen2, head norms of
+Qwen3).
 Next: weights.py
 """
 
@@ -37,7 +38,7 @@ RESAMPLER_NAMES = (
 
 
 def decoder_table(decoder: DecoderConfig) -> MappingTable:
-    """Qwen2, Qwen2.5, Qwen3, Llama 3 and SmolLM2: the same names, each with or without biases, head norms and a head."""
+    """Returns the table of Qwen2, Qwen2.5, Qwen3, Llama 3 and SmolLM2; biases, head norms and a head may be missing."""
     ours, theirs = "language_model.decoder.layers.*.", "model.layers.*."
     groups, queries = decoder.num_kv_heads, decoder.num_heads // decoder.num_kv_heads
 
@@ -64,7 +65,7 @@ def decoder_table(decoder: DecoderConfig) -> MappingTable:
 
 
 def tower_table(tower: TowerConfig) -> MappingTable:
-    """CLIP's vision transformer. Layers behind the one whose output is used, and the last norm, are not built."""
+    """Returns the table of CLIP's vision transformer. Layers behind the used output, and the last norm, are not built."""
     ours, theirs = "tower.transformer.layers.*.", "encoder.layers.*."
     unused = "behind the layer whose output is used (model.tower.feature_layer)"
 
@@ -94,7 +95,7 @@ def tower_table(tower: TowerConfig) -> MappingTable:
 
 
 def part_table(part: ModelPart, model: ModelConfig) -> MappingTable:
-    """The table of one part."""
+    """Returns the table of one part."""
     if part == "decoder":
         return decoder_table(model.decoder)
     if part == "tower":
@@ -107,7 +108,7 @@ class Family:
     """A layout of checkpoints.
 
     Attributes:
-        prefixes: what stands in front of the names of a part; of several, the first is written, all are read.
+        prefixes: texts in front of the names of a part; of several, the first is written, all are read.
         kinds: per part, each ``model_type`` of config.json that computes the same as ours, and the class it stands for;
             the first holds where config.json names none.
         foreign: names of parts that we do not have.
@@ -120,7 +121,7 @@ class Family:
     foreign: tuple[str, ...] = ()
 
     def part_of(self, name: str) -> ModelPart | None:
-        """The part that a tensor belongs to, by the longest prefix that fits; None for what is not ours."""
+        """Returns the part that a tensor belongs to, by the longest prefix that fits; None for foreign parts."""
         if any(matches(pattern, name) for pattern in self.foreign):
             return None
         fitting = [(len(p), part) for part, prefixes in self.prefixes.items() for p in prefixes if name.startswith(p)]
@@ -186,10 +187,10 @@ DECODERS: Mapping[str, Family] = MappingProxyType({family.name: family for famil
 
 
 def recognise(names: Collection[str], model_type: str, where: str) -> Family:
-    """The family of a checkpoint, by the names of its tensors; decoders also by ``model_type`` of config.json.
+    """Recognises the family of a checkpoint by the names of its tensors; decoders also by ``model_type``.
 
     Args:
-        model_type: empty where there is no config.json; then biases and head norms tell decoders apart.
+        model_type: as config.json has it; empty where there is none, then biases and head norms tell decoders apart.
         where: the file or folder, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The parameters of the whole model by name, and which ranks hold them: what foreign weights are mapped to.
+"""Describes the parameters of the whole model by name, and the ranks that hold them: the targets of foreign weights.
 
 In: this rank's chunks   Out: Target per parameter, the same on all ranks   Next: weights.py, export.py
 """
@@ -25,12 +25,12 @@ PARTS: tuple[ModelPart, ...] = tuple(part for part, _ in MODULES)
 
 
 def part_of(name: str) -> ModelPart:
-    """The part that a parameter or an entry of our checkpoints belongs to."""
+    """Returns the part that a parameter or an entry of our checkpoints belongs to."""
     return next(part for part, module in MODULES if name.startswith(module))
 
 
 def local_parameters(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters by their names in the whole model, the same for both kinds of layers."""
+    """Lists this rank's parameters by their names in the whole model, the same for both kinds of layers."""
     named = []
     for chunk in chunks:
         names = global_names(chunk)
@@ -39,7 +39,8 @@ def local_parameters(chunks: Sequence[VisionLanguageModel]) -> list[tuple[str, t
 
 
 def describe(chunks: Sequence[VisionLanguageModel], topology: Topology) -> tuple[Target, ...]:
-    """Every parameter of the whole model, from the first to the last stage. Collective; the same on all ranks."""
+    """Lists every parameter of the whole model, from the first to the last stage. Collective; the same on all ranks."""
+    # One data-parallel replica speaks for all, which hold the same shards.
     mine: list[tuple[str, Target, bool]] = []
     if topology.data_rank == 0:
         for name, parameter in local_parameters(chunks):
@@ -51,12 +52,14 @@ def describe(chunks: Sequence[VisionLanguageModel], topology: Topology) -> tuple
     for described in topology.gather_objects(mine):
         for name, target, is_cut in described:
             holders.setdefault(name, []).append((target, is_cut))
-    return tuple(_whole([cut for cut, _ in found], topology, found[0][1]) for found in holders.values())
+    return tuple(_whole([shard for shard, _ in found], topology, found[0][1]) for found in holders.values())
 
 
-def _whole(cuts: list[Target], topology: Topology, is_cut: bool) -> Target:
-    """Tensor-parallel ranks are neighbours; a table that is tied over stages is found again behind them."""
-    first = cuts[0]
-    owners = tuple(cut.owners[0] for cut in cuts[: topology.config.tensor if is_cut else 1])
+def _whole(shards: list[Target], topology: Topology, is_cut: bool) -> Target:
+    """Joins the shards of one parameter, in the order of their ranks."""
+    # Tensor-parallel ranks are neighbours, so the first ones hold the shards in order. A table that is tied over stages is
+    # found a second time behind them, on the ranks of the last stage; that copy is left out.
+    first = shards[0]
+    owners = tuple(shard.owners[0] for shard in shards[: topology.config.tensor if is_cut else 1])
     shape = tuple(n * len(owners) if d == first.axis else n for d, n in enumerate(first.shape))
     return Target(first.name, shape, first.axis, owners, first.dtype)

@@ -1,8 +1,9 @@
-"""First weights from other projects or from our own checkpoints, into a model under any layout, one tensor at a time.
+"""Loads first weights, foreign ones or our own, into a model under any layout, one tensor at a time.
 
 In: a safetensors folder or file   Out: parameters filled in place   Next: export.py, the way back
-Every source name is used once and every parameter written once, or one error lists all that differs before anything is
-written. Import before the model is wrapped: the optimizer copies its fp32 master weights from the parameters it is given.
+Every source name is used once and every parameter is written once; otherwise one error lists all differences before
+anything is written. Import before the model is wrapped: the optimizer copies its fp32 master weights from the parameters
+it is given.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ COMPARED_ROWS = 4096  # of two tables that must be equal, at a time
 
 @dataclass(frozen=True)
 class Plan:
-    """How one part is read from a checkpoint that is known to fit.
+    """The way in which one part is read from a checkpoint that is known to fit.
 
     Attributes:
         tied: (name, the name it must equal) of tables that the source holds twice.
@@ -58,11 +59,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class WeightContents:
-    """What a checkpoint holds.
+    """The contents of a checkpoint, by its headers.
 
     Attributes:
         rows: part (None for what is not ours), name, shape and dtype of every tensor.
-        verdict: what an import would refuse or say whatever the model.
+        verdict: refusals and notes of an import that do not depend on the model.
     """
 
     family: Family
@@ -71,7 +72,7 @@ class WeightContents:
 
 
 def inspect(path: Path) -> WeightContents:
-    """Reads headers only."""
+    """Lists the contents of a checkpoint; headers alone are read."""
     with WeightFiles(path) as files:
         family = family_of(files)
         rows = sorted((name, entry) for name, entry in files.entries.items())
@@ -82,7 +83,7 @@ def inspect(path: Path) -> WeightContents:
 
 
 def family_of(files: WeightFiles) -> Family:
-    """The family of opened files, by the names of their tensors and by config.json; never by their path."""
+    """Returns the family of opened files, by the names of their tensors and by config.json, never by their path."""
     return recognise(files.entries, str(read_config(files.path).get("model_type", "")), str(files.path))
 
 
@@ -101,8 +102,10 @@ def plan_import(part: ModelPart, targets: Sequence[Target], files: WeightFiles, 
     prefix, transfers = choose_prefix(family, part, targets, files, model)
     here = {name for name in files.entries if family.part_of(name) == part}
     twins = {prefix + row.source: prefix + row.of for row in table if isinstance(row, Tied)}
+    # A tied twin may be there or not: it is neither missing nor unexpected, and _fill compares it with its partner.
     tied = tuple((name, of) for name, of in twins.items() if name in here)
     ignored = tuple(sorted(name for name in here if is_ignored(name, table, prefix)))
+    # All that speaks against an import is collected first; a list of one problem at a time would cost a start for each.
     verdict = _judge_files(files) + judge(read_config(files.path), part, family.kinds[part], model)
     verdict += judge_configs(files.path, part, model)
     problems = [*verdict.problems, *_differences(transfers, files, here - {name for name, _ in tied} - set(ignored))]
@@ -114,13 +117,13 @@ def plan_import(part: ModelPart, targets: Sequence[Target], files: WeightFiles, 
 
 
 def _judge_files(files: WeightFiles) -> ConfigVerdict:
-    """What names and neighbours of files say, whatever the part."""
+    """Judges the files by the names of their tensors and by what stands beside them, whatever the part is."""
     read = {entry.file for entry in files.entries.values()}
     return judge_folder(files.path, read) + ConfigVerdict(tuple(judge_names(files.entries)))
 
 
 def left_aside(files: WeightFiles, family: Family, parts: Collection[ModelPart]) -> str:
-    """How many tensors are of no part that is read, by the beginning of their names; empty if there are none."""
+    """Counts tensors of parts that are not read, by the beginning of their names; empty if there are none."""
     aside = [name for name in files.entries if family.part_of(name) not in parts]
     starts = Counter(".".join(name.split(".")[: 2 if name.startswith("model.") else 1]) for name in aside)
     listed = shortened([f"{name} ({count})" for name, count in starts.most_common()], most=6)
@@ -130,15 +133,16 @@ def left_aside(files: WeightFiles, family: Family, parts: Collection[ModelPart])
 def choose_prefix(
     family: Family, part: ModelPart, targets: Sequence[Target], files: WeightFiles, model: ModelConfig
 ) -> tuple[str, tuple[Transfer, ...]]:
-    """Of the prefixes that a family may have, the one with which most names are there; and the transfers with it."""
+    """Returns the prefix of the family with which most names are there, and the transfers with it."""
     wanted = [target for target in targets if part_of(target.name) == part]
+    # Not the first that fits whole: a checkpoint that lacks a tensor must be told what it lacks under its own prefix.
     choices = {prefix: bind(part_table(part, model), wanted, prefix) for prefix in family.prefixes[part]}
     prefix = max(choices, key=lambda p: sum(name in files.entries for name in _sources(choices[p])))
     return prefix, choices[prefix]
 
 
 def is_ignored(name: str, table: MappingTable, prefix: str) -> bool:
-    """Whether a table says that a source is not for us."""
+    """Tells whether a table says that a source is not used."""
     return any(matches(prefix + row.source, name) for row in table if isinstance(row, Ignored))
 
 
@@ -148,7 +152,7 @@ def _sources(transfers: Sequence[Transfer]) -> Iterator[str]:
 
 
 def _differences(transfers: Sequence[Transfer], files: WeightFiles, here: Collection[str]) -> Iterator[str]:
-    """One line per kind of difference between what is needed and the sources ``here`` for this part."""
+    """Yields one line for each kind of difference between needed sources and those ``here`` for this part."""
     needed = {name: shape for t in transfers for name, shape in zip(t.sources, t.shapes, strict=True)}
     missing = [f"{name} {list(shape)}" for name, shape in needed.items() if name not in here]
     unexpected = [f"{name} {list(files.entries[name].shape)}" for name in sorted(here) if name not in needed]
@@ -205,12 +209,14 @@ def _fill(
     warning = ""
     with WeightFiles(path) as files:
         plan = plan_import(part, targets, files, chunks[0].model_config)
+        # Whole tables are compared, so one rank does it for all; its error reaches the others in import_part.
         for name, twin in plan.tied if topology.is_main else ():
             _require_equal(files, name, twin)
         transfers = {transfer.target.name: transfer for transfer in plan.transfers}
         for name, parameter in local_parameters(chunks):
             if part_of(name) == part:
                 transfer = transfers[name]
+                # A parameter that is not sharded has one shard, number 0, on every tensor-parallel rank.
                 cut = topology.tensor_rank if transfer.target.cuts > 1 else 0
                 with torch.no_grad():
                     transfer.fill(parameter, cut, partial(_watched, files, watch, parameter.dtype))
@@ -234,13 +240,15 @@ def _fill(
 def _watched(
     files: WeightFiles, watch: FiniteWatch, dtype: torch.dtype, name: str, axis: int, start: int, length: int
 ) -> Tensor:
-    """Rows of a source as the parameter will hold them, looked at on the way."""
+    """Reads rows of a source in the dtype of the parameter, and looks for NaN on the way."""
     rows = files.read(name, axis, start, length).to(dtype)
+    # After the conversion: a number that is finite in the file may be infinite in the dtype of the parameter.
     watch.see(f"{name} in {files.entries[name].file.name}", rows)
     return rows
 
 
 def _require_equal(files: WeightFiles, name: str, twin: str) -> None:
+    # In runs of rows: two whole tables of 152,064 x 3,584 in fp32 would be 4 GiB.
     rows, expected = files.entries[name].shape[0], files.entries[twin].shape
     same = files.entries[name].shape == expected and all(
         torch.equal(files.read(name, 0, start, COMPARED_ROWS), files.read(twin, 0, start, COMPARED_ROWS))
@@ -265,18 +273,19 @@ def import_init(chunks: Sequence[VisionLanguageModel], experiment: Experiment, t
     init = experiment.init
     places = {part: vars(init)[part] or init.checkpoint for part in PARTS}
     notes = []
+    # Each place once, in order: parts that come from one checkpoint are read together, and its notes are said once.
     for path in dict.fromkeys(place for place in places.values() if place):
         parts = [part for part in PARTS if places[part] == path]
         if folder := find_weights(Path(path), topology):
             notes += load_parts(chunks, parts, folder, experiment, topology)
         else:
-            notes += _cut([line for part in parts for line in import_part(chunks, part, Path(path), topology, parts)])
+            notes += _few([line for part in parts for line in import_part(chunks, part, Path(path), topology, parts)])
             if "decoder" in parts and topology.is_main:
                 notes += compare_tokenizers(experiment.data.tokenizer, Path(path))
     return notes
 
 
-def _cut(lines: Sequence[str]) -> list[str]:
-    """Each line once, as many as a reader takes in."""
+def _few(lines: Sequence[str]) -> list[str]:
+    """Returns each line once, and no more lines than a reader takes in."""
     once = list(dict.fromkeys(lines))
     return once[:MOST_LINES] + ([f"and {len(once) - MOST_LINES} more lines"] if len(once) > MOST_LINES else [])

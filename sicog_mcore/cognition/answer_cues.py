@@ -1,7 +1,7 @@
 """The cues of answers: patterns of the words and signs by which a letter, yes or no, a number or a text is known.
 
 Out: compiled patterns, and parts of patterns   Used by: answer_grammar.py, which says in which order they count
-All of them are for text in plain form (spelling.py), but for the wrappers. Tests: tests/cognition/test_answer_grammar.py
+All of them are for text in plain form (spelling.py), but for the wrappers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import re
 from itertools import chain, islice
 from pathlib import Path
 
-from sicog_mcore.config import Experiment, InitConfig, SourceConfig
+from sicog_mcore.config import Experiment, HeldOutConfig, InitConfig, SourceConfig
 from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators
 from sicog_mcore.data.rows import MAX_ROW_BYTES
 from sicog_mcore.data.shards import compression, glance
@@ -40,15 +40,17 @@ def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
     ]
     if not sources:
         problems.append(ConfigProblem("data.sources", (), "no data set is named", SOURCE_EXAMPLE))
+    if experiment.held_out.every_steps > 0:
+        problems += _check_held_out(experiment.held_out)
     return [*problems, *_check_tokenizer(experiment), *_check_init(experiment.init), *_check_output(experiment.output)]
 
 
-def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
-    """What keeps data set ``number`` from being opened: its path, its image folder."""
+def check_source(number: int, source: SourceConfig, group: str = "data.sources") -> list[ConfigProblem]:
+    """What keeps data set ``number`` of a field from being opened: its path, its image folder."""
     problems: list[ConfigProblem] = []
 
     def report(field: str, value: str, problem: str, fix: str) -> None:
-        problems.append(ConfigProblem(f"data.sources[{number}].{field}", value, problem, fix))
+        problems.append(ConfigProblem(f"{group}[{number}].{field}", value, problem, fix))
 
     path = Path(source.path)
     has_rows = path.suffix in ROW_FILES
@@ -81,8 +83,8 @@ def check_source(number: int, source: SourceConfig) -> list[ConfigProblem]:
     return problems
 
 
-def check_content(number: int, source: SourceConfig) -> list[ConfigProblem]:
-    """What the first and last bytes of data set ``number`` say against it: no row at all, shards that are cut off."""
+def check_content(number: int, source: SourceConfig, group: str = "data.sources") -> list[ConfigProblem]:
+    """What the first and last bytes of a data set say against it: no row at all, shards that are cut off."""
     path, problems = Path(source.path), []
     for file in sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]:
         try:
@@ -91,7 +93,7 @@ def check_content(number: int, source: SourceConfig) -> list[ConfigProblem]:
             found = str(error)
         if found:
             fix = f"write {'the shard' if file.suffix == SHARD else 'the file'} again, or move it out of the way"
-            problems.append(ConfigProblem(f"data.sources[{number}].path", str(file), found, fix))
+            problems.append(ConfigProblem(f"{group}[{number}].path", str(file), found, fix))
     return problems
 
 
@@ -136,6 +138,20 @@ def _relative_to_here() -> str:
 
 def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+
+
+def _check_held_out(held_out: HeldOutConfig) -> list[ConfigProblem]:
+    group = "held_out.sources"
+    problems = [
+        problem
+        for number, source in enumerate(held_out.sources)
+        for problem in check_source(number, source, group) or check_content(number, source, group)
+    ]
+    if held_out.benchmark and ":" not in held_out.benchmark and not Path(held_out.benchmark).is_file():
+        problems.append(ConfigProblem("held_out.benchmark", held_out.benchmark, "is no file", _relative_to_here()))
+    if held_out.benchmark and not Path(held_out.images).is_dir():
+        problems.append(ConfigProblem("held_out.images", held_out.images, "is no folder", _relative_to_here()))
+    return problems
 
 
 def _check_init(init: InitConfig) -> list[ConfigProblem]:

@@ -102,7 +102,7 @@ class OpenRows:
     notes: tuple[str, ...] = field(default=())
 
     def from_the_start(self) -> OpenRows:
-        """The same rows, none of them consumed."""
+        """Gives all rows, none of them consumed."""
         return OpenRows(EpochRows(self.rows.all), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

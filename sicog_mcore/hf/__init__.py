@@ -1,4 +1,4 @@
-"""The exported model for transformers, from this package instead of from code inside the exported folder.
+"""Registers the exported model with transformers, so that this package runs it and not code in the exported folder.
 
 ``import sicog_mcore.hf`` makes the Auto classes of transformers know it, without ``trust_remote_code``.
 """

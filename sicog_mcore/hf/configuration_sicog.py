@@ -1,4 +1,4 @@
-"""Configuration of an exported model: CLIP's and the decoder's own configurations, and what joins them.
+"""Defines the configuration of an exported model: CLIP's, the decoder's, and the values that join them.
 
 In: config.json   Out: SicogConfig   Next: modeling_sicog.py
 The files of this folder are copied into every exported model, so they need transformers and nothing of this project.
@@ -12,7 +12,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PretrainedConfig
 
 
 class SicogConfig(PretrainedConfig):
-    """LLaVA-UHD-v1 style model: CLIP on image slices, a window resampler, and a causal language model.
+    """The configuration of a model in the style of LLaVA-UHD v1: CLIP on slices, a window resampler, a language model.
 
     Args:
         vision_config: CLIP's; ``num_hidden_layers`` counts the layers of the source checkpoint.
@@ -47,9 +47,10 @@ class SicogConfig(PretrainedConfig):
         self.query_grid = query_grid
         self.resampler_heads = resampler_heads
         self.resampler_norm_eps = resampler_norm_eps
+        # The head belongs to the language model, and so does the decision to tie it to the table.
         super().__init__(**{**kwargs, "tie_word_embeddings": self.text_config.tie_word_embeddings})
 
     @property
     def vision_layers_used(self) -> int:
-        """CLIP layers up to the hidden state that is used."""
+        """Counts CLIP's layers up to the hidden state that is used."""
         return self.vision_config.num_hidden_layers + 1 + self.vision_feature_layer

@@ -1,4 +1,4 @@
-"""Images to patch rows: the LLaVA-UHD slicing rule, and where an image's visual tokens stand in the text.
+"""Turns images into patch rows by the LLaVA-UHD slicing rule, and lays out their visual tokens in the text.
 
 In: PIL images   Out: patches, grids, layouts   Next: processing_sicog.py
 Pixels stay uint8; the model normalises them.
@@ -23,7 +23,7 @@ ImageSize = tuple[int, int]  # (height, width)
 
 @dataclass(frozen=True)
 class ImageSlices:
-    """How one image is encoded.
+    """The overview and the slices of one image.
 
     Attributes:
         overview: size the whole image is resized to (px).
@@ -66,11 +66,11 @@ class SicogImageProcessor(BaseImageProcessor):
         self.overview_only, self.layout, self.query_grid = overview_only, layout, query_grid
 
     def __call__(self, images: Image.Image | Sequence[Image.Image], **kwargs: Any) -> BatchFeature:
-        """Same as ``preprocess``."""
+        """Calls ``preprocess``."""
         return self.preprocess(images, **kwargs)
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image], **_: Any) -> BatchFeature:
-        """Encodes images.
+        """Encodes images as patch rows.
 
         Returns:
             patches: uint8 [p, 3 * patch_size**2] of all slices of all images, slices row-major, each image's overview last.
@@ -101,7 +101,8 @@ class SicogImageProcessor(BaseImageProcessor):
         )
 
     def plan(self, height: int, width: int) -> ImageSlices:
-        """Overview, grid and slice size of an image of this size (px); rounding and order decide ties."""
+        """Plans overview, grid and slice size of an image of this size (px); rounding and order decide ties."""
+        # As many slices as cover the area; one more or one less is allowed where that fits the aspect better.
         wanted = min(math.ceil(height * width / self.resolution**2), self.max_slices)
         overview = self._fit(height, width, upscale=wanted <= 1)
         if wanted <= 1 or self.overview_only:
@@ -126,14 +127,15 @@ class SicogImageProcessor(BaseImageProcessor):
         return max(patch, height // patch * patch), max(patch, width // patch * patch)
 
     def _cut(self, image: Image.Image, grid: ImageSize, cell: ImageSize) -> Tensor:
-        """Resizes the image to ``grid`` cells of ``cell`` pixels; patch rows of all cells, channel-major (c, y, x)."""
+        """Resizes the image to ``grid`` cells of ``cell`` pixels; returns patch rows of all cells, channel-major."""
         (rows, columns), (height, width), patch = grid, cell, self.patch_size
         resized = image.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
+        # [rows, y, patch_y, columns, x, patch_x, c] -> cells in raster order, their patches in raster order, each (c, y, x).
         blocks = np.asarray(resized).reshape(rows, height // patch, patch, columns, width // patch, patch, 3)
         return torch.from_numpy(blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch**2))
 
     def lay_out(self, grid: ImageSize) -> Tensor:
-        """Order of an image's visual tokens: int64 [tokens], rows of its resampler output, NEWLINE or COMMA."""
+        """Orders the visual tokens of an image: int64 [tokens], rows of its resampler output, NEWLINE or COMMA."""
         (rows, columns), side = grid, self.query_grid
         tokens = torch.arange((rows * columns + 1) * side**2)
         overview = tokens[rows * columns * side**2 :]
@@ -144,13 +146,14 @@ class SicogImageProcessor(BaseImageProcessor):
             listed = torch.nn.functional.pad(slices.flatten(2), (0, 1), value=COMMA)
             listed[:, -1, -1] = NEWLINE
             return torch.cat([listed.flatten(), overview])
+        # "stitched": slices side by side share their lines, so a line runs through all columns before it ends in a newline.
         lines = torch.nn.functional.pad(slices.transpose(1, 2).reshape(rows * side, -1), (0, 1), value=NEWLINE)
         before_overview = torch.tensor([NEWLINE if columns == 1 else COMMA])  # as the released code has it
         return torch.cat([lines.flatten(), before_overview, overview])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image: deep pixels scaled to 8 bit, transparency over white."""
+    """Returns an upright RGB image: deep pixels scaled to 8 bit, transparency over white."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         values = np.asarray(upright).astype(np.float32)

@@ -1,6 +1,6 @@
-"""The exported model in plain torch: it needs transformers, and nothing of the framework that trained it.
+"""Runs the exported model in plain torch: it needs transformers, and nothing of the framework that trained it.
 
-In: what processing_sicog.py returns   Out: logits, and text by ``generate``
+In: the inputs that processing_sicog.py makes   Out: logits, and text by ``generate``
 Slices of equal grid are encoded together; an image has at most two grids, its slices' and its overview's.
 Legend: k slices, p patches of all slices, h hidden size of the decoder, c width of CLIP, q queries per slice.
 """
@@ -28,7 +28,7 @@ IMAGE_INPUTS = ("visual_rows", "patches", "grids")
 
 
 def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
-    """A square table [G * G, x] resized bicubically to [height * width, x]; computed in fp32."""
+    """Resizes a square table [G * G, x] bicubically to [height * width, x]; computes in fp32."""
     side = math.isqrt(table.shape[0])
     square = table.float().T.reshape(1, -1, side, side)
     resized = F.interpolate(square, size=(height, width), mode="bicubic", align_corners=False)
@@ -36,7 +36,7 @@ def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
 
 
 class SicogVisionEmbeddings(nn.Module):
-    """Patches and a class token with their positions. Parameters are named as CLIP's."""
+    """Embeds patches and a class token with their positions. Parameters are named as CLIP's."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -50,6 +50,7 @@ class SicogVisionEmbeddings(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         pixels = patches.unflatten(2, (3, -1)).float() / 255
         mean, std = torch.tensor((CLIP_MEAN, CLIP_STD), device=patches.device)[:, :, None]
+        # A convolution that steps by its own width, as a matrix product: the pixels come as flattened patches already.
         x = F.linear(((pixels - mean) / std).flatten(2).to(weight.dtype), weight)
         table = self.position_embedding.weight
         positions = torch.cat([table[:1], resize_positions(table[1:], height, width)])
@@ -57,7 +58,7 @@ class SicogVisionEmbeddings(nn.Module):
 
 
 class SicogVisionAttention(nn.Module):
-    """Every patch of a slice attends to all of that slice."""
+    """Lets every patch of a slice attend to all of that slice."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -114,7 +115,7 @@ class SicogVisionModel(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
     def forward(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """Features of slices of one grid: uint8 [k, height * width, 3 * patch_size**2] -> [k, height * width, c]."""
+        """Encodes slices of one grid: uint8 [k, height * width, 3 * patch_size**2] -> [k, height * width, c]."""
         x = self.pre_layrnorm(self.embeddings(patches, height, width))
         for layer in self.encoder["layers"].children():
             x = layer(x)
@@ -123,7 +124,7 @@ class SicogVisionModel(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def window_weights(query_grid: int, height: int, width: int) -> Tensor:
-    """Share of every patch in every sample of every query's window: fp32 [q, bins, height * width].
+    """Returns the share of every patch in every sample of every query's window: fp32 [q, bins, height * width].
 
     A slice is cut into query_grid x query_grid windows; a window is sampled at a few places (bins), as RoIAlign does
     (not aligned, adaptive sampling).
@@ -135,7 +136,7 @@ def window_weights(query_grid: int, height: int, width: int) -> Tensor:
 
 
 def _axis_weights(side: int, windows: int, bins: int) -> Tensor:
-    """One axis of RoIAlign: fp32 [windows, bins, side]. Samples beyond the far edge count as zero."""
+    """Computes RoIAlign along one axis: fp32 [windows, bins, side]. Samples beyond the far edge count as zero."""
     borders = (torch.arange(windows + 1, dtype=torch.float64, device="cpu") * side / windows).float()
     length = borders.diff().clamp(min=1)[:, None, None] / bins
     per_bin = math.ceil(max(side / windows, 1) / bins)
@@ -164,7 +165,7 @@ class SicogResampler(nn.Module):
         self.proj = nn.Parameter(torch.zeros(width, width))
 
     def forward(self, features: Tensor, height: int, width: int) -> Tensor:
-        """Visual tokens of slices of one grid: [k, height * width, c] -> [k, q, h]."""
+        """Returns the visual tokens of slices of one grid: [k, height * width, c] -> [k, q, h]."""
         weight_q, weight_k, weight_v = self.attn.in_proj_weight.chunk(3)
         # The key bias adds the same to all scores of a query, which the softmax does not see.
         bias_q, _, bias_v = self.attn.in_proj_bias.chunk(3)
@@ -181,7 +182,7 @@ class SicogResampler(nn.Module):
 
 
 class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Text and images to text."""
+    """Generates text from text and images."""
 
     config_class = SicogConfig
     _no_split_modules = ["SicogVisionLayer", "SicogResampler"]
@@ -204,19 +205,19 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 nn.init.normal_(parameter, std=0.02)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's table."""
+        """Returns the embedding table of the decoder."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the decoder's table."""
+        """Replaces the embedding table of the decoder."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The decoder's head."""
+        """Returns the output head of the decoder."""
         return self.language_model.get_output_embeddings()
 
     def encode_images(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """Visual tokens of all slices, in their order.
+        """Encodes all slices; returns their visual tokens in the order of the slices.
 
         Args:
             patches: uint8 [p, 3 * patch_size**2]; a row is one patch, channel-major (c, y, x).
@@ -227,7 +228,8 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         sizes = [(height, width) for height, width in grids.tolist()]
         slices = patches.split([height * width for height, width in sizes])
-        visual: list[Tensor] = [patches] * len(sizes)
+        visual: list[Tensor] = [patches] * len(sizes)  # every entry is replaced below
+        # Slices of one grid form a batch without padding. An image has at most two grids, so batches stay few.
         for grid in dict.fromkeys(sizes):
             members = [i for i, size in enumerate(sizes) if size == grid]
             features = self.vision_tower["vision_model"](torch.stack([slices[i] for i in members]), *grid)
@@ -247,7 +249,7 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the language model.
+        """Computes the logits of the language model.
 
         Args:
             input_ids: int64 [b, s]; what stands in the place of a visual token does not matter.
@@ -263,6 +265,7 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
         x = self.get_input_embeddings()(input_ids)  # [b, s, h]
         if visual_rows is not None and patches is not None and grids is not None and len(grids):
             is_visual = visual_rows >= 0
+            # masked_scatter fills positions in raster order, which is the order in which their rows are listed here.
             visual = self.encode_images(patches, grids)[visual_rows[is_visual]]
             x = x.masked_scatter(is_visual[..., None], visual.to(x.dtype))
         return self.language_model(
@@ -277,7 +280,7 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Images are part of the first step only; later ones find them in the cache."""
+        """Hands images to the first step only; later steps find them in the KV cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("past_key_values") is not None:
             return {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
@@ -290,7 +293,8 @@ class SicogForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Several continuations of a prompt share its slices: rows are repeated, pixels are not."""
+        """Repeats rows for several continuations of a prompt; they share its slices, so pixels are not repeated."""
+        # Taken out of what transformers repeats along the batch: pixels have no batch axis, rows point into them.
         pixels = {name: kwargs.pop(name) for name in ("patches", "grids") if name in kwargs}
         input_ids, expanded = super()._expand_inputs_for_generation(input_ids=input_ids, **kwargs)
         return input_ids, {**expanded, **pixels}

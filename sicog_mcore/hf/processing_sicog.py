@@ -1,4 +1,4 @@
-"""Conversations and images to the inputs of the model.
+"""Turns conversations and images into the inputs of the model.
 
 In: text with ``<image>`` or messages, PIL images   Out: input_ids, attention_mask, visual_rows, patches, grids
 Next: modeling_sicog.py
@@ -27,7 +27,7 @@ Message = Mapping[str, Any]
 
 
 class SicogProcessor(ProcessorMixin):
-    """Image processor and tokenizer in one.
+    """Joins image processor and tokenizer.
 
     Args:
         image_processor: SicogImageProcessor.
@@ -55,7 +55,7 @@ class SicogProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model's forward takes."""
+        """Names the inputs that the forward pass of the model takes."""
         return ["input_ids", "attention_mask", "visual_rows", "patches", "grids"]
 
     def __call__(
@@ -65,7 +65,7 @@ class SicogProcessor(ProcessorMixin):
         padding_side: str = "left",
         **_: Any,
     ) -> BatchFeature:
-        """Rendered texts, one ``<image>`` per image, and all their images in order.
+        """Encodes rendered texts, with one ``<image>`` for each image, and all their images in order.
 
         Raises:
             ValueError: another number of images than of ``<image>``.
@@ -83,7 +83,7 @@ class SicogProcessor(ProcessorMixin):
         padding_side: str = "left",
         **kwargs: Any,
     ) -> Any:
-        """Messages to text, or with ``tokenize`` to the inputs of the model.
+        """Turns messages into text, or with ``tokenize`` into the inputs of the model.
 
         Args:
             conversation: messages with role and content, or a list of such lists. Content is text with ``<image>``, or a
@@ -109,7 +109,7 @@ class SicogProcessor(ProcessorMixin):
         return self._batch(rows, list(_flat(images)) if images is not None else found, padding_side)
 
     def _write(self, messages: list[Message], open_answer: bool) -> list[int]:
-        """Token ids of a conversation; IMAGE_MARKER where an image belongs."""
+        """Returns the token ids of a conversation; IMAGE_MARKER stands where an image belongs."""
         template = self.template
         if self.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
@@ -126,7 +126,7 @@ class SicogProcessor(ProcessorMixin):
         return ids + (self._template_ids(template["header"].format(role="assistant")) if open_answer else [])
 
     def _read(self, rendered: str) -> list[int]:
-        """Token ids of a text that may hold control tokens."""
+        """Returns the token ids of a text that may hold control tokens."""
         return self._join(self.tokenizer(part, add_special_tokens=False).input_ids for part in rendered.split(IMAGE))
 
     @staticmethod
@@ -135,6 +135,7 @@ class SicogProcessor(ProcessorMixin):
         return first + [token for part in others for token in (IMAGE_MARKER, *part)]
 
     def _text_ids(self, text: str) -> list[int]:
+        # A user's text that spells a control token is split into ordinary tokens: only the template may end a turn.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _template_ids(self, text: str) -> list[int]:
@@ -166,6 +167,7 @@ class SicogProcessor(ProcessorMixin):
                 layout, slices = next(layouts)
                 tokens[-1] += [separators.get(row, pad) for row in layout.tolist()]
                 visual[-1] += [first_row + row if row >= 0 else NO_ROW for row in layout.tolist()]
+                # Rows count over all images of the batch, as the model encodes them in one list.
                 first_row += slices * queries
         inputs = {
             "input_ids": _pad(tokens, pad, padding_side),
@@ -183,12 +185,12 @@ def _parts(message: Message) -> list[Mapping[str, Any]]:
 
 
 def _text(message: Message) -> str:
-    """Content as one text; an image is followed by a newline, as in training."""
+    """Joins content to one text; an image is followed by a newline, as in training."""
     return "".join(f"{IMAGE}\n" if part["type"] == "image" else part["text"] for part in _parts(message))
 
 
 def _flat(images: Any) -> Iterator[Image.Image]:
-    """Images of any nesting, in order."""
+    """Yields images of any nesting, in order."""
     if images is None:
         return
     if isinstance(images, Image.Image):

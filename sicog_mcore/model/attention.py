@@ -24,7 +24,7 @@ from sicog_mcore.model.capability import AttentionBackend
 
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Borders of packed sequences in the form Megatron hands down to PackedAttention.
+    """Returns the borders of packed sequences in the form that Megatron hands down to PackedAttention.
 
     Args:
         cu_seqlens: int32 [n + 1]; running total of the lengths, from 0 to t.
@@ -40,10 +40,10 @@ def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
 
 
 class CachedPass(PackedSeqParams):
-    """A forward pass that fills or reads a KV cache (rollout/kv_cache.py); it stands where the borders stand otherwise."""
+    """A forward pass that fills or reads a KV cache (rollout/kv_cache.py), handed down in place of the borders."""
 
     def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one layer.
+        """Computes the attention of one layer.
 
         Args:
             core: the layer's attention.
@@ -58,7 +58,7 @@ class CachedPass(PackedSeqParams):
 
 
 class PackedAttention(MegatronModule):
-    """Every sequence of a packed row attends to itself only: fully, or causally.
+    """Attention of packed sequences: a token attends to its own sequence only, to all of it or to what stands before.
 
     Args:
         backend: "te", "flash", "varlen" (all CUDA), or "sdpa", the reference that runs anywhere.
@@ -107,7 +107,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_: object,
     ) -> Tensor:
-        """Attention inside each packed sequence.
+        """Computes attention inside each packed sequence.
 
         Args:
             query: [t, 1, n, d].
@@ -123,7 +123,9 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None:
             raise ValueError("packed attention got no packed_seq_params; pass packed_sequences(cu_seqlens, max_seqlen)")
+        # Megatron hands over [t, 1, n, d], with a batch axis of one that no kernel for packed rows wants.
         rotated = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        # In generation the KV cache decides which keys a query sees: borders cannot describe a shared prefix.
         if isinstance(packed_seq_params, CachedPass):
             rows = packed_seq_params.attend(self, *rotated)
         else:
@@ -131,8 +133,10 @@ class PackedAttention(MegatronModule):
         return rows.reshape(rows.shape[0], 1, -1)  # [t, n, d] -> [t, 1, n * d]
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:
-        """One call for all sequences, padded on the right to the longest."""
+        """Attends in one call for all sequences, each padded on the right to the longest."""
         length, num = borders.max_seqlen_q, borders.cu_seqlens_q.shape[0] - 1
+        # SDPA knows no borders, so sequences become its batch dimension. Where all are equally long, the packed row is that
+        # batch already: no slot moves, and no mask is needed.
         slots = None if num * length == query.shape[0] else _padded_slots(borders.cu_seqlens_q, length, query.shape[0])
         query, key, value = (_pad(x, slots, num, length).transpose(1, 2) for x in (query, key, value))
         mask = None
@@ -147,18 +151,20 @@ class PackedAttention(MegatronModule):
         return out if slots is None else out.index_select(0, slots)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:
-        """The kernel built into torch; its options differ between torch 2.10 and 2.13, so its signature decides."""
+        """Calls the kernel built into torch. Its options differ between torch 2.10 and 2.13, so its signature decides."""
         from torch.nn.attention import varlen
 
         kernel: Callable[..., Any] = varlen.varlen_attn
         known = inspect.signature(kernel).parameters
         options: dict[str, object] = {"scale": self.softmax_scale} if self.softmax_scale is not None else {}
         if self.is_causal:
+            # Newer versions spell "causal" as a window: everything to the left (-1), nothing to the right (0).
             options.update({"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True})
         if key.shape[1] != query.shape[1]:
             if "enable_gqa" in known:
                 options["enable_gqa"] = True
             else:
+                # [t, g, d] -> [t, n, d]: this kernel wants as many key/value heads as query heads; exact, but a copy.
                 key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         cu, longest = borders.cu_seqlens_q, borders.max_seqlen_q
         return kernel(query, key, value, cu, cu, longest, longest, **options)
@@ -172,6 +178,7 @@ class PackedAttention(MegatronModule):
         )
 
     def _te(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:
+        # The row came as "sbhd" so that Megatron rotates all tokens in one call; the kernel wants the packed format.
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=borders.cu_seqlens_q,
@@ -183,8 +190,9 @@ class PackedAttention(MegatronModule):
 
 
 def _padded_slots(cu_seqlens: Tensor, length: int, num_tokens: int) -> Tensor:
-    """Where each packed token stands once every sequence is padded to ``length``: int64 [t]."""
+    """Returns the slot of each packed token once every sequence is padded to ``length``: int64 [t]."""
     lengths = cu_seqlens.diff()
+    # Sequence i starts at slot i * length instead of cu_seqlens[i]; all of its tokens move by that difference.
     padding = torch.arange(lengths.shape[0], device=lengths.device) * length - cu_seqlens[:-1]
     shift = padding.repeat_interleave(lengths, output_size=num_tokens)  # a known size avoids a device synchronisation
     return torch.arange(num_tokens, device=lengths.device) + shift
@@ -193,5 +201,6 @@ def _padded_slots(cu_seqlens: Tensor, length: int, num_tokens: int) -> Tensor:
 def _pad(x: Tensor, slots: Tensor | None, num: int, length: int) -> Tensor:
     """[t, n, d] -> [num, length, n, d], zeros behind each sequence."""
     if slots is not None:
+        # One scatter into zeros, whose backward pass is a gather; a loop over sequences would launch a kernel for each.
         x = x.new_zeros(num * length, *x.shape[1:]).index_copy(0, slots, x)
     return x.unflatten(0, (num, length))

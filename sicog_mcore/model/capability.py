@@ -1,4 +1,4 @@
-"""What this machine can run, and which path each feature therefore takes, with the reason.
+"""Capabilities of this machine, and the path that each feature takes because of them, with the reason.
 
 In: installed packages, the CUDA device   Out: Capabilities   Next: layers.py, attention.py; tools/doctor.py prints it
 A package counts as present only where it can be used: Transformer Engine and other GPU packages are never imported on a
@@ -41,7 +41,7 @@ class CapabilityItem:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Whose transformer layers are built, and why."""
+    """The kind of transformer layers that is built, and why."""
 
     name: LayerKind
     why: str
@@ -49,7 +49,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """Which back end packed attention uses, and why."""
+    """The back end that packed attention uses, and why."""
 
     name: AttentionBackend
     why: str
@@ -57,7 +57,7 @@ class AttentionChoice:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """The report. ``compute_capability`` is (0, 0) without a CUDA device."""
+    """All packages and devices that matter here. ``compute_capability`` is (0, 0) without a CUDA device."""
 
     torch: CapabilityItem
     cuda: CapabilityItem
@@ -78,7 +78,7 @@ class Capabilities:
         return LayerChoice("local", f"Transformer Engine: {self.transformer_engine.note}")
 
     def attention(self, requested: str, head_dim: int, precision: Literal["bf16", "fp32"]) -> AttentionChoice:
-        """The back end of packed attention.
+        """Chooses the back end of packed attention.
 
         Args:
             requested: "auto" for the first of te, flash, varlen, sdpa that runs here (below compute capability 9.0: flash,
@@ -90,6 +90,7 @@ class Capabilities:
             ConfigError: the requested back end cannot run here.
         """
         if requested == "auto":
+            # One order for all GPUs would be wrong: below Hopper, Transformer Engine runs, but may build all scores.
             is_older = self.cuda.present and self.compute_capability < TE_PACKED_COMPUTE_CAPABILITY
             order = OLDER_ATTENTION_ORDER if is_older else ATTENTION_ORDER
             obstacles = {name: self._obstacle(name, head_dim, precision) for name in order}
@@ -99,7 +100,7 @@ class Capabilities:
                 f"preferred on compute capability {_dotted(self.compute_capability)}" if is_older else "preferred"
             )
             return AttentionChoice(first, _grouped({name: obstacles[name] for name in skipped}) or preferred)
-        for name in ATTENTION_ORDER:
+        for name in ATTENTION_ORDER:  # a loop instead of a lookup: mypy then knows that ``name`` is one of the four
             if name == requested:
                 obstacle = self._obstacle(name, head_dim, precision)
                 if not obstacle:
@@ -112,10 +113,11 @@ class Capabilities:
         )
 
     def _obstacle(self, backend: AttentionBackend, head_dim: int, precision: str) -> str:
-        """Why a back end cannot run here; empty if it can."""
+        """Returns why a back end cannot run here; empty if it can."""
         if backend == "sdpa":
             return ""
         package = {"te": self.transformer_engine, "flash": self.flash_attn, "varlen": self.varlen}[backend]
+        # In the order in which a user can do something about them: the first that fails is said.
         have, need = _dotted(self.compute_capability), _dotted(MIN_COMPUTE_CAPABILITY)
         checks = (
             (self.cuda.present, f"no CUDA device ({self.cuda.note})"),
@@ -140,13 +142,13 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _grouped(reasons: Mapping[AttentionBackend, str]) -> str:
-    """Names with the same reason share it: "te, flash: no CUDA device"."""
+    """Joins names that have the same reason: "te, flash: no CUDA device"."""
     names = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values()}
     return "; ".join(f"{', '.join(names[reason])}: {reason}" for reason in names)
 
 
 def _version(*distributions: str) -> str:
-    """Version of the first distribution that is installed; empty if none is."""
+    """Returns the version of the first distribution that is installed; empty if none is."""
     for name in distributions:
         try:
             return metadata.version(name)
@@ -163,7 +165,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _gpu_package(module: str, *distributions: str, verify: bool = False) -> CapabilityItem:
-    """A package that only helps with CUDA. ``verify`` imports it there: compiled extensions may not fit this torch."""
+    """Looks for a package that only helps with CUDA. ``verify`` imports it there: extensions may not fit this torch."""
+    # Looked for, not imported: without a CUDA device, importing a GPU package may fail, or break megatron.core.
     version = _version(*distributions)
     if not _is_installed(module):
         return CapabilityItem(False, "", "not installed")
@@ -197,6 +200,7 @@ def _nccl() -> CapabilityItem:
 @functools.cache
 def probe() -> Capabilities:
     """Looks at this machine once per process."""
+    # Cached: verified packages are imported here, which takes seconds, and the answer cannot change in a process.
     has_varlen = _is_installed("torch.nn.attention.varlen")
     return Capabilities(
         torch=CapabilityItem(True, str(torch.__version__), ""),

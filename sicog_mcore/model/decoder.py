@@ -1,4 +1,4 @@
-"""DecoderConfig -> Megatron's GPTModel, behind one builder.
+"""Builds Megatron's GPTModel from a DecoderConfig, behind one function.
 
 In: embeddings [t, 1, h]   Out: hidden states [t, 1, h], and logits of chosen positions   Next: vlm.py
 GPTModel is deprecated from megatron-core 0.19 on; whoever replaces it changes this file only.
@@ -27,7 +27,7 @@ from sicog_mcore.sizes import padded_vocab
 def decoder_transformer_config(
     decoder: DecoderConfig, parallel: ParallelConfig, train: TrainConfig, on_gpu: bool, with_te: bool
 ) -> TransformerConfig:
-    """Megatron's view of the decoder.
+    """Translates our configuration of the decoder into Megatron's.
 
     Raises:
         ConfigError: ``decoder.mcore`` names what mcore_options.py does not list, or Megatron refuses the combination.
@@ -116,8 +116,9 @@ class Decoder(GPTModel):
             packed: borders of the samples.
 
         Returns:
-            hidden states in the shape of ``embeddings``; on the last stage behind the final norm.
+            hidden states in the shape of ``embeddings``; the final norm is applied on the last stage.
         """
+        # Positions restart at every sample, so a table as long as the longest sample serves all of them.
         table = self.rotary_pos_emb(packed.max_seqlen_q)  # [longest, 1, 1, d]
         return self.decoder(
             hidden_states=embeddings,
@@ -127,7 +128,7 @@ class Decoder(GPTModel):
         )
 
     def project(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of chosen positions only: the head is the largest matrix, and few positions are supervised.
+        """Computes logits of chosen positions only: the head is the largest matrix, and few positions are supervised.
 
         Args:
             hidden: [t, 1, h], or [t / tensor, 1, h] under sequence parallelism.
@@ -157,6 +158,7 @@ def build_decoder(
     vp_stage: int | None,
 ) -> Decoder:
     """Builds this stage's part of the decoder; weights are undefined until initialise.py or a checkpoint fills them."""
+    # Megatron decides how many layers a stage holds; the spec must list exactly these.
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
     spec = transformer_block_spec(num_layers, attention, causal=True, layers=layers, qk_norm=decoder.qk_norm)
     model = Decoder(

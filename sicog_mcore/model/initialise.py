@@ -1,7 +1,7 @@
-"""First weights, equal for every parallel layout.
+"""Draws first weights that are equal for every parallel layout.
 
-Each full tensor is drawn from a seed made of the run's seed and the tensor's name in the whole model, then cut for this
-rank. So one rank and a thousand start from the same model, and layouts can be compared step by step.
+Each full tensor is drawn from a seed made of the run's seed and the tensor's name in the whole model, then cut to
+this rank's shard. So one rank and a thousand start from the same model, and layouts can be compared step by step.
 Rules: normal(0, 0.02), residual projections divided by sqrt(2 * layers) (Megatron's default); norms one; biases zero.
 """
 
@@ -22,7 +22,7 @@ RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def global_names(chunk: VisionLanguageModel) -> dict[str, str]:
-    """Local parameter name -> name in the whole model: layers numbered over all stages, tied tables under one name."""
+    """Maps local parameter names to those in the whole model: layers counted over all stages, tied tables under one name."""
     first_layer = {
         f"{name}.": f"{name.rsplit('.', 1)[0]}.{module.layer_number - 1}."
         for name, module in chunk.named_modules()
@@ -50,10 +50,11 @@ def initialise(chunks: Iterable[VisionLanguageModel], seed: int) -> None:
                 continue  # has its own rules, below
             split = size if vars(parameter).get("tensor_model_parallel") else 1  # Megatron marks what it shards
             axis = parameter.partition_dim if split > 1 else 0
+            # Of the stack that the parameter stands in: residual sums grow with the depth of their own stack only.
             layers = chunk.model_config.tower.layers_used if local.startswith("tower.") else chunk.config.num_layers
             full = _draw(names[local], parameter, split, axis, layers, seed)
             with torch.no_grad():
-                parameter.copy_(_cut(full, local, rank, split, axis))
+                parameter.copy_(_shard(full, local, rank, split, axis))
         if chunk.resampler is not None:
             chunk.resampler.reset_parameters(_generator("resampler", seed, torch.device("cpu")))
 
@@ -70,14 +71,18 @@ def _draw(name: str, parameter: Tensor, split: int, axis: int, layers: int, seed
     if "norm" in name:
         return parameter.new_ones(shape)
     std = STD / math.sqrt(2 * layers) if name.endswith(RESIDUAL_PROJECTIONS) else STD
+    # Every rank draws the full tensor and keeps its shard: numbers drawn for shards would depend on the layout. The
+    # largest table of 72B takes 5 GB for a moment.
     generator = _generator(name, seed, parameter.device)
     return torch.randn(shape, generator=generator, device=parameter.device, dtype=torch.float32) * std
 
 
-def _cut(full: Tensor, name: str, rank: int, split: int, axis: int) -> Tensor:
-    """This rank's part; gate and up projection of a gated feed-forward layer are cut separately."""
+def _shard(full: Tensor, name: str, rank: int, split: int, axis: int) -> Tensor:
+    """Returns this rank's shard of a full tensor."""
     if split == 1:
         return full
+    # Gate and up projection are stacked [2 * ffn, h]. SwiGLU multiplies them row by row on each rank, so a shard is a part
+    # of the gate above the same part of the up projection, not a run of rows.
     if name.startswith("language_model.") and "linear_fc1" in name:
         return torch.cat([half.chunk(split, 0)[rank] for half in full.chunk(2, 0)])
     return full.chunk(split, axis)[rank]

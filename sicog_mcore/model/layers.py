@@ -1,4 +1,4 @@
-"""The transformer layers of tower and decoder: Megatron's layer with the parts this machine can run.
+"""Describes the transformer layers of tower and decoder: Megatron's layer, made of parts that this machine can run.
 
 In: TransformerConfig and two choices of capability.py   Out: the spec Megatron builds a TransformerBlock from
 Next: vision_tower.py, decoder.py
@@ -31,11 +31,11 @@ FUSED_NORMS = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
-EXTRA_STATE = "_extra_state"  # what Transformer Engine keeps for fp8 alone, and Megatron's local layers leave empty
+EXTRA_STATE = "_extra_state"  # an entry that matters for fp8 in Transformer Engine alone; local layers leave it empty
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter in local layers, given its name in either kind of layers."""
+    """Returns the name of a parameter in local layers, given its name in either kind of layers."""
     for fused, plain in FUSED_NORMS:
         name = name.replace(fused, plain)
     return name
@@ -44,8 +44,8 @@ def plain_name(name: str) -> str:
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm, as ``config.normalization`` says.
 
-    Megatron's own torch norm refuses sequence parallelism; all it takes is the mark on the parameters, by which their
-    gradients are summed over the tensor-parallel ranks.
+    Megatron's own torch norm refuses sequence parallelism. This one marks its parameters instead, and Megatron sums the
+    gradients of marked parameters over the tensor-parallel ranks, each of which saw its own rows only.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
@@ -67,7 +67,7 @@ class Norm(torch.nn.Module):
 
 
 class _Parts(NamedTuple):
-    """The classes a layer is assembled from; norm_column is a linear layer with its norm in front, if that is fused."""
+    """The classes that a layer is assembled from; ``norm_column`` is a linear layer, with its norm in front if fused."""
 
     norm_before: type
     norm_column: type
@@ -81,6 +81,7 @@ def _parts(layers: LayerKind) -> _Parts:
         # Not importable without CUDA; local layers must not need it.
         from megatron.core.extensions import transformer_engine as te
 
+        # The norm is fused into the linear layer behind it, so nothing stands in the norm's own place.
         return _Parts(IdentityOp, te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TENorm, {})
     # A decoder is saved under the names of Transformer Engine's fused layers, a tower under the plain ones (vlm.py).
     names = {plain: fused for fused, plain in FUSED_NORMS}
@@ -90,7 +91,7 @@ def _parts(layers: LayerKind) -> _Parts:
 def transformer_block_spec(
     num_layers: int, attention: AttentionBackend, causal: bool, layers: LayerKind, qk_norm: bool = False
 ) -> TransformerBlockSubmodules:
-    """Spec of a block of equal layers; widths, norm kind, biases and activation come from the config it is built with.
+    """Returns the spec of a block of equal layers; widths, norms, biases and activation come from the config at building.
 
     Args:
         num_layers: layers of this block (of this pipeline chunk).

@@ -1,4 +1,4 @@
-"""Next-token loss over supervised positions: a sum and a count, never a local mean.
+"""Computes the next-token loss over supervised positions: a sum and a count, never a local mean.
 
 In: logits [t_s, 1, v / tensor]   Out: (loss_sum, count); train/step.py divides once, over all ranks and micro-batches.
 """
@@ -12,12 +12,12 @@ from sicog_mcore.data.batch import IGNORED_LABEL
 
 
 def supervised_rows(labels: Tensor) -> Tensor:
-    """Positions that have something to predict: int64 [t_s] of labels [t]."""
+    """Returns the positions that have something to predict: int64 [t_s], of labels [t]."""
     return (labels != IGNORED_LABEL).nonzero().squeeze(-1)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each supervised position, in fp32, over the vocabulary of all tensor-parallel ranks.
+    """Computes the cross entropy of each supervised position in fp32, over the vocabulary shards of all ranks.
 
     Args:
         logits: [t_s, 1, v / tensor].
@@ -26,4 +26,5 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         [t_s]
     """
+    # In fp32: a sum of exponentials over 150,000 logits loses digits in bf16 that the gradient of the loss needs.
     return vocab_parallel_cross_entropy(logits.float(), labels.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Which fields of Megatron's TransformerConfig ``model.decoder.mcore`` may set, and why all others are refused.
+"""Lists the fields of Megatron's TransformerConfig that ``model.decoder.mcore`` may set, and why others are refused.
 
 TransformerConfig has some 240 fields for many kinds of models. Most of them do nothing in this one, some crash, and some
 change what the decoder computes, which neither an export nor generation would follow. A field is taken only if it changes
@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sicog_mcore.errors import ConfigProblem
 
-# What each one is for; all are booleans.
+# The purpose of each option; all are booleans.
 OPTIONS: Mapping[str, str] = {
     "bias_activation_fusion": "SwiGLU as one kernel that torch compiles; false where no C compiler is at hand",
     "apply_rope_fusion": "rotary positions in Transformer Engine's kernel; false to compare with torch's",
@@ -73,7 +73,7 @@ REASONS: Mapping[str, str] = {
 def option_problems(
     options: Mapping[str, bool | int | float | str], with_te: bool, interleaved: bool = False
 ) -> list[ConfigProblem]:
-    """Everything in ``model.decoder.mcore`` that would be ignored, would contradict another value, or cannot run here.
+    """Finds options in ``model.decoder.mcore`` that would be ignored, contradict another value, or cannot run here.
 
     Args:
         options: as configured.

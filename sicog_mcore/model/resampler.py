@@ -27,10 +27,10 @@ INIT_STD = 0.02
 
 
 class Windows(NamedTuple):
-    """Where the windows of one slice (or, stacked, of many) lie in its feature map.
+    """The windows of one slice, or stacked of many: which patches a window covers, and their shares in its samples.
 
     Attributes:
-        rows: int64 [q, r] patches that a window's samples depend on, its region; padded with row 0.
+        rows: int64 [q, r] patches that the samples of a window depend on (its region); padded with row 0.
         weights: fp32 [q, bins, r] share of each region patch in each sample; zero on padding.
         is_bin: bool [bins]; a slice has 6 to 12 samples per window.
     """
@@ -41,6 +41,7 @@ class Windows(NamedTuple):
 
 
 def _bin_grid(height: int, width: int) -> tuple[int, int]:
+    # Aspects are compared as logarithms, in which twice as wide and twice as high are equally far from a square.
     return min(BIN_GRIDS, key=lambda bins: abs(math.log(width / height) - math.log(bins[1] / bins[0])))
 
 
@@ -52,21 +53,33 @@ def _axis_weights(side: int, num_windows: int, bins: int) -> Tensor:
     """
     borders = (torch.arange(num_windows + 1, dtype=torch.float64, device="cpu") * side / num_windows).float()
     bin_length = borders.diff().clamp(min=1)[:, None, None] / bins
+    # Adaptive sampling of RoIAlign: as many samples in a bin as it covers patches, at least one.
     per_bin = math.ceil(max(side / num_windows, 1) / bins)
     bin_index, sample = torch.arange(bins, device="cpu")[:, None], torch.arange(per_bin, device="cpu") + 0.5
     # In fp32 and in RoIAlign's order of operations: rounding decides whether a sample on the far edge lies inside.
     at = borders[:-1, None, None] + bin_index * bin_length + sample * bin_length / per_bin  # [windows, bins, per_bin]
+    # Linear interpolation between two neighbouring patches; beyond the last patch, that one alone counts.
     distance = at.clamp(max=side - 1)[..., None] - torch.arange(side, device="cpu")
     linear = (1 - distance.abs()).clamp(min=0) * (at <= side)[..., None]  # [windows, bins, per_bin, side]
     return linear.mean(2)
 
 
 def _axis_regions(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts [windows, bins, side] down to the e patches a window needs: indices [windows, e] and weights."""
+    """Cuts weights [windows, bins, side] down to the e patches that a window needs.
+
+    Returns:
+        patches int64 [windows, e], and their weights [windows, bins, e].
+    """
+    # A window touches a few neighbouring patches of the axis. Attention over these e patches instead of all ``side`` is what
+    # makes the resampler cheap; e is the same for all windows, so that they stack, and shorter windows are padded.
     side = weights.shape[-1]
     used = (weights.sum(1) > 0).int()
+    # argmax finds the first patch that is used. It is 0 for a row without any: a window whose samples all lie beyond a short
+    # side then takes that whole side, with weights that are zero anyway.
     first, end = used.argmax(1), side - used.flip(1).argmax(1)
     index = first[:, None] + torch.arange(int((end - first).max()), device="cpu")
+    # Patches inside the map but behind a window's own end have weight zero already. Only indices beyond the map need care:
+    # clamping repeats the last patch, whose weight would count twice.
     padding = index >= side
     index = index.clamp(max=side - 1)
     cut = weights.gather(2, index[:, None].expand(-1, weights.shape[1], -1))
@@ -75,12 +88,13 @@ def _axis_regions(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=CACHED_GRIDS)
 def slice_windows(query_grid: int, height: int, width: int, device: torch.device) -> Windows:
-    """The windows of a slice of height x width patches; bins are padded to MAX_BINS."""
+    """Returns the windows of a slice of height x width patches; bins are padded to MAX_BINS."""
     bins_y, bins_x = _bin_grid(height, width)
     rows, row_weights = _axis_regions(_axis_weights(height, query_grid, bins_y))
     columns, column_weights = _axis_regions(_axis_weights(width, query_grid, bins_x))
+    # RoIAlign is separable: the share of a patch in a sample is the product of its shares along both axes.
     index = rows[:, None, :, None] * width + columns[None, :, None, :]  # [qy, qx, ey, ex]
-    weights = torch.einsum("iby,jcx->ijbcyx", row_weights, column_weights)
+    weights = torch.einsum("iby,jcx->ijbcyx", row_weights, column_weights)  # [qy, qx, bins_y, bins_x, ey, ex]
     num_bins, queries = bins_y * bins_x, query_grid**2
     weights = F.pad(weights.reshape(queries, num_bins, -1), (0, 0, 0, MAX_BINS - num_bins))
     is_bin = torch.arange(MAX_BINS, device="cpu") < num_bins
@@ -89,22 +103,23 @@ def slice_windows(query_grid: int, height: int, width: int, device: torch.device
 
 @functools.lru_cache(maxsize=CACHED_GRIDS)
 def _padded_windows(query_grid: int, grid: Grid, region: int, device: torch.device) -> Windows:
+    # Row 0 with weight 0 pads a region, so slices of all grids stack and the padding adds nothing.
     windows = slice_windows(query_grid, *grid, device)
     missing = region - windows.rows.shape[1]
     return Windows(F.pad(windows.rows, (0, missing)), F.pad(windows.weights, (0, missing)), windows.is_bin)
 
 
 def batch_windows(query_grid: int, grids: Sequence[Grid], device: torch.device) -> Windows:
-    """Windows of all slices, rows counted over the packed patches: [k, q, r], [k, q, bins, r] and [k, bins]."""
+    """Returns the windows of all slices, rows counted over the packed patches: [k, q, r], [k, q, bins, r], [k, bins]."""
     region = max(slice_windows(query_grid, *grid, device).rows.shape[1] for grid in grids)
     rows, weights, is_bin = zip(*(_padded_windows(query_grid, grid, region, device) for grid in grids), strict=True)
     lengths = torch.tensor([height * width for height, width in grids], device=device)
-    starts = lengths.cumsum(0) - lengths
+    starts = lengths.cumsum(0) - lengths  # [k]; the first packed row of each slice
     return Windows(torch.stack(rows) + starts[:, None, None], torch.stack(weights), torch.stack(is_bin))
 
 
 def attend_to_windows(query: Tensor, key: Tensor, value: Tensor, windows: Windows) -> Tensor:
-    """Attention of every query to the samples of its own window, in every slice.
+    """Computes the attention of every query to the samples of its own window, in every slice.
 
     Args:
         query: [q, n, d], the same for all slices.
@@ -115,6 +130,8 @@ def attend_to_windows(query: Tensor, key: Tensor, value: Tensor, windows: Window
         [k, q, n, d].
     """
     (slices, queries, region), (patches, heads, head_dim) = windows.rows.shape, value.shape
+    # Queries are the same for all slices, so one product scores all q against all p patches; a window then picks its r
+    # patches. A sample is a weighted sum of patches, and so is its score: no key is ever sampled.
     scores = torch.einsum("qnd,pnd->nqp", query * head_dim**-0.5, key)
     rows = windows.rows.transpose(0, 1).reshape(1, queries, -1)  # [1, q, k * r]
     scores = scores.gather(2, rows.expand(heads, -1, -1)).unflatten(2, (slices, region))
@@ -134,7 +151,7 @@ def attend_to_windows(query: Tensor, key: Tensor, value: Tensor, windows: Window
 
 
 def _sine_cosine_table(side: int, width: int) -> Tensor:
-    """Two-dimensional table [side * side, width]: the first half of the channels encodes x, the second y."""
+    """Returns a position table [side * side, width]: the first half of the channels encodes x, the second y."""
     frequencies = 10000.0 ** (-torch.arange(width // 4) / (width / 4))
     angles = torch.arange(side)[:, None] * frequencies  # [side, width / 4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
@@ -145,8 +162,8 @@ def _sine_cosine_table(side: int, width: int) -> Tensor:
 class WindowAttention(nn.Module):
     """Projections around ``attend_to_windows``, with the parameters of torch's MultiheadAttention.
 
-    A module of its own whose ``forward`` is called: where parameters are gathered late, Megatron waits for them in front of
-    the forward of the module that owns them, and nowhere else.
+    It is a module of its own, and its ``forward`` is called. Where parameters are gathered late, Megatron waits for them in
+    front of the forward of the module that owns them, and nowhere else.
     """
 
     def __init__(self, width: int, num_heads: int, dtype: torch.dtype):
@@ -157,7 +174,7 @@ class WindowAttention(nn.Module):
         self.out_proj = nn.Linear(width, width, dtype=dtype)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, windows: Windows) -> Tensor:
-        """Attended and projected values.
+        """Returns attended and projected values.
 
         Args:
             query: [q, h], the same for all slices.
@@ -179,7 +196,7 @@ class WindowAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Features to visual tokens. Parameter names are those of released LLaVA-UHD weights.
+    """Turns features into visual tokens. Its parameters have the names of released LLaVA-UHD weights.
 
     Weights are undefined until ``reset_parameters`` or a checkpoint fills them.
 
@@ -223,7 +240,7 @@ class Resampler(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, features: Tensor, grids: Tensor) -> Tensor:
-        """Visual tokens of every slice.
+        """Returns the visual tokens of every slice.
 
         Args:
             features: [p, c] of the patches of all slices.

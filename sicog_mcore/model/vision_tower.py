@@ -1,4 +1,4 @@
-"""CLIP vision transformer over slices of any grid: all slices of a micro-batch are one packed sequence.
+"""Runs CLIP's vision transformer over slices of any grid: all slices of a micro-batch are one packed sequence.
 
 In: uint8 patch rows and grids of a PackedBatch   Out: one feature per patch [p, c]   Next: resampler.py
 A slice is its class token followed by its patches, in raster order. Pixels are normalised here, on the device. Only the
@@ -35,7 +35,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 def tower_transformer_config(
     tower: TowerConfig, params_dtype: torch.dtype, recompute: Literal["none", "full"]
 ) -> TransformerConfig:
-    """Megatron's configuration of the tower: CLIP's layer, on one rank whatever the decoder's layout is."""
+    """Returns Megatron's configuration of the tower: CLIP's layer, on one rank whatever the decoder's layout is."""
     recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=tower.layers_used,
@@ -62,7 +62,7 @@ def tower_transformer_config(
 
 
 class VisionTower(MegatronModule):
-    """Patch rows of all slices to features. Weights are undefined until initialise.py or a checkpoint fills them.
+    """Turns patch rows of all slices into features. Weights are undefined until initialise.py or a checkpoint fills them.
 
     Args:
         config: sizes.
@@ -94,7 +94,7 @@ class VisionTower(MegatronModule):
             parameter.tensor_model_parallel = False
 
     def forward(self, patches: Tensor, grids: Tensor) -> Tensor:
-        """Features of every patch; class tokens are dropped.
+        """Returns the features of every patch; class tokens are dropped.
 
         Args:
             patches: uint8 [p, 3 * patch_px**2] of all slices.
@@ -109,6 +109,7 @@ class VisionTower(MegatronModule):
         x = self._embed(patches, sizes)  # [p, c]
         cls = (self.class_embedding + self.position_embedding[0]).expand(len(sizes), -1)  # [k, c]
         rows, slots = torch.cat([cls, x]), torch.cat([cls_slots, patch_slots])
+        # Written by slot instead of concatenated slice by slice: the number of operations does not grow with the slices.
         x = torch.zeros_like(rows).index_copy(0, slots, rows)  # [k + p, c], each class token before its patches
         longest = 1 + max(height * width for height, width in sizes)
         x = self.transformer(
@@ -124,7 +125,7 @@ class VisionTower(MegatronModule):
 
 
 def _sequence_layout(grids: Tensor, num_patches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places in the packed sequence of class tokens [k] and patches [p], and its borders int32 [k + 1]."""
+    """Returns the slots of class tokens [k] and patches [p] in the packed sequence, and its borders int32 [k + 1]."""
     lengths = grids.prod(-1)
     slices = torch.arange(lengths.shape[0], device=grids.device)
     patch_ends = lengths.cumsum(0)

@@ -1,4 +1,4 @@
-"""The multimodal model: tower, resampler, splice, decoder, loss, each in its own file.
+"""Joins the multimodal model: tower, resampler, splice, decoder, loss, each in its own file.
 
 In: PackedBatch   Out: losses of supervised positions (last stage) or hidden states   Next: train/step.py
 """
@@ -31,7 +31,7 @@ from sicog_mcore.model.vision_tower import VisionTower, tower_transformer_config
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one model chunk has to build.
+    """The parts that one model chunk builds.
 
     Attributes:
         pre_process: has tower, resampler and embedding table.
@@ -88,22 +88,22 @@ class VisionLanguageModel(MegatronModule):
         self.register_load_state_dict_post_hook(_forgive_extra_states)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """Asked for by Megatron when it sums the gradients of tied embeddings over pipeline stages."""
+        """Returns the table whose gradients Megatron sums over pipeline stages when embeddings are tied."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
-        """Called by Megatron's schedules with the hidden states of the stage before."""
+        """Takes the hidden states of the stage before; Megatron's schedules call it."""
         self.language_model.set_input_tensor(tensor)
 
     def parameters_of(self, part: ModelPart) -> list[torch.nn.Parameter]:
-        """Parameters of one part on this stage; empty where the part is on another stage."""
+        """Returns the parameters of one part on this stage; none where the part is on another stage."""
         module = self.language_model if part == "decoder" else self.tower if part == "tower" else self.resampler
         return [] if module is None else list(module.parameters())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
-        """Megatron's description of this chunk for a distributed checkpoint; tower and resampler are replicated.
+        """Describes this chunk to Megatron's distributed checkpoints; tower and resampler are replicated.
 
         The names in the checkpoint, and so which entries it has, are the same for both kinds of layers: each loads the
         other's. Extra states, which matter for fp8 only, are left out.
@@ -112,6 +112,8 @@ class VisionLanguageModel(MegatronModule):
         state = {name: entry for name, entry in state.items() if EXTRA_STATE not in name}
         for part, module in (("tower", self.tower), ("resampler", self.resampler)):
             if module is not None:
+                # Entries are made under the plain names, so that both kinds of layers write the same checkpoint, and are
+                # handed back under the local names, by which Megatron fills this module.
                 local = {f"{part}.{n}": t for n, t in module.state_dict(keep_vars=True).items() if EXTRA_STATE not in n}
                 entries = make_sharded_tensors_for_checkpoint(
                     {plain_name(name): tensor for name, tensor in local.items()},
@@ -131,6 +133,7 @@ class VisionLanguageModel(MegatronModule):
         hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
+        # Rows are chosen before the head: logits [t, v] of a whole pack would be the largest tensor of the step.
         rows = supervised_rows(batch.labels)
         logits = self.language_model.project(hidden, rows)  # [t_s, 1, v / tensor]
         return token_losses(logits, batch.labels[rows])
@@ -142,14 +145,14 @@ class VisionLanguageModel(MegatronModule):
         return self.language_model(embeddings, batch.positions, borders)
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """What the decoder reads: text with visual tokens in their places, on the first stage only: [t', 1, h]."""
+        """Returns embeddings of text with visual tokens in their places, on the first stage only: [t', 1, h]."""
         text = self.language_model.embedding(batch.tokens[None], batch.positions[None])  # [t', 1, h]
         visual = self.encode_images(batch)  # [r, h]
         first_position = self.groups.tp.rank() * text.shape[0] if self.config.sequence_parallel else 0
         return splice(text, visual, batch.image_slots, batch.visual_rows, first_position)
 
     def encode_images(self, batch: PackedBatch) -> Tensor:
-        """Visual tokens of all slices: [r, h], slice i in rows i*q to (i+1)*q; rows of blank slices at the end."""
+        """Encodes all slices: visual tokens [r, h], slice i in rows i*q to (i+1)*q; rows of blank slices at the end."""
         assert self.tower is not None and self.resampler is not None, "images are encoded on the first stage only"
         tensor = self.groups.tp
         share = share_slices(batch.patches, batch.grids, tensor.rank(), tensor.size())
@@ -165,5 +168,5 @@ class VisionLanguageModel(MegatronModule):
 
 
 def _forgive_extra_states(_: torch.nn.Module, keys: Any) -> None:
-    """A checkpoint has none, see ``sharded_state_dict``; Transformer Engine's layers would insist on theirs."""
+    """Lets Transformer Engine's layers load checkpoints without extra states, see ``sharded_state_dict``."""
     keys.missing_keys[:] = [key for key in keys.missing_keys if EXTRA_STATE not in key]

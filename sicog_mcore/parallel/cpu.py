@@ -4,6 +4,7 @@ Megatron names "cuda" as a device in many places. Under a TorchFunctionMode that
 torch.cuda it calls get CPU meanings. The mode is off inside ``torch.autograd.backward``, so our own modules must never say
 "cuda" in code that may be recomputed there.
 Checked with megatron-core 0.16.1 and 0.19.2; delete a line here when upstream no longer needs it.
+Faults that Megatron has on a GPU too are mended in upstream.py.
 """
 
 from __future__ import annotations
@@ -80,41 +81,8 @@ def _give_cuda_functions_cpu_meanings() -> None:
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-def _repair_adam_step() -> None:
-    """Gives every parameter its own Adam step again after Megatron's distributed optimizer loaded a state.
-
-    Without Transformer Engine or Apex, torch's AdamW is used, which keeps a tensor ``step`` per parameter. Megatron (1) does
-    not expect that key when it loads a reshardable checkpoint and (2) makes all parameters share one tensor, which then
-    advances once per parameter: the resumed run drifts without an error. Needed on a GPU without TE and Apex as well.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    optimizer: Any = DistributedOptimizer
-    set_states, load_state = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
-
-    def set_states_with_step(self: Any, model_param: Any, tensors: dict) -> Any:
-        group, index = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        step = {"step": state["step"]} if "step" in state and "step" not in tensors else {}
-        return set_states(self, model_param, {**step, **tensors})
-
-    def load_state_with_own_steps(self: Any, state_dict: dict) -> None:
-        load_state(self, state_dict)
-        for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-    optimizer._set_main_param_and_optimizer_states = set_states_with_step
-    optimizer.load_state_dict = load_state_with_own_steps
-
-
 def install_cpu_support() -> None:
     """Makes Megatron-Core usable in this process when there is no CUDA device; safe to call more than once."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    if DistributedOptimizer.load_state_dict.__name__ == "load_state_with_own_steps":
-        return
-    _repair_adam_step()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and torch.cuda.Stream is not NullStream:
         _give_cuda_functions_cpu_meanings()
         CudaMeansCpu().__enter__()

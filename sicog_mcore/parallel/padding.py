@@ -4,7 +4,9 @@ Buckets end at multiples of 128 and of the data-parallel size. For a checkpoint 
 without the padding behind its buckets; 0.16 then cuts parameters out of them by their places *with* that padding. So with
 more than one bucket, as in every model of some size, a parameter's state could be written under its neighbour's name, and
 a resumed run went on from wrong masters and moments. Here the places are without padding, and the result is checked.
-Used by wrap.py
+Pull request 5077 of Megatron-LM mends it, which neither megatron-core 0.16.1 nor 0.19.2 has; a test fails with the first
+version that has it, and this file can go when no supported version is without it.
+Used by ddp.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ParallelConfig -> process groups, made once and passed to whoever needs them.
 
 Rank order is Megatron's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
-Next: distribute.py (batches to ranks), wrap.py (gradients over ranks).
+Next: distribute.py (batches to ranks), ddp.py (gradients over ranks).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from sicog_mcore.config import ParallelConfig
 from sicog_mcore.errors import MachineError
 from sicog_mcore.parallel.cpu import install_cpu_support
+from sicog_mcore.parallel.upstream import install_fixes
 from sicog_mcore.parallel.watch import MARGIN_S, RESUME, RankWatch, watch_parent
 from sicog_mcore.parallel.writers import install_writers
 from sicog_mcore.ranks import read_place
@@ -221,6 +222,7 @@ def start_topology(
         if place.by_torchrun:
             watch_parent(speaks=place.is_main)
     install_cpu_support()
+    install_fixes()
     install_writers()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = torch.device("cpu")

@@ -37,11 +37,13 @@ class Checkpoint:
     Attributes:
         folder: ``step_N``.
         fingerprint: of its files.
+        tokenizer: file of the tokenizer.
         experiment: as the run had it, with the layout and precision that were asked for.
     """
 
     folder: Path
     fingerprint: str
+    tokenizer: Path
     experiment: Experiment
 
 
@@ -59,10 +61,12 @@ def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = N
         ConfigError: its tokenizer is not where it was.
     """
     folder = _find(path)
+    fingerprint = commit.fingerprint(folder)
     saved = read_experiment(folder)
     # No sources: the rows of training may be gone, and generation reads none of them.
     data = replace(saved.data, tokenizer=tokenizer or saved.data.tokenizer, sources=())
-    if find_tokenizer_file(data.tokenizer) is None:
+    tokenizer_file = find_tokenizer_file(data.tokenizer)
+    if tokenizer_file is None:
         problem = "holds no tokenizer"
         raise ConfigError([ConfigProblem("tokenizer", data.tokenizer, problem, "say where it is with --tokenizer")])
     experiment = replace(
@@ -81,7 +85,7 @@ def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = N
         ),
         init=InitConfig(checkpoint=str(folder)),
     )
-    return Checkpoint(folder, commit.fingerprint(folder), experiment)
+    return Checkpoint(folder, fingerprint, tokenizer_file, experiment)
 
 
 def _find(path: Path) -> Path:

@@ -137,6 +137,7 @@ def step_line(stats: StepStats, steps_total: int, eta_s: float) -> str:
         f"step {stats.step:>{width},}/{steps_total:,}",
         f"loss {stats.loss:.4f}",
         *preference_texts(stats),
+        *held_out_texts(stats),
         f"grad norm {stats.grad_norm:.3g}",
         f"lr {stats.lr:.2e}",
         f"{stats.tokens_per_s:,.0f} tokens/s",
@@ -156,6 +157,16 @@ def preference_texts(stats: StepStats) -> list[str]:
     """Says how the pairs were judged; empty outside of preference training."""
     judged = stats.preferences
     return [f"preferred {judged.preference_accuracy:.0%}", f"margin {judged.reward_margin:.3g}"] if judged else []
+
+
+def held_out_texts(stats: StepStats) -> list[str]:
+    """What held-out rows and questions gave; nothing after a step that was not measured."""
+    found, texts = stats.held_out, []
+    if found and found.held_out_loss is not None and found.held_out_perplexity is not None:
+        texts.append(f"held-out loss {found.held_out_loss:.4f}, perplexity {found.held_out_perplexity:.4g}")
+    if found and found.held_out_accuracy is not None:
+        texts.append(f"accuracy {found.held_out_accuracy:.1%} of {found.held_out_questions:,}")
+    return texts
 
 
 def bar_text(stats: StepStats, eta_s: float) -> str:
@@ -237,7 +248,7 @@ class Console:
         eta_s = median(self._recent_step_s) * (steps_total - stats.step)
         if self._screen.is_terminal:
             self._move_bar(stats, steps_total, bar_text(stats, eta_s))
-        elif stats.step % self._log_every == 0 or stats.step == steps_total:
+        elif stats.step % self._log_every == 0 or stats.step == steps_total or stats.held_out:
             self._write(step_line(stats, steps_total, eta_s))
 
     def finish(self, lines: Sequence[str]) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from sicog_mcore.config import DpoConfig
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.metrics import PreferenceStats
 from sicog_mcore.train.reference import FrozenReference, answer_log_probs, owners
 from sicog_mcore.train.step import SUMS, Log, LossFunction, run_schedule, sum_logs

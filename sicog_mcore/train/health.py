@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sicog_mcore.errors import CheckpointError, TrainingError
-from sicog_mcore.parallel.wrap import PARTS, TrainableModel
+from sicog_mcore.parallel.ddp import TrainableModel
+from sicog_mcore.parallel.param_groups import PARTS
 
 # A part has exploded when the root mean square (RMS) of its parameters is more than GROWTH times what it was at the last
 # checkpoint, and above ORDINARY_RMS. The RMS of whole parts lies far below 1 in models that work; at a rate of 1e-3 a

@@ -1,13 +1,14 @@
 """How well a checkpoint predicts given answers: the loss of training, forward only, per sample.
 
 In: an Experiment whose ``init`` names the weights, its rows   Out: per sample the loss and the tokens it was taken over
-Next: launch/perplexity.py. Packing, forward pass and loss are the trainer's own, under any tensor and pipeline layout.
+Next: held_out_check.py (during training), launch/perplexity.py
+Packing, forward pass and loss are the trainer's own, under any tensor and pipeline layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from sicog_mcore.data.loader import PackBuilder, WindowPlanner
 from sicog_mcore.data.packing import PackPlan
 from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.resume import EpochRows
-from sicog_mcore.data.sources import open_sources
+from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
-from sicog_mcore.errors import ConfigError, ConfigProblem
+from sicog_mcore.errors import ConfigError
 from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
@@ -83,24 +84,67 @@ def measure_losses(experiment: Experiment, topology: Topology) -> Losses:
     chunks = build_chunks(build, topology)
     said = import_init(chunks, experiment, topology)
     said += tokenizer_notes(experiment.data) if topology.is_main else []
-    packs, refused = _plan(experiment, topology)
-    mine = packs[topology.data_rank :: topology.data_size]
-    source = PackSource(experiment, mine) if topology.loads_data else None
-    distributor = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), source)
-    sums: list[Tensor] = []
-    for start in range(0, len(mine), PACKS_AT_ONCE):
-        batches = [next(distributor) for _ in mine[start : start + PACKS_AT_ONCE]]
-        sums += _ask(chunks, build.decoder, topology, batches)
-    measured = [
-        SampleLoss(name, loss, int(tokens))
-        for ids, batch_sums in zip(source.ids if source else (), sums, strict=False)
-        for name, loss, tokens in zip(ids, *batch_sums.tolist(), strict=False)  # the padded tail has no id
-    ]
-    parts = topology.gather_objects((measured, source.refused if source else []))
-    samples = sorted((sample for part, _ in parts for sample in part), key=lambda sample: sample.id)
-    refused += [rejection for _, part in parts for rejection in part]
-    said += [f"data: {note}" for note in source.notes] if source else []
-    return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)), tuple(said))
+    rows = HeldOutRows(experiment, topology)
+    losses = rows.measure(chunks, build.decoder)
+    return replace(losses, notes=(*said, *(f"data: {note}" for note in rows.notes)))
+
+
+class HeldOutRows:
+    """The rows of ``experiment.data.sources``, opened and packed once, to be measured as often as is wanted. Collective.
+
+    Attributes:
+        notes: what is to be said of the data; nothing on ranks that do not load.
+        refused: rows that planning found unusable, on all ranks.
+        packs: of all replicas.
+    """
+
+    def __init__(self, experiment: Experiment, topology: Topology):
+        """Opens the rows on ranks that load; rank 0 reads texts and image headers for all.
+
+        Raises:
+            ConfigError: they cannot be opened. On all ranks.
+        """
+        self._topology, self._patch_dim = topology, experiment.model.tower.patch_dim
+        samples = _open_on_loaders(experiment, topology)
+        encoder = Encoder(experiment.model, experiment.data)
+        self._builder: PackBuilder | None = None
+        self.notes: tuple[str, ...] = ()
+        if samples is not None:
+            self.notes = samples.notes
+            self._builder = PackBuilder(EpochRows(samples), encoder, experiment.model, experiment.data)
+        plan: Any = _plan(experiment, samples, encoder) if samples is not None and topology.is_main else None
+        plan = topology.broadcast_object(plan)
+        self.packs: list[PackPlan] = plan[0]
+        self.refused: list[Rejection] = plan[1]
+        mine = self.packs[topology.data_rank :: topology.data_size]
+        # The interleaved schedule takes micro-batches in groups of as many as there are stages.
+        group = topology.config.pipeline if topology.config.virtual_pipeline > 1 else 1
+        self._mine = [*mine, *(replace(self.packs[0], members=()) for _ in range(-len(mine) % group))]
+        self._at_once = -(-PACKS_AT_ONCE // group) * group
+
+    def measure(self, chunks: Sequence[Any], config: Any) -> Losses:
+        """Asks a model for every row, each exactly once. Collective; equal on all ranks.
+
+        Args:
+            chunks: of this rank, bare.
+            config: TransformerConfig of the chunks.
+        """
+        topology, mine = self._topology, self._mine
+        source = PackSource(self._builder, mine) if self._builder else None
+        distributor = BatchDistributor(topology, BatchSpec(self._patch_dim), source)
+        sums: list[Tensor] = []
+        for start in range(0, len(mine), self._at_once):
+            batches = [next(distributor) for _ in mine[start : start + self._at_once]]
+            sums += _ask(chunks, config, topology, batches)
+        measured = [
+            SampleLoss(name, loss, int(tokens))
+            for ids, batch_sums in zip(source.ids if source else (), sums, strict=False)
+            for name, loss, tokens in zip(ids, *batch_sums.tolist(), strict=False)  # the padded tail has no id
+        ]
+        parts = topology.gather_objects((measured, source.refused if source else []))
+        samples = sorted((sample for part, _ in parts for sample in part), key=lambda sample: sample.id)
+        refused = [*self.refused, *(rejection for _, part in parts for rejection in part)]
+        return Losses(tuple(samples), tuple(sorted(refused, key=lambda rejection: rejection.id)))
 
 
 class PackSource:
@@ -108,20 +152,16 @@ class PackSource:
 
     Attributes:
         ids: sample ids of each pack that was handed out.
-        notes: what is to be said of the data.
         refused: samples of these packs whose pixels turned out to be unusable.
     """
 
     ends_step = True
 
-    def __init__(self, experiment: Experiment, packs: Sequence[PackPlan]):
-        samples = open_sources(experiment.data.sources, experiment.data)
-        encoder = Encoder(experiment.model, experiment.data)
-        self.notes = samples.notes
+    def __init__(self, builder: PackBuilder, packs: Sequence[PackPlan]):
         self.ids: list[tuple[str, ...]] = []
         self.refused: list[Rejection] = []
         self._packs = iter(packs)
-        self._builder = PackBuilder(EpochRows(samples), encoder, experiment.model, experiment.data)
+        self._builder = builder
 
     def __next__(self) -> PackedBatch:
         batch, refused = self._builder[next(self._packs)]
@@ -130,21 +170,22 @@ class PackSource:
         return batch
 
 
-def _plan(experiment: Experiment, topology: Topology) -> tuple[list[PackPlan], list[Rejection]]:
-    """All packs and the rows that cannot be used: rank 0 reads texts and image headers, for all ranks."""
-    plan: Any = _plan_here(experiment) if topology.is_main else None
-    plan = topology.broadcast_object(plan)
-    if isinstance(plan, list):
-        raise ConfigError(plan)
-    return plan
+def _open_on_loaders(experiment: Experiment, topology: Topology) -> SampleIndex | None:
+    """The rows on ranks that load, None on others; all ranks fail together."""
+    samples, failure = None, None
+    if topology.loads_data:
+        try:
+            samples = open_sources(experiment.data.sources, experiment.data)
+        except ConfigError as error:
+            failure = error.problems
+    for problems in topology.gather_objects(failure):
+        if problems is not None:
+            raise ConfigError(problems)
+    return samples
 
 
-def _plan_here(experiment: Experiment) -> tuple[list[PackPlan], list[Rejection]] | list[ConfigProblem]:
-    try:
-        samples = open_sources(experiment.data.sources, experiment.data)
-    except ConfigError as error:
-        return error.problems
-    encoder = Encoder(experiment.model, experiment.data)
+def _plan(experiment: Experiment, samples: SampleIndex, encoder: Encoder) -> tuple[list[PackPlan], list[Rejection]]:
+    """All packs, and the rows that cannot be used."""
     planner = WindowPlanner(EpochRows(samples), encoder, experiment.data, experiment.train.seed)
     windows = [planner.plan(0, window) for window in range(planner.num_windows(0))]
     refused = [rejection for window in windows for rejection in window.rejected.values()]

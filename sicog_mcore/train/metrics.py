@@ -32,6 +32,7 @@ TENSORBOARD_GROUPS: Mapping[str, tuple[str, ...]] = {
     "memory": ("peak_memory_gib",),
 }
 PREFERENCE_GROUP = "preference"
+HELD_OUT_GROUP = "held_out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,29 @@ class PreferenceStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutStats:
+    """What was measured after a step on what is not trained on; None stands for what was not measured.
+
+    Attributes:
+        held_out_loss: mean over the supervised tokens of all held-out rows (nats).
+        held_out_perplexity: its exponential.
+        held_out_tokens: tokens that the mean was taken over.
+        held_out_refused: held-out rows that could not be used.
+        held_out_accuracy: mean over all questions of the benchmark of what the answer was worth, from 0 to 1.
+        held_out_questions: number of these questions; one without an answer counts as wrong.
+        held_out_s: wall time of the measurement (s), not part of ``step_s``.
+    """
+
+    held_out_loss: float | None = None
+    held_out_perplexity: float | None = None
+    held_out_tokens: int | None = None
+    held_out_refused: int | None = None
+    held_out_accuracy: float | None = None
+    held_out_questions: int | None = None
+    held_out_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepStats:
     """One optimiser step of the whole job.
 
@@ -60,7 +84,7 @@ class StepStats:
         loss: mean over the supervised tokens, or pairs, of the global batch.
         grad_norm: before clipping.
         lr: scheduled learning rate, before the factors of the parts.
-        step_s: wall time from step to step (s), data wait included.
+        step_s: wall time from step to step (s), data wait included, held-out measurements not.
         data_wait_s: part of it that rank 0 waited for its batch (s).
         decoder_tokens: positions of all samples, visual tokens included, padding not.
         supervised_tokens: positions with a label.
@@ -71,6 +95,7 @@ class StepStats:
         tflops: model TFLOP/s of one device; flops.py has the convention.
         mfu: tflops as a share of the device's peak; None if the peak is not known.
         preferences: of preference training, whose loss is a mean over pairs; None for next-token prediction.
+        held_out: of a step after which held-out rows were measured; None for all others.
     """
 
     step: int
@@ -91,6 +116,7 @@ class StepStats:
     tflops: float
     mfu: float | None
     preferences: PreferenceStats | None = None
+    held_out: HeldOutStats | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -108,9 +134,10 @@ class StepStats:
         """Gives all fields and rates by name; a number that is not finite is None."""
         rates = {name: getattr(self, name) for name in ("tokens_per_s", "images_per_s", "slices_per_s")}
         values: dict[str, int | float | None] = {f.name: getattr(self, f.name) for f in fields(self)} | rates
-        # Metrics of pairs stand beside the others, by their own names; the field that groups them goes.
-        del values["preferences"]
-        values |= asdict(self.preferences) if self.preferences else {}
+        # Grouped metrics stand beside the others, by their own names; the fields that group them go.
+        for name in ("preferences", "held_out"):
+            del values[name]
+            values |= asdict(getattr(self, name)) if getattr(self, name) else {}
         return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -154,7 +181,9 @@ class MetricsLog:
         self, board: SummaryWriter, stats: StepStats, values: Mapping[str, int | float | None], wall_time: float
     ) -> None:
         preferences = tuple(asdict(stats.preferences)) if stats.preferences else ()
-        for group, names in (*TENSORBOARD_GROUPS.items(), (PREFERENCE_GROUP, preferences)):
+        held_out = tuple(asdict(stats.held_out)) if stats.held_out else ()
+        of_step = ((PREFERENCE_GROUP, preferences), (HELD_OUT_GROUP, held_out))
+        for group, names in (*TENSORBOARD_GROUPS.items(), *of_step):
             for name in names:
                 value = values[name]
                 if value is not None:

@@ -23,8 +23,8 @@ from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.errors import DataError
 from sicog_mcore.files import append_lines, move, whole_file, writing
 from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.reference_key import fingerprint
 from sicog_mcore.train.step import Log, run_schedule

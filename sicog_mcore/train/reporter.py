@@ -19,7 +19,7 @@ from sicog_mcore.train.console import Console
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.flops import WorkCounts, peak_tflops, step_flops
 from sicog_mcore.train.health import SpikeWatch
-from sicog_mcore.train.metrics import MetricsLog, StepStats, Summary
+from sicog_mcore.train.metrics import HeldOutStats, MetricsLog, StepStats, Summary
 from sicog_mcore.train.step import StepResult
 
 GIB = 2**30
@@ -45,8 +45,12 @@ class Reporter:
         self._waited_s = 0.0
         self._next = first_step
 
-    def report(self, step: int, lr: float, result: StepResult, feed: Feed) -> int:
-        """Gathers and writes one step. Collective. Returns the samples that all ranks consumed in it."""
+    def report(self, step: int, lr: float, result: StepResult, feed: Feed, held_out: HeldOutStats | None = None) -> int:
+        """Gathers and writes one step. Collective. Returns the samples that all ranks consumed in it.
+
+        Args:
+            held_out: what was measured after the step, on every rank.
+        """
         own = feed.take(step)
         # One reduction for all counts: they are int64, so their sums are exact.
         sums = torch.tensor([*astuple(own), feed.num_quarantined, feed.num_truncated], device=self.topology.device)
@@ -56,7 +60,8 @@ class Reporter:
         peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(device), device=device)).item()
         # Taken after the reductions, which wait for the slowest rank: the time is that of the whole job, on any rank.
         now = time.perf_counter()
-        step_s, self._started = now - self._started, now
+        paused_s = held_out.held_out_s if held_out else 0.0
+        step_s, self._started = now - self._started - paused_s, now
         waited_s, self._waited_s = feed.wait_s - self._waited_s, feed.wait_s
         flops = step_flops(self.experiment.model, self.experiment.optim.freeze, counts)
         tflops = flops / step_s / self.topology.world_size / 1e12
@@ -79,6 +84,7 @@ class Reporter:
             tflops=tflops,
             mfu=tflops / self._peak if self._peak else None,
             preferences=result.preferences,
+            held_out=held_out,
         )
         self.summary.add(stats)
         if self._log:

@@ -16,12 +16,13 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.memory import estimate_memory, estimate_text, fitting
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.sizes import params_by_part
 from sicog_mcore.train.console import Console, RunFacts, finish_lines, resume_text, start_lines
 from sicog_mcore.train.dpo import Preferences
 from sicog_mcore.train.feed import Complete, Feed, open_data
+from sicog_mcore.train.held_out_check import AnswerGrader, HeldOutCheck
 from sicog_mcore.train.reference import FrozenReference, precompute_reference
 from sicog_mcore.train.reporter import Reporter, device_name
 from sicog_mcore.train.step import NextToken, Objective
@@ -47,11 +48,12 @@ def build_objective(
     return Preferences(experiment.dpo), precompute_reference(experiment, model, opened, notice).complete
 
 
-def run(experiment: Experiment, command: str) -> Path:
+def run(experiment: Experiment, command: str, grader: AnswerGrader | None = None) -> Path:
     """Trains until the last step, from the newest checkpoint if there is one.
 
     Args:
         command: what the user typed; the summary says that it resumes.
+        grader: on rank 0, where ``held_out.benchmark`` names questions.
 
     Returns:
         folder of the newest checkpoint.
@@ -61,12 +63,12 @@ def run(experiment: Experiment, command: str) -> Path:
     topology.watch.beat("the building of the model")
     try:
         with topology.watch.explaining():
-            return train(build, topology, command)
+            return train(build, topology, command, grader)
     finally:
         stop_topology()
 
 
-def train(build: Build, topology: Topology, command: str) -> Path:
+def train(build: Build, topology: Topology, command: str, grader: AnswerGrader | None = None) -> Path:
     """Trains on ranks that have already joined each other, until the last step; returns the newest checkpoint."""
     experiment = build.experiment
     doubts = _fit(experiment, topology)
@@ -81,15 +83,18 @@ def train(build: Build, topology: Topology, command: str) -> Path:
     model = build_model(build, topology, console.notice, imports)
     objective, complete = build_objective(build, topology, model, opened, console.notice)
     state, notes = store.load(model, found.step) if found.step is not None else (RunState(), [])
+    held_out = HeldOutCheck(experiment, model, console.notice, grader) if experiment.held_out.every_steps else None
     feed = Feed(experiment, topology, opened, first_step=state.step + 1, complete=complete)
     reporter = Reporter(experiment, topology, console, first_step=state.step + 1)
-    trainer = Trainer(experiment, model, feed, store, reporter, state, objective)
+    trainer = Trainer(experiment, model, feed, store, reporter, state, objective, held_out)
     checkpoint = store.folder(state.step) if found.step is not None else None
     try:
         console.start(start_lines(experiment, _facts(build, topology, feed)))
         of_tokenizer = tokenizer_notes(experiment.data) if topology.is_main else ()
         of_data = [f"data: {note}" for note in feed.notes]
         for note in [*of_data, *doubts, *found.notes, *notes, *(opened.notes if opened else ()), *of_tokenizer]:
+            console.notice(note)
+        for note in held_out.notes if held_out else ():
             console.notice(note)
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.metrics import PreferenceStats
 
 Log: TypeAlias = Mapping[str, Tensor]

@@ -12,9 +12,10 @@ from pathlib import Path
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import TrainingError
-from sicog_mcore.parallel.wrap import TrainableModel
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.train.feed import Feed
 from sicog_mcore.train.health import REMEDY, measure, require_sound, require_sound_start
+from sicog_mcore.train.held_out_check import HeldOutCheck
 from sicog_mcore.train.reporter import Reporter
 from sicog_mcore.train.schedule import learning_rate
 from sicog_mcore.train.step import Objective, StepResult, train_step
@@ -31,6 +32,7 @@ class Trainer:
     reporter: Reporter
     state: RunState
     objective: Objective
+    held_out: HeldOutCheck | None = None
 
     def fit(self) -> Path:
         """Runs all remaining steps. Returns the newest checkpoint.
@@ -53,7 +55,8 @@ class Trainer:
             lr = learning_rate(self.state.step, optim, steps)
             result = train_step(self.model, batches, lr, self.objective)
             step = self.state.step + 1
-            samples = self.reporter.report(step, lr, result, self.feed)
+            held_out = self.held_out.measure() if self.held_out and self._is_measured(step, result) else None
+            samples = self.reporter.report(step, lr, result, self.feed, held_out)
             # Reported before it is refused, so that the last line of the log shows the number that ended the run.
             self._require_finite(result, step)
             self.state = RunState(step, self.feed.state(), self.state.samples + samples, self.feed.data_state())
@@ -63,6 +66,11 @@ class Trainer:
                 self.store.save(self.model, self.state)
                 self.reporter.restart_clock()
         return self.store.folder(self.state.step)
+
+    def _is_measured(self, step: int, result: StepResult) -> bool:
+        """Whether held-out rows are due: not after a step that ends the run because it is not finite."""
+        every = self.experiment.held_out.every_steps
+        return result.applied and (step % every == 0 or step == self.experiment.train.steps)
 
     def _last_good(self) -> str:
         """The checkpoint from which the same command would go on, for messages."""

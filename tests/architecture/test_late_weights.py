@@ -9,7 +9,7 @@ import pytest
 
 from tests.architecture.source import python_files, read
 
-OWNER = Path("sicog_mcore/parallel/wrap.py")
+OWNER = Path("sicog_mcore/parallel/ddp.py")
 SCHEDULES = ("run_schedule", "score_pairs")  # run the wrapped forward, whose hooks wait
 
 

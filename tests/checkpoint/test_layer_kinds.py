@@ -19,8 +19,8 @@ from sicog_mcore.config import Experiment
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.capability import AttentionChoice, LayerChoice, LayerKind
 from sicog_mcore.model.vlm import VisionLanguageModel
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.reference import FrozenReference
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches

@@ -20,8 +20,8 @@ from sicog_mcore.checkpoint import commit, store
 from sicog_mcore.checkpoint.store import CheckpointStore, RunState
 from sicog_mcore.config import Experiment
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_RETRY, CheckpointError, MachineError
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment

@@ -215,7 +215,7 @@ def test_the_optimizer_starts_from_the_imported_weights(topology: Any, qwen2: Pa
     from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.weights import import_init
     from sicog_mcore.model.initialise import initialise
-    from sicog_mcore.parallel.wrap import wrap_model
+    from sicog_mcore.parallel.ddp import wrap_model
 
     experiment = experiment_for("qwen2", decoder=str(qwen2))
     experiment = replace(experiment, train=replace(experiment.train, precision="bf16"))

@@ -54,6 +54,26 @@ def test_all_problems_are_reported_together(folder: Path) -> None:
     ]
 
 
+def test_held_out_files_are_looked_at_where_they_are_measured(folder: Path) -> None:
+    (folder / "empty.jsonl").touch()
+    sources = tuple(SourceConfig(path=str(folder / name)) for name in ("absent.jsonl", "empty.jsonl"))
+    held_out = {
+        "sources": sources,
+        "benchmark": str(folder / "absent.tsv"),
+        "images": str(folder / "data.jsonl"),
+    }
+    problems = check_inputs(tiny_experiment(folder, held_out=held_out | {"every_steps": 2}))
+    assert [(problem.path, problem.problem) for problem in problems] == [
+        ("held_out.sources[0].path", "does not exist"),
+        ("held_out.sources[1].path", "is empty"),
+        ("held_out.benchmark", "is no file"),
+        ("held_out.images", "is no folder"),
+    ]
+    assert found(folder, held_out=held_out) == []
+    named = {"every_steps": 2, "benchmark": "easy-vqa:test", "images": str(folder)}
+    assert found(folder, held_out=named) == []
+
+
 CONTENTS = (
     ("a.json", b"[]", "holds no row"),
     ("a.json", b"\xef\xbb\xbf [ \n ] \n", "holds no row"),

@@ -141,6 +141,13 @@ PROVEN_ELSEWHERE: Mapping[str, str] = {
     "init.tower": "checkpoint/test_weights.py",
     "init.resampler": "checkpoint/test_weights.py",
     "init.decoder": "checkpoint/test_weights.py",
+    "held_out.every_steps": "train/test_held_out_check.py",
+    "held_out.sources": "train/test_held_out_check.py",
+    "held_out.benchmark": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.images": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.prompt": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.max_new_tokens": "cognition/evaluation/test_benchmark_grader.py",
+    "held_out.batch": "cognition/evaluation/test_benchmark_grader.py",
 }
 
 

@@ -1,4 +1,4 @@
-"""The same bytes from any number of ranks, any layout, any batch, and after any kill."""
+"""Candidates (candidates.py): the same bytes from any number of ranks, any layout, any batch, and after any kill."""
 
 from __future__ import annotations
 

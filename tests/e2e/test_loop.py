@@ -77,7 +77,7 @@ def write_loop(path: Path, data: Path) -> None:
             "finetune": {"set": labelled},
         },
         "generation": {"captions": {"caption": 3, "cod": 3}, "max_new_tokens": 24, "batch": 4},
-        "curation": {"tau": [0.2], "options": "--image-radius -1 --evaluation-radius -1 --min-share 0".split()},
+        "curation": {"tau": [0.2], "image_radius": -1, "evaluation_radius": -1, "min_share": 0},
         "evaluation": {"benchmark": f"{data}/benchmark.jsonl", "images": str(data), "max_new_tokens": 4},
     }
     path.write_text(yaml.safe_dump(values))

@@ -1,4 +1,4 @@
-"""What the exported processor makes of images and conversations is what our data layer trains on."""
+"""What the exported processor (processing_sicog.py, image_processing_sicog.py) makes of images is what we train on."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def _flops(rank: Rank, experiments: list[Experiment]) -> list[int]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from sicog_mcore.build import build_chunks, plan_build
-    from sicog_mcore.parallel.wrap import freeze_parts
+    from sicog_mcore.parallel.param_groups import freeze_parts
     from tests.batches import random_batches
 
     topology = rank.start(experiments[0].parallel)

@@ -14,8 +14,8 @@ from torch import Tensor
 from sicog_mcore.build import build_model, plan_build
 from sicog_mcore.config import Experiment
 from sicog_mcore.model.initialise import STD, global_names
+from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
-from sicog_mcore.parallel.wrap import TrainableModel
 from sicog_mcore.train.step import NextToken, train_step
 from tests.batches import random_batches
 from tests.builders import tiny_experiment

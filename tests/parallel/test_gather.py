@@ -1,17 +1,18 @@
-"""Work that fails on one rank fails on all, with the words of the rank that met the error."""
+"""Parts of a tensor arrive on rank 0 in order; work that fails on one rank fails on all, in the words of that rank."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
 from sicog_mcore.config import ParallelConfig
+from sicog_mcore.errors import CheckpointError
 from tests.dist import Rank, run_ranks
 
 
 def _outcomes(rank: Rank) -> list[Any]:
-    from sicog_mcore.errors import CheckpointError
     from sicog_mcore.parallel.gather import first_failure, on_all
 
     topology = rank.start(ParallelConfig())
@@ -35,3 +36,36 @@ def _outcomes(rank: Rank) -> list[Any]:
 def test_the_lowest_rank_that_fails_speaks_for_all() -> None:
     for rank, outcomes in enumerate(run_ranks(_outcomes, 2)):
         assert outcomes == [10 + rank, "rank 1 cannot read", "rank 0 cannot read", ["b"], None]
+
+
+def _gather(rank: Rank) -> tuple[list[list[float]], list[str], list[str]]:
+    from sicog_mcore.parallel.gather import gather_cuts, on_main
+
+    topology = rank.start(ParallelConfig())
+    own = torch.full((2, 2), rank.rank + 1.5, dtype=torch.float64).T
+    parts = gather_cuts(own, (1, 0), (2, 2), torch.float32, topology)
+    parts += gather_cuts(own if rank.rank == 1 else None, (1,), (2, 2), torch.bfloat16, topology)
+    failures = []
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    def broken() -> None:
+        raise CheckpointError("it is damaged")
+
+    for work in (full, broken):
+        try:
+            on_main(topology, work, (OSError,))
+        except CheckpointError as error:
+            failures.append(str(error))
+    on_main(topology, lambda: None, (OSError,))
+    return [part.flatten().tolist() for part in parts], [str(part.dtype) for part in parts], failures
+
+
+@pytest.mark.slow
+def test_parts_arrive_in_order_and_failures_everywhere() -> None:
+    (parts, dtypes, failures), (none, _, others) = run_ranks(_gather, 2)
+    assert parts == [[2.5] * 4, [1.5] * 4, [2.5] * 4] and none == []
+    assert dtypes == ["torch.float32", "torch.float32", "torch.bfloat16"]
+    assert failures == others and failures[1] == "it is damaged"
+    assert failures[0].startswith("it cannot be written: [Errno 28]") and "make room" in failures[0]

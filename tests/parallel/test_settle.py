@@ -80,11 +80,11 @@ READERS: dict[str, Any] = {
 
 def _observe(rank: Rank, plain: Experiment, late: Experiment) -> dict[str, Any]:
     """What each reader and writer finds after a step, against a model whose weights never arrive late."""
-    import sicog_mcore.parallel.wrap as wrap
+    import sicog_mcore.parallel.ddp as ddp
     from sicog_mcore.build import build_model, plan_build
 
-    wrap.DistributedDataParallelConfig = functools.partial(  # type: ignore[misc]
-        wrap.DistributedDataParallelConfig, bucket_size=SMALL_BUCKET
+    ddp.DistributedDataParallelConfig = functools.partial(  # type: ignore[misc]
+        ddp.DistributedDataParallelConfig, bucket_size=SMALL_BUCKET
     )
     topology = rank.start(plain.parallel)
     expected, model = (build_model(plan_build(e), topology) for e in (plain, late))

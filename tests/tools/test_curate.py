@@ -9,9 +9,12 @@ import pytest
 
 from sicog_mcore.cognition.curation.filters import PerPrompt
 from sicog_mcore.cognition.curation.selection import CandidateSource, ScoreFile
+from sicog_mcore.cognition.step_options import CurateOptions
+from sicog_mcore.commands.curate import curation_of
+from sicog_mcore.commands.parser import read_options
 from sicog_mcore.errors import ConfigError
 from tests.curation import Said, item, write_round
-from tools.curate import main, parse, read_options
+from tools.curate import main
 
 
 @pytest.fixture
@@ -77,8 +80,10 @@ def test_wrong_options_are_one_message_and_exit_code_2(
 
 def test_a_source_may_have_several_scorers_with_thresholds_of_their_own(arguments: list[str]) -> None:
     values = ["a.jsonl", "s.jsonl", "0.85", "cod=0.9", "votes.jsonl", "0.6"]
-    options = parse([*arguments, "--source", *values, "--source", "b.jsonl", "t.jsonl", "0.7", "--mix", "text=0.5"])
-    curation = read_options(options)
+    options = read_options(
+        CurateOptions, [*arguments, "--source", *values, "--source", "b.jsonl", "t.jsonl", "0.7", "--mix", "text=0.5"]
+    )
+    curation = curation_of(options)
     first = (
         ScoreFile(Path("s.jsonl"), PerPrompt(0.85, (("cod", 0.9),))),
         ScoreFile(Path("votes.jsonl"), PerPrompt(0.6)),
@@ -87,11 +92,11 @@ def test_a_source_may_have_several_scorers_with_thresholds_of_their_own(argument
     assert curation.sources == (CandidateSource(Path("a.jsonl"), first), CandidateSource(Path("b.jsonl"), second))
     assert curation.mix == (("text", 0.5),)
     with pytest.raises(ConfigError):
-        read_options(parse([*arguments, "--source", "a.jsonl", "s.jsonl", "cod=0.9"]))
+        curation_of(read_options(CurateOptions, [*arguments, "--source", "a.jsonl", "s.jsonl", "cod=0.9"]))
 
 
 def test_what_is_not_given_is_as_curation_has_it(arguments: list[str], tmp_path: Path) -> None:
     from sicog_mcore.cognition.curation.selection import Curation
 
-    given = read_options(parse([*arguments, "--tau", "0.8"]))
+    given = curation_of(read_options(CurateOptions, [*arguments, "--tau", "0.8"]))
     assert given == Curation(sources=given.sources, images=tmp_path / "images")

@@ -10,10 +10,18 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from sicog_mcore.commands import doctor
+from sicog_mcore.commands.doctor import (
+    FeaturePath,
+    MachineReport,
+    PackageState,
+    environment_facts,
+    show,
+    version_warnings,
+)
 from sicog_mcore.model import capability
 from sicog_mcore.model.capability import CapabilityItem
-from tools import doctor
-from tools.doctor import Feature, Package, Report, environment_facts, main, show, version_warnings
+from tools.doctor import main
 
 
 def test_json_names_every_package_and_the_path_of_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,10 +64,10 @@ def test_an_older_gpu_with_transformer_engine_says_which_attention_it_gets(
 
 def test_tables_end_with_warnings_and_a_verdict() -> None:
     text = io.StringIO()
-    report = Report(
+    report = MachineReport(
         machine={"cores": "2 usable of 2"},
-        packages=[Package("CUDA", False, "", "torch is a [CPU] build")],
-        features=[Feature("process groups", "gloo", "no CUDA device")],
+        packages=[PackageState("CUDA", False, "", "torch is a [CPU] build")],
+        features=[FeaturePath("process groups", "gloo", "no CUDA device")],
         warnings=["torch 3.0 is untested"],
     )
     show(report, Console(file=text, width=100, color_system=None))

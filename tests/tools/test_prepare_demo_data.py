@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from tools import prepare_demo_data
-from tools.prepare_demo_data import SPECIAL_TOKENS, VOCAB_SIZE, main
+from sicog_mcore.commands.demo_data import SPECIAL_TOKENS, VOCAB_SIZE
+from sicog_mcore.commands.picture_sources import CAPTIONS
+from tools.prepare_demo_data import main
 
 NUM_SHAPES = 12
 NUM_PHOTOS = 18
@@ -66,7 +68,7 @@ def test_tokenizer_fits_the_tiny_preset_and_loses_nothing(demo: Path, rows: list
 
 def test_readme_names_origin_and_licence_of_every_photograph(demo: Path) -> None:
     readme = (demo / "README.md").read_text(encoding="utf-8")
-    captions = json.loads(prepare_demo_data.CAPTIONS.read_text(encoding="utf-8"))
+    captions = json.loads(CAPTIONS.read_text(encoding="utf-8"))
     for photo in captions["photos"]:
         assert f"| {Path(photo['file']).name} | {photo['origin']} | {photo['licence']} |" in readme
 
@@ -99,10 +101,8 @@ def test_folder_with_other_contents_is_left_alone(tmp_path: Path, capsys: pytest
 def test_missing_package_is_one_line_that_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find_spec = prepare_demo_data.importlib.util.find_spec
-    monkeypatch.setattr(
-        prepare_demo_data.importlib.util, "find_spec", lambda name: None if name == "skimage" else find_spec(name)
-    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else find_spec(name))
     assert main(["--out", str(tmp_path / "demo")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The loop's demonstration data: rows that training and generation accept, apart from each other, the same every time."""
+"""The loop demonstration data (loop_demo_data.py): rows that training and generation accept, apart, the same every time."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import pytest
 
 from sicog_mcore.cognition.records import Generation, Scores, read_records, write_records
 from sicog_mcore.cognition.scoring import vectors
+from sicog_mcore.commands import score
 from tests.cognition.agreeing import Written, failed, generation, in_steps, write_word_decoder
-from tools import score
 from tools.score import main
 
 NUM_ITEMS = 9

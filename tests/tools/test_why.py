@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sicog_mcore.cognition.curation.curated_round import curate
+from sicog_mcore.commands.why import CONSUMED, consumed_steps
 from sicog_mcore.train.feed import CONSUMED as WRITTEN
 from tests.curation import Said, curation, failed, item, write_round
-from tools.why import CONSUMED, consumed_steps, main
+from tools.why import main
 
 SAID = (
     Said("cod", "A red cup.", 0.9),

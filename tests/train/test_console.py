@@ -23,7 +23,7 @@ from sicog_mcore.train.console import (
     step_line,
 )
 from sicog_mcore.train.flops import CONVENTION
-from sicog_mcore.train.metrics import StepStats, Summary
+from sicog_mcore.train.metrics import HeldOutStats, StepStats, Summary
 
 COMMAND = "torchrun --nproc-per-node 2 launch/pretrain_stage15.py --config examples/demo.yaml"
 CHECKPOINT = Path("runs/tiny/step_60")
@@ -115,6 +115,18 @@ def test_step_line_has_every_rate_and_the_time_left() -> None:
     assert "0.125 TFLOP/s (MFU 41.2%)" in step_line(stats(12, mfu=0.412), 600, 0)
     assert "quarantined 3" in step_line(stats(12, quarantined=3), 600, 0)
     assert bar_text(stats(12, 0.4, 3), 60) == "loss 0.5000  4,000 tokens/s  MFU 40.0%  quarantined 3  ETA 0:01:00"
+
+
+def test_a_measured_step_says_what_was_found_whatever_the_interval() -> None:
+    found = HeldOutStats(held_out_loss=2.0, held_out_perplexity=7.389, held_out_accuracy=0.25, held_out_questions=1200)
+    target, text = screen(terminal=False)
+    console = Console(is_main=True, log_every=10, screen=target)
+    console.step(stats(3), 25)
+    console.step(replace(stats(4), held_out=found), 25)
+    (line,) = text.getvalue().splitlines()
+    assert line.startswith(
+        "step  4/25 | loss 1.5000 | held-out loss 2.0000, perplexity 7.389 | accuracy 25.0% of 1,200"
+    )
 
 
 def test_summary_names_results_places_and_the_command_that_resumes(experiment: Experiment) -> None:

@@ -14,6 +14,7 @@ from sicog_mcore.train.metrics import (
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     TENSORBOARD_GROUPS,
+    HeldOutStats,
     MetricsLog,
     StepStats,
     Summary,
@@ -105,6 +106,21 @@ def test_tensorboard_holds_every_group_and_continues_after_a_resume(tmp_path: Pa
     assert set(events.Tags()["scalars"]) == {
         f"{group}/{name}" for group, names in TENSORBOARD_GROUPS.items() for name in names
     }
+
+
+def test_held_out_numbers_stand_in_the_step_they_were_measured_after(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, first_step=1, tensorboard=True)
+    log.write(STATS)
+    measured = HeldOutStats(held_out_loss=1.5, held_out_perplexity=math.inf, held_out_tokens=7, held_out_refused=1)
+    log.write(replace(STATS, step=2, held_out=measured))
+    log.close()
+    first, second = records(tmp_path)
+    assert not any(name.startswith("held_out") for name in first)
+    assert (second["held_out_loss"], second["held_out_tokens"], second["held_out_refused"]) == (1.5, 7, 1)
+    assert second["held_out_perplexity"] is None and second["held_out_accuracy"] is None
+    events = board(tmp_path)
+    assert [(event.step, event.value) for event in events.Scalars("held_out/held_out_loss")] == [(2, 1.5)]
+    assert "held_out/held_out_accuracy" not in events.Tags()["scalars"]
 
 
 def test_every_number_of_a_step_has_a_place_in_tensorboard() -> None:

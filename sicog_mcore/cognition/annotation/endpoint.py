@@ -46,7 +46,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer.
+    """An answer of the endpoint.
 
     Attributes:
         text: empty if the endpoint sent none.

@@ -63,7 +63,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """One question.
+    """One question of a benchmark.
 
     Attributes:
         question: without hint and options.

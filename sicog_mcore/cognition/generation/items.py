@@ -19,6 +19,7 @@ from sicog_mcore.data.rows import ROLES, JsonRow, build_sample
 from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample
 from sicog_mcore.data.sources import open_sources
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
+from sicog_mcore.files import hash_file
 
 ANSWER: Mapping[str, str] = {"from": "gpt", "value": "-"}  # stands in for the label that nobody needs
 USED_KEYS = ("id", "image", "conversations")
@@ -26,7 +27,7 @@ USED_KEYS = ("id", "image", "conversations")
 
 @dataclass(frozen=True)
 class GenerationItem:
-    """One row.
+    """One row to generate answers for.
 
     Attributes:
         id: of the row; where it stands (``file:line``) if the row cannot be read.
@@ -46,6 +47,13 @@ class GenerationItem:
     detail: str = ""
     origin: str = ""
     unasked: tuple[str, ...] = ()
+
+    def image_hash(self) -> str:
+        """``hash_file`` of the image as it is now; empty where there is none, or where it cannot be read."""
+        try:
+            return hash_file(Path(self.refs[0].path)) if self.refs else ""
+        except OSError:
+            return ""
 
 
 def read_items(

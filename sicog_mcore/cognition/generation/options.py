@@ -1,10 +1,11 @@
 """What a generation run is asked to do, checked before anything heavy is imported.
 
-In: the command line of launch/generate.py   Out: GenerationOptions   Next: generate.py
+In: a command line, or a loop   Out: GenerationOptions   Next: generate.py
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +13,55 @@ from typing import Literal
 
 from sicog_mcore.cognition.prompts import Prompt, find_prompt, load_prompts
 from sicog_mcore.errors import ConfigError, ConfigProblem, RecordError
+from sicog_mcore.flags import flag
 from sicog_mcore.rollout.requests import Sampling
+
+
+def read_prompt_count(word: str) -> tuple[str, int]:
+    """Returns the prompt and the number of its candidates that a word such as ``cod=2`` names.
+
+    Raises:
+        ArgumentTypeError: it names none.
+    """
+    name, _, count = word.partition("=")
+    if not name or not count.isdecimal():
+        raise ArgumentTypeError(f"found {word!r}, expected a prompt and its candidates, e.g. cod=2")
+    return name, int(count)
+
+
+def prompt_count_word(prompt: tuple[str, int]) -> str:
+    """Returns the word that ``read_prompt_count`` reads."""
+    return f"{prompt[0]}={prompt[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """One run.
+    """The options of one generation run.
 
     Attributes:
         checkpoint: output folder of a training run, or one of its ``step_N`` folders.
-        rows: .json or .jsonl files of LLaVA rows.
-        images: folder that their image paths are relative to.
-        prompts: (id, candidates) of each prompt.
-        seed: of the run; each candidate derives its own.
+        rows: .json or .jsonl files of LLaVA rows; labels are not needed.
+        images: folder that the rows' image paths are relative to.
+        prompts: prompts and candidates of each.
+        sampling: how tokens are drawn.
+        seed: of the run; every candidate derives its own.
         out: folder of the records.
         batch: items that a copy of the model answers at the same time.
-        engine: our own model, or vLLM with embeddings from our tower.
+        engine: who answers: our own model, or vLLM with embeddings from our tower.
         tensor: ranks that share a copy of the model.
-        precision: None for that of the checkpoint.
-        tokenizer: empty for that of the checkpoint.
+        precision: that of the checkpoint by default.
+        tokenizer: that of the checkpoint by default.
         limit: so many items at most; 0 for all.
-        price_per_gpu_hour: 0 for unknown.
-        tokens_per_s: drawn by one copy of the model, for the estimate of a dry run; 0 for unknown.
+        price_per_gpu_hour: for the cost, in any currency; 0 for unknown.
+        tokens_per_s: of one copy, for the time a dry run states; 0 for unknown.
+        dry_run: only say what would be done, and about what it takes.
     """
 
     checkpoint: Path
     rows: tuple[Path, ...]
     images: Path
-    prompts: tuple[tuple[str, int], ...]
-    sampling: Sampling
+    prompts: tuple[tuple[str, int], ...] = flag(parse=read_prompt_count, write=prompt_count_word, metavar="ID=COUNT")
+    sampling: Sampling = flag(needs_all=True)
     seed: int
     out: Path
     batch: int
@@ -51,6 +72,7 @@ class GenerationOptions:
     limit: int = 0
     price_per_gpu_hour: float = 0.0
     tokens_per_s: float = 0.0
+    dry_run: bool = False
 
     @property
     def uses(self) -> tuple[tuple[Prompt, int], ...]:

@@ -6,34 +6,18 @@ How models are trained stands in the files of the stages, see config.py; the loo
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
+from sicog_mcore.cognition.step_options import CurationRules, JudgeMetric
+from sicog_mcore.decoding import decode
 from sicog_mcore.errors import ConfigError, ConfigProblem
 
-LoopMetric = Literal["auto", "exact", "numeric", "choice", "yes_no", "attributes"]
-SAME_WORD = 0.6
-# Options of tools/curate.py that a loop may pass on, and those that it gives itself.
-CURATE_OPTIONS = (
-    *("--text", "--min-tokens", "--max-tokens", "--max-repetition", "--image-radius", "--evaluation-radius"),
-    *(
-        "--text-similarity",
-        "--text-min-words",
-        "--min-kept",
-        "--min-share",
-        "--max-share",
-        "--forms",
-        "--formats",
-        "--mix",
-    ),
-    *("--pair-margin", "--pair-length-ratio", "--workers"),
-)
-SET_BY_LOOP = ("--round", "--images", "--tau", "-t", "--source", "--evaluation", "-e", "--seed")
+WORDS_OF_CURATION = ("tau", "min_tokens", "max_tokens", "mix")
 PLAIN_SCORERS, PLACED_SCORERS = ("tfidf", "vote"), ("sentence", "decoder", "attributes")
 
 
@@ -108,7 +92,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """Scorers of tools/score.py.
+    """Scorers of ``sicog score``.
 
     Attributes:
         captions, answers: tfidf, sentence:FOLDER_OR_WHEEL, decoder:FOLDER, vote, or attributes:FILE.
@@ -119,16 +103,19 @@ class ScoringConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurationConfig:
-    """Which items are kept, see tools/curate.py.
+class CurationConfig(CurationRules):
+    """Which items are kept: the thresholds, and every rule of ``sicog curate`` by its name, e.g. ``image_radius: -1``.
 
     Attributes:
         tau: least agreement, for all prompts or by id or style, e.g. [cod=0.9, answer=0.8].
-        options: further options of tools/curate.py, word by word.
     """
 
     tau: tuple[str, ...] = ("0.85",)
-    options: tuple[str, ...] = ()
+
+    @property
+    def rules(self) -> CurationRules:
+        """What curation is told beside the thresholds."""
+        return CurationRules(**{item.name: getattr(self, item.name) for item in fields(CurationRules)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +126,14 @@ class EvaluationConfig:
         benchmark: .tsv, .jsonl, easy-vqa:test or easy-vqa:train.
         images: folder that its image paths are relative to.
         prompt: whose answers are judged.
-        metric: see tools/evaluate.py.
+        metric: see ``sicog evaluate score --help``.
         max_new_tokens: of an answer.
     """
 
     benchmark: str
     images: str = "."
     prompt: str = "direct"
-    metric: LoopMetric = "auto"
+    metric: JudgeMetric = "auto"
     max_new_tokens: int = 64
 
 
@@ -193,13 +180,36 @@ def read_loop(path: Path) -> LoopConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = f"cannot be read: {' '.join(str(error).split())}"
         raise ConfigError([ConfigProblem("config", str(path), problem, "give a YAML file")]) from error
-    config = _build(LoopConfig, value, "", problems)
+    if isinstance(value, dict):
+        value, replaced = _today(value)
+        problems += replaced
+    config = decode(LoopConfig, value)
+    if isinstance(config, list):
+        raise ConfigError([*problems, *config])
     if not problems:
         problems += [*_check_values(config), *_check_words(config)]
     if problems:
         raise ConfigError(problems)
-    assert isinstance(config, LoopConfig)
     return config
+
+
+def _today(value: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigProblem]]:
+    """The values with words of curation as text, and what an earlier version of the file still says."""
+    curation = value.get("curation")
+    if not isinstance(curation, dict):
+        return dict(value), []
+    # YAML reads 0.8 as a number; here it is a word, for cod=0.8 is one too.
+    texts = {
+        name: [str(word) if type(word) in (int, float) else word for word in words]
+        for name, words in curation.items()
+        if name in WORDS_OF_CURATION and isinstance(words, list)
+    }
+    problems = []
+    if "options" in curation:
+        known = ", ".join(item.name for item in fields(CurationRules))
+        fix = f"write each as a field, e.g. image_radius: -1 for --image-radius -1; known here: {known}"
+        problems.append(ConfigProblem("curation.options", curation["options"], "is now a field for each option", fix))
+    return {**value, "curation": {k: v for k, v in (curation | texts).items() if k != "options"}}, problems
 
 
 def _repeated(node: yaml.Node | None, path: str) -> Iterator[ConfigProblem]:
@@ -222,13 +232,6 @@ def _repeated(node: yaml.Node | None, path: str) -> Iterator[ConfigProblem]:
 
 def _check_words(config: LoopConfig) -> Iterator[ConfigProblem]:
     """Words that a step behind hours of training would refuse, or that would take the place of what the loop sets."""
-    for word in (word.partition("=")[0] for word in config.curation.options):
-        is_option = word.startswith("-") and not _is_number(word)
-        if is_option and word in SET_BY_LOOP:
-            fix = "leave it out; thresholds stand under curation.tau"
-            yield ConfigProblem("curation.options", word, "is set by the loop", fix)
-        elif is_option and word not in CURATE_OPTIONS:
-            yield ConfigProblem("curation.options", word, "is no option of curation", _suggest(word, CURATE_OPTIONS))
     for name, scorer in vars(config.scoring).items():
         kind, colon, place = scorer.partition(":")
         if kind not in (PLACED_SCORERS if colon else PLAIN_SCORERS):
@@ -237,12 +240,8 @@ def _check_words(config: LoopConfig) -> Iterator[ConfigProblem]:
         elif colon and not Path(place).exists():
             yield ConfigProblem(f"scoring.{name}", scorer, f"{place or 'its place'} does not exist", "correct the path")
     if config.evaluation.metric == "attributes":
-        fix = "use another; tools/evaluate.py score judges by attributes afterwards"
+        fix = "use another; sicog evaluate score judges by attributes afterwards"
         yield ConfigProblem("evaluation.metric", "attributes", "needs a vocabulary, which a loop cannot name", fix)
-
-
-def _is_number(word: str) -> bool:
-    return word.lstrip("-").replace(".", "", 1).isdecimal()
 
 
 def _check_values(config: LoopConfig) -> Iterator[ConfigProblem]:
@@ -264,64 +263,8 @@ def _check_values(config: LoopConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem("output", config.output, "lies in items.images", fix)
     if not config.evaluation.benchmark.startswith("easy-vqa:") and not Path(config.evaluation.benchmark).is_file():
         yield ConfigProblem("evaluation.benchmark", config.evaluation.benchmark, "is no file", "correct the path")
+    text = config.curation.text
+    if text and not text.is_file():
+        yield ConfigProblem("curation.text", str(text), "is no file", "correct the path")
     if config.base and not Path(config.base).is_dir():
         yield ConfigProblem("base", config.base, "is no folder", "give a run or a checkpoint of ours, or leave it out")
-
-
-def _build(kind: Any, value: Any, path: str, problems: list[ConfigProblem]) -> Any:
-    """A YAML value as the annotated type; where it does not fit, a problem is noted and the value is of no use."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _build_fields(kind, value, path, problems)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(arguments[0], entry, f"{path}[{i}]", problems) for i, entry in enumerate(value))
-    if origin is Mapping:
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {key: _build(arguments[1], entry, f"{path}.{key}", problems) for key, entry in value.items()}
-    elif kind is Any or origin is Literal and value in arguments:
-        return value
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif kind is str and type(value) in (int, float) and path.startswith("curation."):
-        return str(value)  # words of a command line
-    elif isinstance(kind, type) and type(value) is kind:
-        return value
-    problems.append(ConfigProblem(path, value, f"is not {_words(kind)}", f"give {_words(kind)}"))
-    return None
-
-
-def _build_fields(kind: type, value: Any, path: str, problems: list[ConfigProblem]) -> Any:
-    if not isinstance(value, dict):
-        problems.append(ConfigProblem(path or "config", value, "is no group of fields", "write field: value lines"))
-        return None
-    hints = get_type_hints(kind)
-    prefix = f"{path}." if path else ""
-    for name in [name for name in value if name not in hints]:
-        problems.append(
-            ConfigProblem(f"{prefix}{name}", value[name], "no such field", _suggest(str(name), list(hints)))
-        )
-    arguments = {}
-    for item in fields(kind):
-        if item.name in value:
-            arguments[item.name] = _build(hints[item.name], value[item.name], f"{prefix}{item.name}", problems)
-        elif item.default is MISSING and item.default_factory is MISSING:
-            problems.append(
-                ConfigProblem(f"{prefix}{item.name}", None, "is missing", f"give {_words(hints[item.name])}")
-            )
-            arguments[item.name] = None
-    return kind(**arguments)
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, SAME_WORD)
-    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-
-
-def _words(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return "a list of texts"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if is_dataclass(kind) and isinstance(kind, type):
-        return f"a group of {', '.join(item.name for item in fields(kind))}"
-    return {str: "a text", int: "a whole number", float: "a number"}.get(kind, "a group of name: value lines")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -49,7 +49,7 @@ class StepRunner:
     """Runs the steps of a loop.
 
     Args:
-        project: folder that the steps' scripts are relative to.
+        words_of: what starts a step, behind the interpreter or the launcher, such as ``-m sicog_mcore score ...``.
         folder: of the loop; stamps and logs are kept there.
         ranks: processes of steps that are parallel.
         screen: says what happens.
@@ -58,13 +58,13 @@ class StepRunner:
 
     def __init__(
         self,
-        project: Path,
+        words_of: Callable[[WorkflowStep], Sequence[str]],
         folder: Path,
         ranks: int,
         screen: LiveLine,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.project, self.folder, self.ranks, self.screen = project, folder, ranks, screen
+        self.words_of, self.folder, self.ranks, self.screen = words_of, folder, ranks, screen
         self._environment = environment
         self.stamps = Stamps(folder / FOLDER)
         self.contents = ContentHashes(folder / FOLDER / HASHES)
@@ -154,7 +154,7 @@ class StepRunner:
 
     def command(self, step: WorkflowStep) -> list[str]:
         """The words that start a step here."""
-        words = [str(self.project / step.command[0]), *step.command[1:]]
+        words = self.words_of(step)
         if step.is_parallel and self.ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
             return [sys.executable, "-u", *launcher, *words]

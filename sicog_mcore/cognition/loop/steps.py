@@ -1,6 +1,6 @@
 """A chain of commands that is never repeated in vain: what each step depends on, what it came to, what a change touches.
 
-In: WorkflowStep (a command, the files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
+In: WorkflowStep (verb, options, files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
 Next: workflow.py (the steps of the self-improvement loop), runner.py (runs them)
 A step is done if a stamp stands for it that was written after success, with the fingerprint that it would have now, and its
 outputs are what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the
@@ -23,7 +23,7 @@ from sicog_mcore.checkpoint.locate import find_folder
 from sicog_mcore.errors import EXIT_INTERRUPTED, CheckpointError, ConfigProblem
 from sicog_mcore.files import hash_file, hash_json, write_json
 
-FORMAT = 1  # raised when a fingerprint changes its meaning
+FORMAT = 2  # raised when a fingerprint changes its meaning
 FOLDER = "steps"  # below the folder of the loop
 HASHES = "hashes.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -34,17 +34,18 @@ State = Literal["done", "run", "open"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowStep:
-    """One command.
+    """One verb with its options.
 
     Attributes:
         name: also of its log and its stamp.
-        command: a script, relative to the project's folder, and its arguments.
+        verb: words that name what is done, such as ``("evaluate", "score")``.
+        options: dataclass of that verb; what is started is made of it, so no word can be misspelt.
         inputs: files and folders whose contents count; of a training run those of its newest checkpoint's weights.
         images: folders of which only the images count.
         outputs: files and folders that exist when it has succeeded.
         leftovers: what else it may leave behind; removed, with the outputs, before it runs on other inputs.
         needs: names of the steps that write its inputs.
-        meaning: what its results depend on beside the inputs, where that is not its whole command.
+        meaning: what its results depend on beside the inputs, where that is not all of its options.
         is_parallel: started on several processes where there are several.
         size: how much there is to do, for people.
         usage: file in which the command counts its tokens.
@@ -52,7 +53,8 @@ class WorkflowStep:
     """
 
     name: str
-    command: tuple[str, ...]
+    verb: tuple[str, ...]
+    options: Any
     inputs: tuple[Path, ...] = ()
     images: tuple[Path, ...] = ()
     outputs: tuple[Path, ...]
@@ -127,7 +129,7 @@ class ContentHashes:
         return self._folder(path, ()) if path.is_dir() else ""
 
     def of_images(self, folder: Path) -> str:
-        """The same of the images below a folder; what else lies there does not count."""
+        """Digests the images below a folder; other files there do not count."""
         return self._folder(folder, IMAGE_SUFFIXES) if folder.is_dir() else ""
 
     def save(self) -> None:
@@ -219,14 +221,13 @@ def in_order(steps: Sequence[WorkflowStep]) -> list[WorkflowStep]:
 
 
 def fingerprint(step: WorkflowStep, inputs: Mapping[str, str]) -> str:
-    """Of command, contents of inputs, and version: whatever changes the result changes it.
+    """Of verb, options, contents of inputs, and version: whatever changes the result changes it.
 
     Args:
-        inputs: hashes by path. Where ``meaning`` stands for the command, the paths themselves do not count.
+        inputs: hashes by path. Where ``meaning`` stands for the options, the paths themselves do not count.
     """
-    return hash_json(
-        [FORMAT, __version__, step.name, step.command[:1], step.meaning or step.command, [*inputs.values()]]
-    )
+    told = step.meaning or json.loads(json.dumps(asdict(step.options), default=str))  # paths as text
+    return hash_json([FORMAT, __version__, step.name, step.verb, told, [*inputs.values()]])
 
 
 def plan(steps: Sequence[WorkflowStep], stamps: Stamps, contents: ContentHashes) -> list[Planned]:

@@ -21,6 +21,16 @@ from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.loop.loop_config import LoopConfig, StageConfig
 from sicog_mcore.cognition.loop.steps import WorkflowStep
 from sicog_mcore.cognition.prompts import load_prompts
+from sicog_mcore.cognition.step_options import (
+    BenchmarkOptions,
+    CompareOptions,
+    CurateOptions,
+    JoinOptions,
+    JudgeOptions,
+    RoundReportOptions,
+    ScoreOptions,
+    TrainingOptions,
+)
 from sicog_mcore.config import Experiment, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES, check_inputs
 from sicog_mcore.data.tokenizer import find_tokenizer_file
@@ -34,14 +44,19 @@ RECORDS, SCORES, METRICS, USAGE = "generations.jsonl", "scores.jsonl", "metrics.
 REPORT, COMPARISON = "report.html", "comparison.json"
 CURATED = "curated/train.jsonl"
 WARM_UP: Mapping[ItemKind, str] = {"captions": "perception", "answers": "reasoning"}
-SCRIPTS: Mapping[str, tuple[tuple[str, ...], StageDefaults]] = {
-    "perception": (("launch/warmup_stage0.py", "perception"), PERCEPTION),
-    "reasoning": (("launch/warmup_stage0.py", "reasoning"), REASONING),
-    "align": (("launch/align_stage1.py",), ALIGN),
-    "pretrain": (("launch/pretrain_stage15.py",), PRETRAIN),
-    "finetune": (("launch/finetune_stage2.py",), FINETUNE),
+STAGES: Mapping[str, tuple[tuple[str, ...], StageDefaults]] = {
+    "perception": (("warmup", "perception"), PERCEPTION),
+    "reasoning": (("warmup", "reasoning"), REASONING),
+    "align": (("align",), ALIGN),
+    "pretrain": (("pretrain",), PRETRAIN),
+    "finetune": (("finetune",), FINETUNE),
 }
-NOT_IN_WEIGHTS = ("output", "parallel", "checkpoint")  # groups of an Experiment without effect on what is learnt
+NOT_IN_WEIGHTS = (
+    "output",
+    "parallel",
+    "checkpoint",
+    "held_out",
+)  # groups of an Experiment without effect on what is learnt
 
 
 @dataclass(frozen=True)
@@ -134,9 +149,9 @@ class _Builder:
         def check(experiment: Experiment) -> list[ConfigProblem]:
             return [p for p in check_inputs(experiment) if not self._will_exist(p.value)]
 
-        words = _words(self.config.stages.common, getattr(self.config.stages, stage), more)
+        options = _training(self.config.stages.common, getattr(self.config.stages, stage), more)
         try:
-            return load_experiment(words, self.ranks, check, SCRIPTS[stage][1])
+            return load_experiment(list(options.words()), self.ranks, check, STAGES[stage][1])
         except ConfigError as error:
             for problem in error.problems:
                 self._note(name, problem)
@@ -164,7 +179,8 @@ class _Builder:
             self.steps.append(
                 WorkflowStep(
                     name=name,
-                    command=(*SCRIPTS[stage][0], *_words(self.config.stages.common, own, more)),
+                    verb=STAGES[stage][0],
+                    options=_training(self.config.stages.common, own, more),
                     inputs=(
                         *(Path(source.path) for source in data.sources),
                         *([tokenizer] if tokenizer else []),
@@ -196,25 +212,11 @@ class _Builder:
                 if not self._will_exist(problem.value):
                     self._note(name, problem)
         sampling = options.sampling
-        asked = [f"{prompt}={count}" for prompt, count in options.prompts]
-        words = {
-            "--checkpoint": [str(options.checkpoint)],
-            "--rows": list(map(str, options.rows)),
-            "--images": [str(options.images)],
-            "--prompts": asked,
-            "--temperature": [str(sampling.temperature)],
-            "--top-p": [str(sampling.top_p)],
-            "--top-k": [str(sampling.top_k)],
-            "--max-new-tokens": [str(sampling.max_new_tokens)],
-            "--seed": [str(options.seed)],
-            "--batch": [str(options.batch)],
-            "--tensor": [str(options.tensor)],
-            "--out": [str(options.out)],
-        }
         self.steps.append(
             WorkflowStep(
                 name=name,
-                command=("launch/generate.py", *(word for key, values in words.items() for word in (key, *values))),
+                verb=("generate",),
+                options=options,
                 inputs=(options.checkpoint, *options.rows),
                 images=(options.images,),
                 outputs=(options.out / RECORDS,),
@@ -256,7 +258,8 @@ class _Builder:
         place = Path(scorer.partition(":")[2] or "-")
         step = WorkflowStep(
             name=f"{records.step}_scores",
-            command=("tools/score.py", "--generations", str(records.path), "--out", str(path), "--scorer", scorer),
+            verb=("score",),
+            options=ScoreOptions(generations=records.path, out=path, scorer=scorer),
             inputs=(records.path, *([place] if place.exists() else [])),
             outputs=(path,),
             leftovers=(Path(f"{path}.vectors"),),
@@ -270,26 +273,35 @@ class _Builder:
         """From the models that generate to the curated rows."""
         records = {kind: self._candidates(number, kind, folder, model) for kind, model in generators.items()}
         scores = [self._score(kind, folder, made) for kind, made in records.items()]
-        paths = [[str(made.path) for made in group] for group in (records.values(), scores)]
+        generated, scored = (tuple(made.path for made in group) for group in (records.values(), scores))
         joined = WorkflowStep(
             name=f"{folder.name}.join",
-            command=("tools/join_records.py", "--out", str(folder), "--generations", *paths[0], "--scores", *paths[1]),
-            inputs=tuple(Path(path) for group in paths for path in group),
+            verb=("join-records",),
+            options=JoinOptions(generations=generated, scores=scored, out=folder),
+            inputs=(*generated, *scored),
             outputs=(folder / RECORDS, folder / SCORES),
             needs=_names((*records.values(), *scores)),
         )
         curation = self.config.curation
-        try:
-            parse_per_prompt("curation.tau", curation.tau)
-        except ConfigError as error:
-            for problem in error.problems:
-                self._note(f"{folder.name}.curate", problem)
-        named = [Path(word) for word in curation.options if Path(word).exists()]  # e.g. rows of text that are mixed in
-        words = ["--round", str(folder), "--images", str(self.images), "--seed", str(self.config.seed + number - 1)]
-        words += ["--evaluation", str(benchmark.path / "images"), "--tau", *curation.tau, *curation.options]
+        for name in ("tau", "min_tokens", "max_tokens"):
+            try:
+                parse_per_prompt(f"curation.{name}", getattr(curation, name))
+            except ConfigError as error:
+                for problem in error.problems:
+                    self._note(f"{folder.name}.curate", problem)
+        named = [curation.text] if curation.text else []  # rows of text that are mixed in
+        options = CurateOptions(
+            round=folder,
+            images=self.images,
+            tau=curation.tau,
+            evaluation=(benchmark.path / "images",),
+            rules=curation.rules,
+            seed=self.config.seed + number - 1,
+        )
         curated = WorkflowStep(
             name=f"{folder.name}.curate",
-            command=("tools/curate.py", *words),
+            verb=("curate",),
+            options=options,
             inputs=(*joined.outputs, benchmark.path / "images", *named),
             images=(self.images,),
             outputs=tuple(folder / name for name in ("decisions.jsonl", CURATED, "pairs.jsonl", "funnel.json")),
@@ -303,11 +315,11 @@ class _Builder:
     def _prepare(self) -> _Made:
         """The benchmark as rows and images; a folder."""
         evaluation, folder = self.config.evaluation, self.output / "evaluation"
-        words = ("--benchmark", evaluation.benchmark, "--images", evaluation.images, "--out", str(folder))
         file = Path(evaluation.benchmark)
         step = WorkflowStep(
             name="evaluation",
-            command=("tools/evaluate.py", "prepare", *words),
+            verb=("evaluate", "prepare"),
+            options=BenchmarkOptions(benchmark=evaluation.benchmark, images=Path(evaluation.images), out=folder),
             inputs=(file,) if file.is_file() else (),
             images=(Path(evaluation.images),) if file.is_file() else (),
             outputs=(folder / "rows.jsonl", folder / "images"),
@@ -333,10 +345,13 @@ class _Builder:
         )
         answers = self._generate(f"{name}.evaluation", model, options, (benchmark,))
         file, results = Path(evaluation.benchmark), folder / "results"
-        words = ("--generations", str(answers.path), "--metric", evaluation.metric, "--out", str(results))
+        judging = JudgeOptions(
+            benchmark=evaluation.benchmark, generations=answers.path, metric=evaluation.metric, out=results
+        )
         step = WorkflowStep(
             name=f"{name}.evaluation_scores",
-            command=("tools/evaluate.py", "score", "--benchmark", evaluation.benchmark, *words),
+            verb=("evaluate", "score"),
+            options=judging,
             inputs=(answers.path, *([file] if file.is_file() else [])),
             outputs=(results / "results.jsonl", results / "results.json"),
             leftovers=(results,),
@@ -348,10 +363,10 @@ class _Builder:
 
     def _compare(self, name: str, before: _Made, after: _Made) -> None:
         path = self.output / name / COMPARISON
-        words = (str(before.path), str(after.path), "--out", str(path))
         step = WorkflowStep(
             name=f"{name}.compare",
-            command=("tools/evaluate.py", "compare", *words),
+            verb=("evaluate", "compare"),
+            options=CompareOptions(first=before.path, second=after.path, out=path),
             inputs=(before.path / "results.jsonl", after.path / "results.jsonl"),
             outputs=(path,),
             needs=_names((before, after)),
@@ -360,16 +375,18 @@ class _Builder:
 
     def _report(self, number: int, folder: Path, curated: _Made, model: _Made) -> None:
         earlier = rounds_of(self.config)[: number - 1]
-        words = ["--round", str(folder), "--images", str(self.images), "--checkpoint", str(model.path)]
-        words += [
-            "--max-items",
-            str(self.config.report_items),
-            *(["--previous", *map(str, earlier)] if earlier else []),
-        ]
+        options = RoundReportOptions(
+            round=folder,
+            images=self.images,
+            previous=tuple(earlier),
+            checkpoint=model.path,
+            max_items=self.config.report_items,
+        )
         files = [place / name for place in (*earlier, folder) for name in (RECORDS, SCORES, "decisions.jsonl")]
         step = WorkflowStep(
             name=f"{folder.name}.report",
-            command=("tools/report.py", *words),
+            verb=("report",),
+            options=options,
             inputs=(*files, folder / "funnel.json", model.path),
             images=(self.images,),
             outputs=(folder / REPORT,),
@@ -388,14 +405,9 @@ def _names(made: Sequence[_Made]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(entry.step for entry in made if entry.step))
 
 
-def _words(common: StageConfig, own: StageConfig, more: Mapping[str, Any]) -> list[str]:
-    """Files and overrides as a launch script takes them; of a field that is given twice the last value."""
-    values = {**common.set, **own.set, **more}
-    files = [word for file in (*common.config, *own.config) for word in ("--config", file)]
-    return [
-        *files,
-        *(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()),
-    ]
+def _training(common: StageConfig, own: StageConfig, more: Mapping[str, Any]) -> TrainingOptions:
+    """Files and values of a stage; of a field that is given twice the last value."""
+    return TrainingOptions(config=(*common.config, *own.config), values={**common.set, **own.set, **more})
 
 
 def _wordings(prompts: Sequence[tuple[str, int]]) -> Iterator[str]:

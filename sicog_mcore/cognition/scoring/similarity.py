@@ -22,7 +22,7 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 
 
 class Similarity(Protocol):
-    """Compares texts."""
+    """Compares texts with each other."""
 
     @property
     def name(self) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sicog_mcore.cognition.generation.generate import RecordFacts, estimate, run
+from sicog_mcore.cognition.generation.cost_estimate import estimate
+from sicog_mcore.cognition.generation.generate import run
 from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
@@ -18,7 +19,7 @@ from sicog_mcore.cognition.item_keys import KeyTally
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.cognition.records import Generation, from_json, read_records, to_json
 from sicog_mcore.config import ParallelConfig
-from sicog_mcore.errors import CheckpointError, ConfigError, DataError, RecordError, SampleError
+from sicog_mcore.errors import CheckpointError, ConfigError, DataError, RecordError
 from sicog_mcore.parallel.topology import start_topology, stop_topology
 from sicog_mcore.rollout.requests import Sampling
 from sicog_mcore.rollout.sampling import candidate_seed
@@ -163,33 +164,6 @@ def test_an_empty_image_is_none_and_a_question_without_one_is_text(tmp_path: Pat
     rows = [{"id": str(i), "image": value, "conversations": HUMAN} for i, value in enumerate(("", " ", None, []))]
     assert items_of(tmp_path, *rows) == [(str(i), "What is it?", "", "") for i in range(4)]
     assert items_of(tmp_path, {"id": "a", "image": [""], "conversations": HUMAN})[0][3] == "field_type"
-
-
-def task_of(*prompts: str) -> RecordFacts:
-    return RecordFacts(tuple((find_prompt(name), 1) for name in prompts), DRAW, 0, "engine", "checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("row", "prompt", "reason"),
-    [
-        ({"conversations": HUMAN}, "caption", "no_image"),
-        ({"image": "", "conversations": HUMAN}, "cod", "no_image"),
-        ({"image": "a.png", "conversations": HUMAN, "choices": ["cat", "dog"]}, "direct", "question_incomplete"),
-        ({"image": "a.png", "conversations": HUMAN, "system": "Answer in capitals."}, "cot", "question_incomplete"),
-        ({"image": "a.png", "question": "What is it?"}, "direct", "question_incomplete"),
-    ],
-)
-def test_what_a_prompt_needs_is_there_or_the_item_is_refused(
-    row: dict[str, Any], prompt: str, reason: str, tmp_path: Path
-) -> None:
-    items_of(tmp_path, {"id": "a"} | row)
-    (item,) = read_items([tmp_path / "rows.jsonl"], tmp_path)
-    assert item.failure == ""
-    with pytest.raises(SampleError) as caught:
-        task_of(prompt).request(item)
-    assert caught.value.reason == reason
-    other = "direct" if reason == "no_image" else "caption"
-    assert len(task_of(other).request(item).prompts) == 1
 
 
 def test_keys_that_are_not_read_are_counted_with_the_place_of_the_first(tmp_path: Path) -> None:

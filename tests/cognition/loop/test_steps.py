@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,24 @@ if "none" not in text:
 OLD = 10**18  # ns; a time that is not lately
 
 
+@dataclass(frozen=True)
+class Words:
+    """Options of a fake, as they are written."""
+
+    words: tuple[str, ...]
+
+
+def words_of(step: WorkflowStep) -> list[str]:
+    return [str(Path.cwd() / step.verb[0]), *step.options.words]
+
+
 def step(name: str, inputs: Sequence[str], needs: Sequence[str] = (), **more: Any) -> WorkflowStep:
     """One fake: reads ``inputs``, writes ``out/NAME.txt``."""
     output = Path("out") / f"{name}.txt"
     return WorkflowStep(
         name=name,
-        command=("fake.py", *inputs, str(output)),
+        verb=("fake.py",),
+        options=Words(words=(*inputs, str(output))),
         inputs=tuple(map(Path, inputs)),
         outputs=(output,),
         needs=tuple(needs),
@@ -83,7 +95,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.screen = io.StringIO()
         console = Console(file=self.screen, width=200)
-        self.runner = StepRunner(folder, Path("loop"), 1, LiveLine(console))
+        self.runner = StepRunner(words_of, Path("loop"), 1, LiveLine(console))
 
     def run(self, steps: Sequence[WorkflowStep] = STEPS) -> tuple[int, list[str]]:
         """Exit code, and the names of what ran."""
@@ -152,12 +164,12 @@ def test_a_new_time_of_an_input_changes_nothing(world: World) -> None:
 
 def test_another_command_or_version_runs_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.run()
-    other = replace(STEPS[4], command=(*STEPS[4].command[:-1], "./out/e.txt"))
+    other = replace(STEPS[4], options=Words(words=(*STEPS[4].options.words[:-1], "./out/e.txt")))
     assert world.run([*STEPS[:4], other]) == (0, ["e"])
     meant = [replace(step, meaning=("x",)) for step in STEPS]
     world.run(meant)
-    moved = [*meant[:4], replace(meant[4], command=other.command)]
-    assert world.run(moved) == (0, [])  # the command counts no more, what it means does
+    moved = [*meant[:4], replace(meant[4], options=other.options)]
+    assert world.run(moved) == (0, [])  # the options count no more, what it means does
     monkeypatch.setattr(steps_module, "__version__", "another")
     assert set(world.states(meant).values()) == {"run"}
 
@@ -245,10 +257,11 @@ def start_runner() -> subprocess.Popen[str]:
     """STEPS run by a process of its own, once the first of them waits; in a process group of its own."""
     code = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from tests.cognition.loop.test_steps import STEPS; from sicog_mcore.cognition.loop.loop_console import LiveLine\n"
+        "from tests.cognition.loop.test_steps import STEPS, words_of\n"
+        "from sicog_mcore.cognition.loop.loop_console import LiveLine\n"
         "from sicog_mcore.cognition.loop.runner import StepRunner, interruptible\n"
         "with interruptible():\n"
-        "    StepRunner(Path.cwd(), Path('loop'), 1, LiveLine(Console())).run_all(STEPS)\n"
+        "    StepRunner(words_of, Path('loop'), 1, LiveLine(Console())).run_all(STEPS)\n"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[3], "kernels")))}
     Path("first.txt").write_text("wait\n")
@@ -367,11 +380,12 @@ def test_the_fingerprint_is_of_all_that_counts() -> None:
         fingerprint(STEPS[0], inputs),
         fingerprint(STEPS[0], {"first.txt": hash_json("2")}),
         fingerprint(STEPS[0], {**inputs, "more": hash_json("1")}),
-        fingerprint(replace(STEPS[0], command=("fake.py", "--x")), inputs),
+        fingerprint(replace(STEPS[0], verb=("other.py",)), inputs),
+        fingerprint(replace(STEPS[0], options=Words(words=("--x",))), inputs),
         fingerprint(replace(STEPS[0], meaning=("x",)), inputs),
         fingerprint(STEPS[1], inputs),
     }
-    assert len(prints) == 6
+    assert len(prints) == 7
 
 
 def test_the_ledger_has_time_tokens_and_device_seconds(world: World) -> None:
@@ -387,9 +401,9 @@ def test_the_ledger_has_time_tokens_and_device_seconds(world: World) -> None:
 
 
 def test_steps_get_the_environment_that_is_meant_for_them(world: World) -> None:
-    step = replace(STEPS[0], command=("told.py",), outputs=(Path("told.txt"),))
+    step = replace(STEPS[0], verb=("told.py",), outputs=(Path("told.txt"),))
     Path("told.py").write_text("import os; open('told.txt', 'w').write(os.environ['RANK'] + os.environ['PATH'])")
-    runner = StepRunner(Path.cwd(), Path("loop2"), 1, world.runner.screen, {"RANK": "0", "PATH": "here"})
+    runner = StepRunner(words_of, Path("loop2"), 1, world.runner.screen, {"RANK": "0", "PATH": "here"})
     assert runner.run_all([step]) == 0
     assert Path("told.txt").read_text() == "0here"
 

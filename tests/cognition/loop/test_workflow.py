@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from sicog_mcore.cognition.loop.loop_config import CURATE_OPTIONS, SET_BY_LOOP, LoopConfig, read_loop
+from sicog_mcore.cognition.loop.loop_config import CurationConfig, LoopConfig, read_loop
 from sicog_mcore.cognition.loop.loop_console import comparison_line
 from sicog_mcore.cognition.loop.steps import WorkflowStep, in_order
 from sicog_mcore.cognition.loop.workflow import build_steps
+from sicog_mcore.cognition.step_options import CurateOptions, CurationRules, TrainingOptions
+from sicog_mcore.commands.loop import step_words
+from sicog_mcore.commands.parser import make_parser, options_from, to_words
+from sicog_mcore.commands.registry import find_verb
+from sicog_mcore.commands.train_stage import TrainingVerb
+from sicog_mcore.commands.verb import Verb, VerbFamily
 from sicog_mcore.errors import ConfigError
 from tests.builders import TOKENIZER, write_dataset
-from tools import curate
 
 KINDS = {"captions": ("stage0.perception", "cod"), "answers": ("stage0.reasoning", "cot")}
 
@@ -68,9 +75,10 @@ def problems_of(values: Mapping[str, Any]) -> list[str]:
 
 def option(step: WorkflowStep, name: str) -> str:
     """The word behind an option, or the value of an override."""
-    if name in step.command:
-        return step.command[step.command.index(name) + 1]
-    return next(word.partition("=")[2] for word in step.command if word.startswith(f"{name}="))
+    words = step_words(step)
+    if name in words:
+        return words[words.index(name) + 1]
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
 
 def test_one_round_has_every_stage_once_and_stands_in_order(values: dict[str, Any]) -> None:
@@ -106,7 +114,7 @@ def test_no_step_writes_into_the_folder_of_another(values: dict[str, Any]) -> No
 def test_the_new_model_and_the_baseline_differ_in_the_data_of_stage_15_alone(values: dict[str, Any]) -> None:
     steps = steps_of(values)
     for stage, allowed in (("stage15", {"data.sources", "output"}), ("stage2", {"init.checkpoint", "output"})):
-        ours, theirs = ({*steps[f"{name}.{stage}"].command} for name in ("round_1", "baseline"))
+        ours, theirs = ({*step_words(steps[f"{name}.{stage}"])} for name in ("round_1", "baseline"))
         assert {word.partition("=")[0] for word in ours ^ theirs} == allowed
     assert (
         json.loads(option(steps["round_1.stage15"], "data.sources"))[0]["path"]
@@ -115,16 +123,55 @@ def test_the_new_model_and_the_baseline_differ_in_the_data_of_stage_15_alone(val
     assert option(steps["round_1.stage15"], "init.resampler") == "runs/loop/stage1"  # and nothing of what generated
 
 
-def test_curation_takes_no_other_option_than_its_own_and_none_that_the_loop_sets(values: dict[str, Any]) -> None:
-    parsed = curate.parse(["--round", "r", "--images", "i"])
-    own = {f"--{name.replace('_', '-')}" for name in vars(parsed)}
-    assert own == {*CURATE_OPTIONS, *(word for word in SET_BY_LOOP if word.startswith("--"))}
-    given = ["--min-kpt", "10", "--evaluation", "photos", "-e", "--image-radius", "-1", "--seed=3", "--workers=2"]
-    values["curation"] = {"options": given}
-    assert problems_of(values) == [
-        "curation.options: is no option of curation",
-        *["curation.options: is set by the loop"] * 3,
+def test_every_step_is_a_verb_that_takes_its_options(values: dict[str, Any]) -> None:
+    for step in steps_of(values | {"rounds": 2}).values():
+        entry = find_verb(step.verb[0])
+        assert entry is not None
+        verb = entry.load()
+        if isinstance(verb, TrainingVerb):
+            assert (*step.verb[1:], "")[0] in verb.stages and isinstance(step.options, TrainingOptions)
+            continue
+        if isinstance(verb, VerbFamily):
+            verb = verb.verbs[step.verb[1]]
+        assert isinstance(verb, Verb)
+        found = make_parser(verb.options, "", "sicog").parse_args(to_words(step.options))
+        assert options_from(verb.options, found) == step.options  # whose folders need not exist yet
+
+
+def test_the_loop_names_no_script() -> None:
+    folder = Path(__file__).parents[3] / "sicog_mcore/cognition/loop"
+    texts = {node.value for file in folder.glob("*.py") for node in strings(file)}
+    assert len(texts) > 200
+    assert [text for text in texts if "launch/" in text or "tools/" in text] == []
+
+
+def strings(file: Path) -> Iterator[ast.Constant]:
+    """Text literals of a file, docstrings too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node
+
+
+def test_curation_takes_every_rule_and_nothing_that_the_loop_sets(values: dict[str, Any]) -> None:
+    own = {item.name for item in fields(CurationConfig)}
+    assert own == {item.name for item in fields(CurationRules)} | {"tau"}
+    assert own.isdisjoint({item.name for item in fields(CurateOptions)} - {"tau"})
+    values["curation"] = {"min_kpt": 10, "evaluation": "photos", "seed": 3, "workers": "many"}
+    assert sorted(problems_of(values)) == [
+        "curation.evaluation: no such field",
+        "curation.min_kpt: no such field",
+        "curation.seed: no such field",
+        "curation.workers: is not a whole number",
     ]
+
+
+def test_options_as_words_are_refused_with_the_fields_that_took_their_place(values: dict[str, Any]) -> None:
+    values["curation"] = {"options": ["--min-kept", "10"], "tau": [0.9]}
+    with pytest.raises(ConfigError) as caught:
+        steps_of(values)
+    (problem,) = caught.value.problems
+    assert problem.path == "curation.options" and problem.problem == "is now a field for each option"
+    assert "image_radius: -1 for --image-radius -1" in problem.fix and "min_kept" in problem.fix
 
 
 @pytest.mark.parametrize(
@@ -134,6 +181,12 @@ def test_curation_takes_no_other_option_than_its_own_and_none_that_the_loop_sets
         ("scoring", {"answers": "attributes"}, "scoring.answers: is no scorer"),
         ("scoring", {"captions": "sentence:nowhere"}, "scoring.captions: nowhere does not exist"),
         ("curation", {"tau": ["0.8", "cdo=0.9"]}, "round_1.curate: curation.tau: found prompt 'cdo', expected"),
+        (
+            "curation",
+            {"min_tokens": ["few"]},
+            "round_1.curate: curation.min_tokens: could not convert",
+        ),
+        ("curation", {"text": "gone.jsonl"}, "curation.text: is no file"),
         ("curation", {"tau": ["nan"]}, "round_1.curate: curation.tau: nan is no finite number"),
         ("generation", {"captions": {"cot": 2}}, "round_1: generation.captions: is a prompt for answers"),
     ],
@@ -203,10 +256,11 @@ def test_only_what_changes_records_counts_for_generation(values: dict[str, Any])
 
 
 def test_files_that_curation_is_told_of_are_its_inputs(values: dict[str, Any]) -> None:
-    curation = {"tau": [0.9, "cot=0.8"], "options": ["--text", "data/data.jsonl", "--image-radius", -1]}
+    curation = {"tau": [0.9, "cot=0.8"], "text": "data/data.jsonl", "image_radius": -1}
     step = steps_of(values | {"curation": curation})["round_1.curate"]
     assert Path("data/data.jsonl") in step.inputs
-    assert step.command[-7:] == ("--tau", "0.9", "cot=0.8", "--text", "data/data.jsonl", "--image-radius", "-1")
+    assert step.options.tau == ("0.9", "cot=0.8")
+    assert step.options.rules == CurationRules(text=Path("data/data.jsonl"), image_radius=-1)
 
 
 def test_all_mistakes_of_the_file_are_reported_together(values: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Model chunks -> Megatron's DistributedDataParallel and distributed optimizer (ZeRO-1), and the gradient finish.
 
-In: model chunks   Out: TrainableModel   Next: train/step.py, checkpoint/store.py
+In: model chunks   Out: TrainableModel   Next: param_groups.py, gradient_sums.py, train/step.py, checkpoint/store.py
 """
 
 from __future__ import annotations
@@ -8,43 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Protocol, get_args
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sicog_mcore.config import Experiment, ModelPart, OptimConfig, ParallelConfig
+from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.parallel.gradient_sums import sum_replicated_grads
 from sicog_mcore.parallel.padding import count_strangers, own_weights, repair_description
+from sicog_mcore.parallel.param_groups import PARTS, ModelChunk, freeze_parts, group_overrides, mark_parts
 from sicog_mcore.parallel.topology import Topology
-
-PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
-REPLICATED_PARTS: tuple[ModelPart, ...] = (
-    "tower",
-    "resampler",
-)  # same weights on all tensor-parallel ranks, own slices each
-
-
-class ModelChunk(Protocol):
-    """What this package asks of one pipeline chunk of a model (model/vlm.py has it)."""
-
-    def parameters_of(self, part: ModelPart) -> list[torch.nn.Parameter]:
-        """Parameters of one part on this chunk."""
-
-    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Megatron's description of the chunk for a distributed checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch."""
-
-    def load_state_dict(self, state: dict[str, Any], strict: bool) -> Any:
-        """As in torch."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +164,6 @@ class TrainableModel:
         return kept
 
 
-def freeze_parts(chunks: Sequence[ModelChunk], parts: Sequence[ModelPart]) -> None:
-    """Frozen parameters get neither gradient buffers nor optimizer state; call before wrapping."""
-    for chunk in chunks:
-        for part in parts:
-            for parameter in chunk.parameters_of(part):
-                parameter.requires_grad = False
-
-
 def wrap_model(
     chunks: Sequence[ModelChunk], config: TransformerConfig, experiment: Experiment, topology: Topology
 ) -> TrainableModel:
@@ -211,11 +180,11 @@ def wrap_model(
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=topology.groups)
         for i, chunk in enumerate(chunks)
     ]
-    _mark_parts(chunks)
+    mark_parts(chunks)
     optimizer = get_megatron_optimizer(
         _optimizer_config(experiment.optim, parallel, experiment.train.precision),
         wrapped,
-        config_overrides=_group_overrides(experiment.optim),
+        config_overrides=group_overrides(experiment.optim),
         use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
@@ -224,13 +193,6 @@ def wrap_model(
     model = TrainableModel(tuple(chunks), tuple(wrapped), optimizer, config, topology, experiment.optim.weight_decay)
     _set_schedule_hooks(config, model, parallel)
     return model
-
-
-def _mark_parts(chunks: Sequence[ModelChunk]) -> None:
-    for chunk in chunks:
-        for part in PARTS:
-            for parameter in chunk.parameters_of(part):
-                parameter.sicog_part = part  # type: ignore[attr-defined]
 
 
 def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: str) -> OptimizerConfig:
@@ -252,72 +214,13 @@ def _optimizer_config(optim: OptimConfig, parallel: ParallelConfig, precision: s
     )
 
 
-def _group_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
-    """One parameter group per part and weight-decay rule: biases and norms are not decayed."""
-    scales: dict[ModelPart, float] = {
-        "tower": optim.tower_lr_scale,
-        "resampler": optim.resampler_lr_scale,
-        "decoder": optim.decoder_lr_scale,
-    }
-    overrides = {
-        # Megatron tells groups apart by their multipliers when it loads a checkpoint: another key would mix parts up.
-        ParamKey(predicate=ParamPredicate(name=f"part {part}", fn=_belongs_to(part))): {"lr_mult": scale}
-        for part, scale in scales.items()
-    }
-    vectors = ParamKey(predicate=ParamPredicate(name="biases and norms", fn=lambda p: p.dim() <= 1))
-    overrides[vectors] = {"wd_mult": 0.0}
-    return overrides
-
-
-def _belongs_to(part: ModelPart) -> Any:
-    return lambda parameter: parameter.sicog_part == part
-
-
 def _set_schedule_hooks(config: TransformerConfig, model: TrainableModel, parallel: ParallelConfig) -> None:
     def finish(chunks: list, num_tokens: Tensor | None = None, pg_collection: Any = None, **options: Any) -> None:
         finalize_model_grads(chunks, num_tokens, pg_collection=model.topology.groups, **options)
-        _sum_replicated_grads(model)
+        sum_replicated_grads(model._chunks, model.topology.groups.tp)
 
     config.finalize_model_grads_func = finish
     config.grad_scale_func = model.optimizer.scale_loss
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model.wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-
-
-def _sum_replicated_grads(model: TrainableModel) -> None:
-    """Adds the gradients of tower and resampler over tensor-parallel ranks: each encoded its own slices.
-
-    In place, in Megatron's buffers: a copy would cost as much memory again as these gradients.
-    """
-    group = model.topology.groups.tp
-    if group.size() == 1:
-        return
-    for chunk in model._chunks:
-        for stretch in _replicated_stretches(chunk):
-            dist.all_reduce(stretch, group=group)
-
-
-def _replicated_stretches(chunk: ModelChunk) -> list[Tensor]:
-    """The gradients of tower and resampler as views, as long as possible, of the buffers they lie in.
-
-    Between neighbours in a buffer there is nothing but padding, which is zero on all ranks.
-    """
-    members: dict[tuple[int, torch.dtype], list[tuple[int, Tensor, bool]]] = {}
-    for part in PARTS:
-        for parameter in chunk.parameters_of(part):
-            if parameter.requires_grad:
-                grad = vars(parameter)["main_grad"]  # Megatron's: a view of a buffer
-                buffer = (grad.untyped_storage().data_ptr(), grad.dtype)
-                entry = (grad.storage_offset(), grad, part in REPLICATED_PARTS)
-                members.setdefault(buffer, []).append(entry)
-    stretches = []
-    for entries in members.values():
-        ordered = sorted(entries, key=lambda entry: entry[0])
-        for is_replicated, run in groupby(ordered, key=lambda entry: entry[2]):
-            if is_replicated:
-                grads = [grad for _, grad, _ in run]
-                first, last = grads[0], grads[-1]
-                length = last.storage_offset() + last.numel() - first.storage_offset()
-                stretches.append(first.as_strided((length,), (1,)))
-    return stretches

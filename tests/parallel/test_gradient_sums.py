@@ -55,13 +55,14 @@ def _through_a_copy(grads: list[Tensor], group: Any) -> None:
 
 
 def _sum(rank: Rank, experiments: list[tuple[Experiment, int | None]]) -> list[dict[str, Any]]:
-    import sicog_mcore.parallel.wrap as wrap
+    import sicog_mcore.parallel.ddp as ddp
     from sicog_mcore.build import build_model, plan_build
+    from sicog_mcore.parallel.gradient_sums import replicated_stretches, sum_replicated_grads
 
     topology = rank.start(experiments[0][0].parallel)
-    original, seen = wrap.DistributedDataParallelConfig, []
+    original, seen = ddp.DistributedDataParallelConfig, []
     for experiment, bucket in experiments:
-        wrap.DistributedDataParallelConfig = functools.partial(original, bucket_size=bucket)  # type: ignore[misc]
+        ddp.DistributedDataParallelConfig = functools.partial(original, bucket_size=bucket)  # type: ignore[misc]
         model = build_model(plan_build(experiment), topology)
         chunk: Any = model.chunks[0]
         grads = {n: vars(p)["main_grad"] for n, p in chunk.named_parameters() if p.requires_grad}
@@ -75,14 +76,14 @@ def _sum(rank: Rank, experiments: list[tuple[Experiment, int | None]]) -> list[d
             with before:
                 _through_a_copy([expected[name] for name in replicated], topology.groups.tp)
         with after:
-            wrap._sum_replicated_grads(model)
+            sum_replicated_grads([chunk], topology.groups.tp)
         seen.append(
             {
                 "differing": [name for name in grads if not torch.equal(grads[name], expected[name])],
                 "bytes": sum(grads[name].nbytes for name in replicated),
                 "allocated": (before.num_bytes, after.num_bytes),
-                "calls": len(wrap._replicated_stretches(chunk)),
-                "summed": sum(stretch.nbytes for stretch in wrap._replicated_stretches(chunk)),
+                "calls": len(replicated_stretches(chunk)),
+                "summed": sum(stretch.nbytes for stretch in replicated_stretches(chunk)),
             }
         )
     return seen
