@@ -130,6 +130,7 @@ def is_empty(value: object) -> bool:
 
 def unused_keys(row: Mapping[str, Any], used: frozenset[str], has_images: bool) -> Iterator[str]:
     """Keys that hold something which is neither used nor known not to matter."""
+    # Only all three together are the sign of curation: "prompt" alone may be a question.
     own = CURATED if row.keys() >= CURATED else frozenset()
     for key, value in row.items():
         is_known = key in used or key in own or key in IGNORED or (has_images and key in IGNORED_BESIDE_IMAGE)
@@ -227,6 +228,7 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
         )
     if plain in FILM_OR_SOUND:
         return f"{name} holds {shown(value)}, and films and sound cannot be learnt; remove the row"
+    # A list that only repeats the row's images, maybe by other paths, is left alone.
     if plain in PICTURES and not _are_given(value, row.get("image")):
         return f"{name} holds pictures, expected under 'image'; rename it, and write one <image> for each"
     if plain in PICTURE and not num_images:

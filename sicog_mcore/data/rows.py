@@ -177,6 +177,7 @@ def parse_row(raw: bytes, nan_is_null: bool = False) -> JsonRow:
 
 def _unique(pairs: list[tuple[str, Any]]) -> JsonRow:
     """An object whose keys are its own; of a repeated one, JSON does not say which counts."""
+    # json keeps the last of two equal keys without a word; only the pairs show that there were two.
     fields = dict(pairs)
     if len(fields) != len(pairs):
         key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -371,6 +372,7 @@ def _check_order(turns: Sequence[Turn]) -> None:
         expected = "an optional system turn, then user and assistant in turn, the assistant last"
         raise SampleError("turns_order", f"found {roles[:20]}, expected {expected}")
     for number, turn in enumerate(turns):
+        # Zero-width signs are no white space to strip(), but nothing to learn either.
         if turn.role == "assistant" and not VISIBLE.search(turn.text):
             raise SampleError("answer_empty", f"turn {number} has no text to learn; remove the row")
 
@@ -396,5 +398,6 @@ def _check_placeholders(turns: Sequence[Turn], num_images: int) -> None:
 def _image_first(turn: Turn) -> Turn:
     if turn.text.count(IMAGE_PLACEHOLDER) != 1 or turn.text.startswith(IMAGE_PLACEHOLDER):
         return turn
+    # Training data has the image in front of the question; where several are, their order is part of the text.
     rest = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
     return replace(turn, text=f"{IMAGE_PLACEHOLDER}\n{rest}")

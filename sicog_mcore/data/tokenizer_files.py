@@ -147,6 +147,7 @@ def _chat(folder: Path, config: Mapping[str, Any], template: Template, name: str
         if (folder / file).is_file():
             texts[file] = _text(folder / file)
     for file, text in texts.items():
+        # Templates are not run, so the control tokens are all that can be compared.
         ours = set(CONTROL_TOKEN.findall(template.header + template.prompt_end + template.answer_end))
         theirs = set(CONTROL_TOKEN.findall(text))
         missing = sorted(ours - theirs)

@@ -69,6 +69,7 @@ def on_all(topology: Topology, work: Callable[[], T]) -> T:
     Raises:
         CheckpointError: on every rank, with the text of the lowest rank that met one.
     """
+    # An error raised at once would leave the other ranks waiting in the gathering below.
     failure, results = None, []
     try:
         results.append(work())

@@ -25,6 +25,7 @@ def fingerprint(experiment: Experiment, mark: DataMark) -> str:
     """
     data = experiment.data
     content = {
+        # By content and not by path: a data set that was moved keeps its reference.
         "rows": [[file.rows, file.ordered] for file in mark.files],
         "duplicate_ids": data.duplicate_ids,
         "tokenizer": mark.settings[TOKENIZER],

@@ -62,6 +62,7 @@ class Reporter:
         now = time.perf_counter()
         paused_s = held_out.held_out_s if held_out else 0.0
         step_s, self._started = now - self._started - paused_s, now
+        # The feed's clock runs through the whole run; a step's share is the difference.
         waited_s, self._waited_s = feed.wait_s - self._waited_s, feed.wait_s
         flops = step_flops(self.experiment.model, self.experiment.optim.freeze, counts)
         tflops = flops / step_s / self.topology.world_size / 1e12

@@ -217,6 +217,7 @@ class Annotator:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._limits.concurrency):
                     group.create_task(self._work(queue, endpoint, ledger))
+        # A task group wraps errors, and ends the other workers when one fails.
         except* MachineError as failures:
             failure = _first(failures)  # every worker may have met the full disk
         if failure:
@@ -239,6 +240,7 @@ class Annotator:
             prompt_tokens = len(items) * totals.prompt_tokens // measured
             completion_tokens = len(items) * totals.completion_tokens // measured
             cost = len(items) * totals.cost / measured
+        # A token holds one byte at least, so bytes bound the tokens of a text from above.
         longest = text_bytes + images * self._limits.image_tokens, len(items) * self._decoding.max_tokens
         return Estimate(len(items), prompt_tokens, completion_tokens, cost, measured, self._prices.cost(*longest))
 
@@ -277,6 +279,7 @@ class Annotator:
         try:
             async for trial in retrying:
                 with trial:
+                    # The last try settles the item, even by a fault.
                     last_call = trial.retry_state.attempt_number == self._limits.calls
                     return await self._call(attempt, last_call, endpoint, ledger)
         except EndpointFault as fault:
@@ -383,9 +386,11 @@ def picture(ref: ImageRef, max_side_px: int) -> str:
     Raises:
         SampleError: as ``decode_image``.
     """
+    # Decoded by the trainer's own code, so upright as in training, and encoded anew, so without metadata.
     image = Image.fromarray(decode_image(read_bytes(ref), DataConfig()))
     image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
+    # Without chroma subsampling, which blurs small coloured text.
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

@@ -85,6 +85,7 @@ def convert_row(sample: Sample, images: Path, form: CotForm) -> JsonRow:
     answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
     has_steps = any(map(has_tags, answers))
     for answer in answers:
+        # A conversation in steps may hold plain answers; these are asked for plainly as well.
         if has_steps and not has_tags(answer):
             texts.append(answer)
             prompts.append("direct")

@@ -98,6 +98,7 @@ def make_rows(generation: Generation, winner: Candidate, forms: Sequence[RowForm
             form,
             f"{prompt.id}@{prompt.version}",
         )
+        # Checked as the loader will check it: a row that training would refuse drops the item here, with a reason.
         build_sample(row.fields(), _images(generation), row.id, generation.id)
         rows.append(row)
     return rows

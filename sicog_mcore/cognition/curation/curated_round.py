@@ -196,6 +196,7 @@ def _keep(
         funnel.rows[row.form] += 1
         for writer in writers:
             writer.write(row)
+    # An item is kept for its rows; a pair is made if it has one.
     rejected, missing = find_rejected(generation, scores, curation.pairs, curation.seed)
     if not missing:
         try:
@@ -204,6 +205,7 @@ def _keep(
             rejected, missing = -1, error.reason
     funnel.pairs[missing or "written"] += 1
     if not missing:
+        # The mean of this logarithm tells whether the better answers are simply the longer ones.
         funnel.length_ratios += log(winner.tokens / max(generation.candidates[rejected].tokens, 1))
     score = f"score {scores.scores[scores.winner]:.4f} by {scores.scorer}"
     detail = f"{score}; no pair: {missing}" if missing else score

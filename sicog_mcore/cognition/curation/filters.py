@@ -36,6 +36,7 @@ class PerPrompt:
     special: tuple[tuple[str, float], ...] = ()
 
     def of(self, prompt: Prompt) -> float:
+        # The narrower rule wins: a prompt's own number before that of its style.
         special = dict(self.special)
         return special.get(prompt.id, special.get(prompt.style, self.general))
 
@@ -113,6 +114,7 @@ def judge(
         return Drop("item", "no_clause", f"candidate {winner} has no part that could be compared")
     if candidate.finish == "length":
         return Drop("form", "cut", f"candidate {winner} was cut after {candidate.tokens} tokens")
+    # The first scorer named the winner; the others may only object to it.
     for row, threshold in zip(scores, thresholds, strict=True):
         if row.scores[winner] < threshold.of(prompt):
             found = f"{row.scores[winner]:.4f} by {row.scorer}"

@@ -66,6 +66,7 @@ class Funnel:
 
     def steps(self) -> list[tuple[FilterStage, str, Mapping[Task, int]]]:
         """Stage, reason and number of dropped items by task, in the order of the filters."""
+        # One row for each reason, whatever the tasks it met.
         keys = {(stage, reason) for stage, reason, _ in self.dropped}
         order = sorted(keys, key=lambda key: (STAGES.index(key[0]), key[1]))
         return [(stage, reason, {task: self.dropped[stage, reason, task] for task in TASKS}) for stage, reason in order]

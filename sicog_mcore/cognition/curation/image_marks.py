@@ -43,6 +43,7 @@ def mark_items(paths: Iterable[str], images: Path, workers: int) -> Mapping[str,
         except SampleError as error:
             return error
 
+    # An image with many questions is decoded once.
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(distinct, pool.map(mark, distinct), strict=True))
@@ -89,5 +90,6 @@ def _read_tsv(source: Path) -> Iterator[tuple[str, bytes]]:
     with source.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file, delimiter="\t"), 2):
             entry = row.get(TSV_IMAGE) or ""
+            # The row that the number names has the image itself, so nothing is lost here.
             if len(entry) >= SHORTEST_IMAGE:
                 yield f"{source.name}:{number}", base64.b64decode(entry)

@@ -124,6 +124,7 @@ def read_source(source: CandidateSource) -> Iterator[tuple[Generation, tuple[Sco
     generations = read_records(source.generations, Generation)
     for row, (generation, found) in enumerate(zip_longest(generations, scores), 1):
         for file, of_file in zip(source.scores, found or [None] * len(source.scores), strict=True):
+            # Files are joined by position: one row missing would give each later item the scores of its neighbour.
             if generation is None or of_file is None or generation.id != of_file.id:
                 ids = [record.id if record else None for record in (generation, of_file)]
                 raise RecordError(
@@ -219,6 +220,7 @@ def _drop_images(
         excluded.add(number, foreign)
     # Per path, not per item: an image with many questions is looked up once.
     matches = {path: excluded.find(own) for path, own in marks.items() if isinstance(own, ImageMark)}
+    # Survivors stand best first here, so of equal images the best item's stays.
     left: list[tuple[_Survivor, ImageMark]] = []
     without: list[_Survivor] = []
     for survivor in survivors:

@@ -133,6 +133,7 @@ def write_rows(benchmark: str, images: Path | None, out: Path, unread: UnreadCel
     names: dict[str, list[str]] = {}  # by id of the item
     problems, count = [], 0
     (out / "images").mkdir(parents=True, exist_ok=True)
+    # Images first, each under the hash of its content; rows appear last, so that none points at a missing image.
     with whole_file(out / "rows.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
         for item in _checked(benchmark):
             try:
@@ -241,6 +242,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[str, JsonRow | SampleError]]:
         reader = csv.reader(_decoded(file, path), delimiter="\t", strict=True)
         header: list[str] = []
         while True:
+            # A cell may hold line ends, so lines are counted by the reader and not by rows.
             origin = f"{path}:{reader.line_num + 1}"  # of the row's first line
             try:
                 cells = next(reader, None)
@@ -289,6 +291,7 @@ def _item(row: JsonRow, origin: str) -> tuple[BenchmarkItem, bool]:
         raise SampleError(
             "answer_empty", f"found {row.get('answer')!r:.80}, no reference answer; use a split that has answers"
         )
+    # Open questions keep their answers as texts; with options the answer becomes a letter.
     by_index = False
     if options:
         letter, by_index = read_letter(row["answer"], options, keys)
@@ -315,6 +318,7 @@ def _pictures(row: JsonRow) -> tuple[Picture, ...]:
     """Pixels or the index of another row, else paths."""
     found = {key: [] if is_missing(row.get(key)) else texts(row[key]) for key in ("pixels", "image", "image_path")}
     if pixels := found["pixels"]:
+        # A short cell is no picture but the index of the row that has the same one.
         return tuple(Picture("base64" if len(cell) >= MIN_BASE64 else "same_as", cell) for cell in pixels)
     return tuple(Picture("path", path) for path in [*found["image"], *found["image_path"]])
 

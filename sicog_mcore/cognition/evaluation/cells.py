@@ -178,6 +178,7 @@ def read_letter(answer: object, options: Mapping[str, str], keys: Mapping[str, s
     (text,) = given
     if (letter := lone_letter(text, options).value) is not None:
         return letter, False
+    # The option's exact words first: normalise would make "10" and "ten" one.
     named = {letter for letter, words in options.items() if words == text}
     named = named or {letter for letter, words in options.items() if normalise(words) == normalise(text)}
     index = re.fullmatch(r"\d{1,2}(?:\.0)?", text)

@@ -137,9 +137,11 @@ def judge(
     Raises:
         RecordError: generations of other items, or not one candidate; a metric that does not fit an item.
     """
+    # Answers to other items would be left out without a word.
     if strangers := sorted(generations.keys() - {item.id for item in items}):
         raise RecordError(f"{_some(strangers)} are no items of this benchmark; generate from its own rows")
     prompt = find_prompt(prompt_id)
+    # Over the items of the benchmark, not over the generations: a missing answer counts as wrong.
     return [_outcome(item, generations.get(item.id), prompt, judging) for item in items]
 
 
@@ -378,6 +380,7 @@ def _comparison(name: str, pairs: Sequence[tuple[ItemOutcome, ItemOutcome]], see
     weights = [a.weight for a, _ in pairs]
     first, second = [a.value for a, _ in pairs], [b.value for _, b in pairs]
     differences = [b - a for a, b in zip(first, second, strict=True)]
+    # Of the differences, pair by pair: items that are hard for both then widen no interval.
     low, high = bootstrap_interval(differences, weights, seed=seed)
     metric = ", ".join(sorted({a.metric for a, _ in pairs}))
     rises, falls = sum(d > 0 for d in differences), sum(d < 0 for d in differences)

@@ -230,6 +230,7 @@ def _numbers(content: RoundText, budget: int) -> RoundNumbers:
 
 def judge(first: RoundNumbers, later: RoundNumbers) -> DriftVerdict:
     """Judges a later round by RULE."""
+    # Signs of poverty can raise an alarm; a change in length alone is only worth a look.
     poorer = list(_signs_of_poverty(first, later))
     length = later.words / first.words if first.words else 1.0
     signs = list(poorer)

@@ -100,6 +100,7 @@ def survey(items: Iterable[RoundItem], seed: int) -> Overview:
             candidates.setdefault(task, Counter())[len(item.generation.candidates)] += 1
         rows += len(item.decision.rows)
         key = f"{seed}:{item.generation.id}".encode("utf-8", "surrogatepass")
+        # By hash and not by place, so that a draw of few is a draw from the whole round.
         order.setdefault(item.decision.reason, []).append((xxhash.xxh64_intdigest(key), row))
         gatherer.add(item)
     return Overview(

@@ -192,6 +192,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve() for folder in folders]
     for depth in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-depth:]) for path in paths]
+        # Folders of rounds are often called alike; as many parents as needed tell them apart.
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
@@ -206,6 +207,7 @@ def read_funnel(path: Path) -> ShownFunnel:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tasks = {task: (counts["in"], counts["kept"]) for task, counts in content["tasks"].items() if counts["in"]}
+        # Summed up anew, and held against the number kept below.
         left, steps = content["in"], []
         for step in content["dropped"]:
             left -= step["count"]
@@ -272,6 +274,7 @@ def _answer(item: RoundItem, index: int) -> ShownAnswer:
     marks = tuple(mark for mark, place in places.items() if place == index)
     score = scores.scores[index] if scores.scores else None
     clause = scores.clauses[index] if scores.clauses else None
+    # Cut before it is searched: a page stays small whatever a model wrote.
     text, left_out = candidate.text[:LONGEST_TEXT], len(candidate.text) - LONGEST_TEXT
     note = f"{left_out} more characters in the records" if left_out > 0 else ""
     if clause is None or clause == text:

@@ -62,6 +62,7 @@ def make_thumbnail(path: str, root: str, limits: DataConfig) -> Thumbnail:
     Raises:
         SampleError: the file cannot be used; the reasons of data/decode.py and image_path_unsafe.
     """
+    # The path comes from a record, so it is held inside the folder of images.
     data = read_bytes(locate_image(path, root))
     pixels = decode_image(data, limits)
     uri = "data:image/webp;base64," + base64.b64encode(_encode(pixels)).decode("ascii")

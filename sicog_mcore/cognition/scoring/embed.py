@@ -119,6 +119,7 @@ def split(source: int, text: str, encoder: TextEncoder) -> Iterator[TextPiece]:
     start = 0
     while len(places) - start > encoder.limit:
         end = start + encoder.limit
+        # From the limit backwards to the last place where a blank lies between two tokens.
         blanks = (i for i in range(end, start, -1) if any(map(str.isspace, text[places[i - 1][1] : places[i][0] + 1])))
         cut = next(blanks, end)
         yield TextPiece(source, text[places[start][0] : places[cut - 1][1]].strip(), cut - start)

@@ -63,6 +63,7 @@ class SentenceEncoder:
         with _loading(folder):
             self._model = SentenceTransformer(str(folder), device=find_device(device), local_files_only=True).eval()
         self._tokenizer = self._model.tokenizer
+        # Special tokens are added to every piece, so they are taken from its room.
         longest = self._model.max_seq_length or self._tokenizer.model_max_length
         self.limit = longest - self._tokenizer.num_special_tokens_to_add()
 
@@ -126,6 +127,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, how: Literal["mean", "last"])
         mask: [n, s], 1 for tokens and 0 for padding.
     """
     counts = mask.sum(1, keepdim=True)  # [n, 1]
+    # Padding is multiplied by zero; a row without tokens is divided by one and stays zero.
     if how == "mean":
         return (states * mask[..., None]).sum(1) / counts.clamp(min=1)
     last = (counts - 1).clamp(min=0)[..., None].expand(-1, 1, states.shape[2])  # [n, 1, h]

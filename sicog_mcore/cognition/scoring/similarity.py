@@ -47,6 +47,7 @@ class Cosine:
 
     def matrix(self, texts: Sequence[str]) -> np.ndarray:
         """Cosines; normalised again, so that fp32 norms do not show."""
+        # In fp64, so that equal texts come to 1 within a millionth, which is the unit of scores.
         vectors = self._embedder.embed(texts).astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors /= np.where(norms > 0, norms, 1)
