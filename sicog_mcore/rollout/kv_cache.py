@@ -163,9 +163,8 @@ class _TreePass(CachedPass):
         # [t, n, d] -> [items * queries, n, d]. Items have different numbers of tokens; a place without a token stays
         # zero, and its output is never picked.
         padded = query.new_zeros(num_items * queries, *query.shape[1:]).index_copy(0, self.grid, query)
-        # Grouped-query attention without repeating keys: [i, queries, g, heads, d] -> [i, g, heads * queries, d]. With
-        # many answers to an item, memory traffic is reading keys, and this reads each of them once for all heads and
-        # all answers.
+        # Grouped-query attention without repeating keys: [i, queries, g, heads, d] -> [i, g, heads * queries, d]. So a
+        # step reads each key from memory once, for all heads of its group and all answers of its item.
         grouped = padded.view(num_items, queries, groups, heads, d).permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = F.scaled_dot_product_attention(
             grouped,  # [i, g, heads * queries, d]
@@ -284,7 +283,7 @@ class CachedDecoder:
         if not len(rows):
             return
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
-        # An item without a common beginning has no sequence in this pass: the back ends take no empty ones.
+        # An item without a common beginning has no sequence in this pass.
         borders = torch.tensor([0, *(n for n in lengths if n)]).cumsum(0).to(torch.int32)
         plan = _CommonPass(
             qkv_format="sbhd",
