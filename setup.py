@@ -73,6 +73,7 @@ setup(
         "sicog_mcore.cognition.scoring",
         "sicog_mcore.commands",
         "sicog_mcore.data",
+        "sicog_mcore.data.index",
         "sicog_mcore.hf",
         "sicog_mcore.model",
         "sicog_mcore.parallel",

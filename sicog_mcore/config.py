@@ -171,8 +171,9 @@ class DataConfig:
         system_prompt: system turn of samples that bring none; empty for no system turn.
         token_budget: length of a packed sequence (tokens, visual tokens included).
         slice_budget: most slices in a packed sequence, overviews included.
-        window_samples: samples that are packed together (best fit inside this window); with ``train.samples_per_step``
-            these are the samples of a step instead, and this is not used.
+        window_samples: rows of the shuffle buffer. An epoch shuffles runs of neighbouring rows (at most a sixteenth of this
+            long, and of one file or block of a file), gathers so many rows, shuffles them and packs them together; with
+            ``train.samples_per_step`` the rows of each step are packed together instead.
         workers: processes that decode and slice images, per data-parallel rank; 0 decodes in the main process.
         worker_timeout_s: seconds without a batch after which the run stops instead of waiting for ever.
         too_long: samples over the token budget are quarantined, or lose the end of their last answer.
@@ -187,6 +188,10 @@ class DataConfig:
         on_change: what a resumed run does if rows or settings that its place in the data depends on are not those of
             the checkpoint: "refuse" stops with what changed; "restart_epoch" says so, skips the rest of the epoch and
             starts the data anew at the next one. Rows that were only appended join after the epoch under way.
+        index: folder of the index of the data sets, which all machines of a run must see; empty for ``index`` in the
+            output folder. Runs that share it index the same rows once. It may be deleted at any time.
+        index_limit_s: longest time that building a missing index at the start may take (s), going by the first rows; what
+            takes longer is refused with the command that builds it beforehand.
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -195,7 +200,7 @@ class DataConfig:
     system_prompt: str = "You are a helpful assistant."
     token_budget: int = 4096
     slice_budget: int = 32
-    window_samples: int = 512
+    window_samples: int = 8192
     workers: int = 4
     worker_timeout_s: int = 600
     too_long: Literal["quarantine", "truncate"] = "quarantine"
@@ -205,6 +210,8 @@ class DataConfig:
     max_bad_rate: float = 0.01
     bad_window: int = 10_000
     on_change: Literal["refuse", "restart_epoch"] = "refuse"
+    index: str = ""
+    index_limit_s: int = 600
 
 
 @dataclass(frozen=True, kw_only=True)

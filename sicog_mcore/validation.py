@@ -247,7 +247,7 @@ def _preferences(experiment: Experiment) -> Iterator[ConfigProblem]:
     if experiment.objective != "dpo":
         for name, value in vars(dpo).items():
             if value != vars(usual)[name]:
-                fix = "start launch/train_dpo.py, set objective=dpo, or leave it out"
+                fix = "start sicog dpo (launch/train_dpo.py), set objective=dpo, or leave it out"
                 yield ConfigProblem(f"dpo.{name}", value, f"would be ignored: objective is {experiment.objective}", fix)
     elif dpo.label_smoothing > 0 and dpo.loss != "sigmoid":
         problem = f"would be ignored: the {dpo.loss} loss has no label smoothing"

@@ -149,7 +149,7 @@ def _indexed(index: Path) -> Mapping[Path, Collection[str]]:
 def _pickle(files: list[Path]) -> CheckpointError:
     return CheckpointError(
         f"{', '.join(map(str, files))}: a pickle can run any program and is never opened; use a .safetensors release, or "
-        "convert it once: python tools/convert.py unpickle OLD --out NEW.safetensors"
+        "convert it once: sicog convert unpickle OLD --out NEW.safetensors"
     )
 
 

@@ -68,6 +68,7 @@ VERBS: Sequence[VerbEntry] = (
     VerbEntry(
         "dpo", "train_stage", "train", "preference training on pairs of answers", "launch/train_dpo.py", "DPO_VERB"
     ),
+    VerbEntry("index", "index_data", "train", "index data sets before a training starts"),
     VerbEntry("loop", "loop", "improve", "the whole self-improvement loop, one command", "launch/self_improve.py"),
     VerbEntry("generate", "candidates", "improve", "draw candidates for unlabelled items", "launch/generate.py"),
     VerbEntry("score", "score", "improve", "score candidates by how far they agree", "tools/score.py"),
@@ -75,6 +76,7 @@ VERBS: Sequence[VerbEntry] = (
     VerbEntry("curate", "curate", "improve", "keep what agrees, as training rows and pairs", "tools/curate.py"),
     VerbEntry("evaluate", "evaluate", "look", "judge answers to a benchmark, compare two models", "tools/evaluate.py"),
     VerbEntry("report", "report", "look", "write the report of a round as one HTML file", "tools/report.py"),
+    VerbEntry("bench", "bench", "look", "measure parts of the trainer: bench data"),
     VerbEntry("annotate", "annotate", "improve", "make warm-up rows in steps", "tools/annotate.py"),
     VerbEntry(
         "make-pairs", "make_pairs", "improve", "make preference pairs from spoiled images", "tools/make_pairs.py"

@@ -128,7 +128,8 @@ class Chat:
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.template = TEMPLATES[template]
         has_default = bool(system_prompt) and self.template.names_roles
-        self._default_system = (Turn("system", system_prompt),) if has_default else ()
+        self._default_system: tuple[Turn, ...] = (Turn("system", system_prompt),) if has_default else ()
+        self._constant_ids: dict[str, list[int]] = {}  # of a handful of texts, which stand in every conversation
         self.pad_id = self._control_id(self.template.padding)
         self.end_id = self._control_id(self.template.answer_end)
 
@@ -168,13 +169,26 @@ class Chat:
     def _content_ids(self, role: Role, text: str) -> list[int]:
         """Text of a turn the model does not learn; in user turns ``<image>`` becomes a marker."""
         if role != "user":
-            return self.tokenizer.encode(text)
+            is_default = any(text == turn.text for turn in self._default_system)
+            return self._default_system_ids() if is_default else self.tokenizer.encode(text)
         # One marker between two parts; encode.py puts the visual tokens of the next image in its place.
         first, *others = (self.tokenizer.encode(part) for part in text.split(IMAGE_PLACEHOLDER))
         return first + [token for part in others for token in (IMAGE_MARKER, *part)]
 
+    def _default_system_ids(self) -> list[int]:
+        """Of the system turn that most conversations are given; it is text, in which no control token is read."""
+        key = f"\0{self._default_system[0].text}"  # no text of a template begins so
+        if key not in self._constant_ids:
+            self._constant_ids[key] = self.tokenizer.encode(self._default_system[0].text)
+        return self._constant_ids[key]
+
     def _text_ids(self, template_text: str) -> list[int]:
         """Template text: control tokens by id, the rest as text."""
+        if template_text not in self._constant_ids:
+            self._constant_ids[template_text] = self._encode_template(template_text)
+        return self._constant_ids[template_text]
+
+    def _encode_template(self, template_text: str) -> list[int]:
         ids: list[int] = []
         # The pattern is a group, so split keeps the control tokens among the parts.
         for part in CONTROL_TOKEN.split(template_text):
@@ -190,5 +204,9 @@ class Chat:
 
 
 def _join(runs: list[tuple[list[int], bool]]) -> ChatTokens:
-    ids = tuple(token for run, _ in runs for token in run)
-    return ChatTokens(ids, tuple(supervised for run, supervised in runs for _ in run))
+    ids: list[int] = []
+    supervised: list[bool] = []
+    for run, is_supervised in runs:
+        ids += run
+        supervised += [is_supervised] * len(run)
+    return ChatTokens(tuple(ids), tuple(supervised))

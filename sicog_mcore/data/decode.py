@@ -1,26 +1,36 @@
 """Bytes of an image to RGB pixels, strictly: an image is either decoded whole or refused with a reason.
 
-In: ImageRef   Out: uint8 [height, width, 3]   Next: slicing.py, patches.py
+In: ImageRef   Out: uint8 [height, width, 3], or the size alone from the header   Next: slicing.py, patches.py
 Reasons: image_missing, image_unreadable, image_empty, image_unidentified, image_too_large, image_aspect,
-image_animated, image_truncated, image_corrupt. Sizes are judged from the header, before any pixel is decoded.
+image_animated, image_truncated, image_corrupt. Sizes are judged from the header, before any pixel is decoded: damage behind
+the header is found by ``decode_image`` alone.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import stat
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from sicog_mcore.config import DataConfig
+from sicog_mcore.data.image_header import (
+    PNG_SIGNATURE,
+    TEXT_CHUNKS,
+    is_jpeg,
+    is_webp,
+    jpeg_header,
+    png_header,
+    webp_header,
+)
+from sicog_mcore.data.image_range import open_range
 from sicog_mcore.data.sample import ImageRef, Size
 from sicog_mcore.errors import SampleError
 
@@ -30,10 +40,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow knows some 40 formats. Let in are those of still images that cannot run programs, as EPS can, and whose decoder
 # refuses a file that is cut off, as JPEG 2000's does not.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MAX_FILE_BYTES = 1 << 30
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+TAIL_BYTES = 64  # of a file, in which its end is looked for
 
 # EXIF orientation -> what brings the image upright (orientation 1, or an unknown one, leaves it alone)
 UPRIGHT: Mapping[int, Image.Transpose] = {
@@ -65,35 +72,18 @@ DAMAGE = (
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """Reads the encoded image.
+    """Reads the encoded image, whole.
 
     Raises:
         SampleError: image_missing; image_unreadable (no regular file, no permission, too many bytes, shard became
             shorter); image_empty.
     """
-    try:
-        status = os.stat(ref.path)
-        length = status.st_size if ref.length < 0 else ref.length
-        if not stat.S_ISREG(status.st_mode) or length > MAX_FILE_BYTES:
-            detail = f"{ref.path} is no regular file of at most {MAX_FILE_BYTES} bytes; check the row"
-            raise SampleError("image_unreadable", detail)
-        with open(ref.path, "rb") as file:
-            file.seek(ref.offset)
-            data = file.read(length)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        detail = f"no file {ref.path}; check the row and the images folder of its source"
-        raise SampleError("image_missing", detail) from error
-    except (OSError, ValueError) as error:
-        raise SampleError("image_unreadable", f"{ref.path}: {error}") from error
-    if len(data) < length:
-        raise SampleError("image_unreadable", f"{ref.path}: found {len(data)} bytes at {ref.offset}, expected {length}")
-    if not data:
-        raise SampleError("image_empty", f"{ref.path} has no bytes")
-    return data
+    with open_range(ref) as file:
+        return file.read()
 
 
 def read_size(data: bytes, limits: DataConfig) -> Size:
-    """Height and width of an upright image, from its header alone.
+    """Height and width (px) of an upright image whose bytes are in memory, from its header alone.
 
     Args:
         data: the encoded image.
@@ -102,9 +92,20 @@ def read_size(data: bytes, limits: DataConfig) -> Size:
     Raises:
         SampleError: image_unidentified, image_too_large, image_aspect, image_animated, image_truncated, image_corrupt.
     """
-    with _naming_damage(data):
-        data = drop_texts(data)
-        return _upright_size(_open(data, limits), data)
+    return _header_size(io.BytesIO(data), limits)
+
+
+def read_stored_size(ref: ImageRef, limits: DataConfig) -> Size:
+    """Reads the size of an image that is stored; as much of it is read as its format needs, mostly the first 4 KiB.
+
+    JPEG, BMP and PPM need what stands before the pixels, TIFF its directories wherever they are, PNG and WebP the first
+    bytes of each chunk as well, since the orientation may stand behind the pixels. GIF and AVIF are read whole.
+
+    Raises:
+        SampleError: as ``read_bytes`` and ``read_size``.
+    """
+    with open_range(ref) as file:
+        return _header_size(file, limits)
 
 
 def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
@@ -120,10 +121,10 @@ def decode_image(data: bytes, limits: DataConfig) -> NDArray[np.uint8]:
     Raises:
         SampleError: as ``read_size``; image_truncated and image_corrupt also for damage behind the header.
     """
-    with _naming_damage(data):
+    with _naming_damage(io.BytesIO(data)):
         data = drop_texts(data)
-        image = _open(data, limits)
-        orientation = _orientation(image, data)
+        image = _open(io.BytesIO(data), limits)
+        orientation = _orientation(image, b"eXIf" in data)
         image.load()
         rgb = _to_rgb(image)
         if orientation in UPRIGHT:
@@ -151,40 +152,53 @@ def drop_texts(data: bytes) -> bytes:
 
 
 @contextmanager
-def _naming_damage(data: bytes) -> Iterator[None]:
+def _naming_damage(file: BinaryIO) -> Iterator[None]:
     """Turns what Pillow raises on damaged bytes into a SampleError."""
     try:
         yield
     except Image.DecompressionBombError as error:
         raise SampleError("image_too_large", str(error)) from error
     except DAMAGE as error:
-        reason = "image_truncated" if _is_cut_short(data) or "truncated" in str(error) else "image_corrupt"
-        raise SampleError(reason, f"{type(error).__name__}: {error} ({len(data)} bytes)") from error
+        reason = "image_truncated" if _is_cut_short(file) or "truncated" in str(error) else "image_corrupt"
+        raise SampleError(reason, f"{type(error).__name__}: {error} ({file.seek(0, io.SEEK_END)} bytes)") from error
 
 
-def _is_cut_short(data: bytes) -> bool:
+def _is_cut_short(file: BinaryIO) -> bool:
     """Whether the end of the file is missing, for formats that mark their end. Asked only after decoding failed."""
-    if data.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" not in data[-64:]
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in data[-64:]
-    if data.startswith(b"RIFF"):
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if data.startswith(b"GIF8"):
-        return b"\x3b" not in data[-16:]
+    length = file.seek(0, io.SEEK_END)
+    file.seek(max(0, length - TAIL_BYTES))
+    tail = file.read()
+    file.seek(0)
+    start = file.read(8)
+    if start.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in tail
+    if start.startswith(b"\x89PNG"):
+        return b"IEND" not in tail
+    if start.startswith(b"RIFF"):
+        return length < 8 + int.from_bytes(start[4:8], "little")
+    if start.startswith(b"GIF8"):
+        return b"\x3b" not in tail[-16:]
     return False
 
 
-def _open(data: bytes, limits: DataConfig) -> Image.Image:
+def _header_size(file: BinaryIO, limits: DataConfig) -> Size:
+    """The upright size of an image; of its bytes only those are read that tell it."""
+    with _naming_damage(file):
+        start = file.read(16)
+        header = jpeg_header(file) if is_jpeg(start) else webp_header(file) if is_webp(start) else None
+        if header is not None:
+            _judge_size(header.size, limits)
+            return _upright_size(header.size, header.orientation())
+        if start.startswith(PNG_SIGNATURE):
+            file = io.BytesIO(png_header(file))
+        image = _open(file, limits)
+        return _upright_size(image.size, _orientation(image, has_exif="exif" in image.info))
+
+
+def _open(file: BinaryIO, limits: DataConfig) -> Image.Image:
     """Identifies the image and judges its header; no pixel is decoded."""
-    image = _identify(data)
-    width, height = image.size
-    if width * height > limits.max_image_px:
-        detail = f"{width}x{height} px, at most {limits.max_image_px} px in all; shrink it or raise data.max_image_px"
-        raise SampleError("image_too_large", detail)
-    if max(width, height) > limits.max_aspect * min(width, height):
-        detail = f"{width}x{height} px, at most {limits.max_aspect:g}:1; crop it or raise data.max_aspect"
-        raise SampleError("image_aspect", detail)
+    image = _identify(file)
+    _judge_size(image.size, limits)
     # A JPEG from a phone may carry a preview or a second view (MPO): its first image is the photograph.
     if image.format != "MPO" and hasattr(image, "is_animated") and image.is_animated:
         detail = f"{image.format} with several frames, expected one; export the frame that is meant"
@@ -192,30 +206,47 @@ def _open(data: bytes, limits: DataConfig) -> Image.Image:
     return image
 
 
-def _identify(data: bytes) -> Image.Image:
+def _judge_size(size: tuple[int, int], limits: DataConfig) -> None:
+    """Holds an image's (width, height) against the limits."""
+    width, height = size
+    if width * height > limits.max_image_px:
+        detail = f"{width}x{height} px, at most {limits.max_image_px} px in all; shrink it or raise data.max_image_px"
+        raise SampleError("image_too_large", detail)
+    if max(width, height) > limits.max_aspect * min(width, height):
+        detail = f"{width}x{height} px, at most {limits.max_aspect:g}:1; crop it or raise data.max_aspect"
+        raise SampleError("image_aspect", detail)
+
+
+def _identify(file: BinaryIO) -> Image.Image:
     """Opens the image with the plugin that recognises it.
 
     Not ``Image.open``: it compares the size with a limit global to the process, before ours is asked.
     """
     Image.init()
-    start = data[:16]
+    file.seek(0)
+    start = file.read(16)
     for name in FORMATS:
         plugin, accepts = Image.OPEN[name]
         try:
             if accepts is None or accepts(start) is True:  # a text instead says that this Pillow was built without it
-                return plugin(io.BytesIO(data), "")
+                file.seek(0)
+                return plugin(file, "")
         except (SyntaxError, IndexError, TypeError, struct.error):
-            if _is_cut_short(data):
+            if _is_cut_short(file):
                 raise
     detail = f"bytes {start!r}... are no {', '.join(FORMATS)}; convert or remove the image"
     raise SampleError("image_unidentified", detail)
 
 
-def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation that is still to be applied; damaged EXIF counts as none, as in every viewer."""
+def _orientation(image: Image.Image, has_exif: bool) -> int:
+    """EXIF orientation that is still to be applied; damaged EXIF counts as none, as in every viewer.
+
+    Args:
+        has_exif: of a PNG, whether the bytes at hand have EXIF anywhere.
+    """
     if image.format == "TIFF":
         return 1  # Pillow turns TIFF upright itself, in the header already
-    if image.format == "PNG" and "exif" not in image.info and b"eXIf" not in data:
+    if image.format == "PNG" and "exif" not in image.info and not has_exif:
         return 1  # asking Pillow would decode the image, to look for EXIF behind the pixels
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -223,9 +254,9 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return 1
 
 
-def _upright_size(image: Image.Image, data: bytes) -> Size:
-    width, height = image.size
-    return Size(width, height) if _orientation(image, data) in SWAPS_SIDES else Size(height, width)
+def _upright_size(size: tuple[int, int], orientation: int) -> Size:
+    width, height = size
+    return Size(width, height) if orientation in SWAPS_SIDES else Size(height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

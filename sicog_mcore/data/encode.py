@@ -17,11 +17,11 @@ from torch import Tensor
 from sicog_mcore.config import DataConfig, ModelConfig
 from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
 from sicog_mcore.data.chat import IMAGE_MARKER, Chat, ChatTokens, find_separators
-from sicog_mcore.data.decode import decode_image, read_bytes, read_size
+from sicog_mcore.data.decode import decode_image, read_bytes, read_size, read_stored_size
 from sicog_mcore.data.pairs import conversations
 from sicog_mcore.data.patches import cut_patches
-from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample, Turn
-from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, lay_out, plan_slices
+from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, ImageRef, Sample, Size, Turn
+from sicog_mcore.data.slicing import COMMA, NEWLINE, SlicePlan, VisualLayout, lay_out, plan_slices
 from sicog_mcore.data.text_bound import num_bytes
 from sicog_mcore.errors import SampleError
 
@@ -31,12 +31,21 @@ TEXT = -1  # in _Stream.rows: this position is no visual token
 
 @dataclass(frozen=True)
 class Measured:
-    """What a sample takes of the budgets: tokens with visual ones, of both conversations of a pair; slices once."""
+    """What a sample takes of the budgets.
+
+    Attributes:
+        num_tokens: tokens with visual ones, of both conversations of a pair.
+        num_slices: slices, once for all conversations.
+        attention: sum of the squared lengths of the conversations (tokens squared).
+        image_sizes: upright size of each image (px).
+    """
 
     id: str
     num_tokens: int
     num_slices: int
+    attention: int
     is_truncated: bool
+    image_sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,10 +88,22 @@ class Encoder:
         Raises:
             SampleError: whatever makes the sample unusable and can be seen without decoding pixels.
         """
-        plans = [self._plan(read_bytes(image)) for image in sample.images]
-        full = [self._write(chat, plans) for chat in self._tokenize(sample)]
-        length, fitted = _length(full), _length(self._fit(full))
-        return Measured(sample.id, fitted, _num_slices(plans), fitted < length)
+        plans = [self._plan_stored(image) for image in sample.images]
+        chats = self._tokenize(sample)
+        num_visual = sum(self._lay_out(plan).num_tokens for plan in plans)
+        lengths = full = [len(chat.ids) - len(plans) + num_visual for chat in chats]
+        has_labels = all(True in chat.supervised[1:] for chat in chats)
+        if sum(full) > self._data.token_budget or _num_slices(plans) > self._data.slice_budget or not has_labels:
+            # Only the streams themselves tell what is left of them.
+            lengths = [len(part.tokens) for part in self._fit([self._write(chat, plans) for chat in chats])]
+        return Measured(
+            id=sample.id,
+            num_tokens=sum(lengths),
+            num_slices=_num_slices(plans),
+            attention=sum(length**2 for length in lengths),
+            is_truncated=sum(lengths) < sum(full),
+            image_sizes=tuple(plan.image for plan in plans),
+        )
 
     def encode(self, sample: Sample) -> EncodedSample:
         """The sample with its pixels cut into patches; as many tokens and slices as ``measure`` says.
@@ -134,7 +155,7 @@ class Encoder:
         """
         for turns in prompts:
             self._refuse_long([turns])
-        plans = [self._plan(read_bytes(image)) for image in images]
+        plans = [self._plan_stored(image) for image in images]
         streams = [self._write(self.chat.open_prompt(turns), plans).tokens for turns in prompts]
         shortest = min(len(stream) for stream in streams)
         differs = np.any([stream[:shortest] != streams[0][:shortest] for stream in streams], axis=0)
@@ -199,6 +220,10 @@ class Encoder:
     def _plan(self, image: bytes) -> SlicePlan:
         return plan_slices(read_size(image, self._data), self._model.slicing, self._model.tower.patch_px)
 
+    def _plan_stored(self, image: ImageRef) -> SlicePlan:
+        """Plans the slices of an image whose pixels nobody needs; only its header is read."""
+        return plan_slices(read_stored_size(image, self._data), self._model.slicing, self._model.tower.patch_px)
+
     def _write(self, chat: ChatTokens, plans: list[SlicePlan]) -> _Stream:
         """Puts each image's visual tokens and separators where its marker stands."""
         ids, supervised = np.array(chat.ids, dtype=np.int64), np.array(chat.supervised, dtype=np.bool_)
@@ -219,12 +244,15 @@ class Encoder:
 
     def _write_image(self, plan: SlicePlan, first_row: int) -> _Stream:
         """The stream of one image, whose first slice's output starts at ``first_row``."""
-        layout = lay_out(plan, self._model.resampler.query_grid, self._model.slicing.layout).rows
+        layout = self._lay_out(plan).rows
         tokens = np.full_like(layout, self.chat.pad_id)
         for separator, token in self._separator_ids.items():
             tokens[layout == separator] = token
         rows = np.where(layout >= 0, layout + first_row, TEXT)
         return _Stream(tokens, np.zeros(len(layout), dtype=np.bool_), rows)
+
+    def _lay_out(self, plan: SlicePlan) -> VisualLayout:
+        return lay_out(plan, self._model.resampler.query_grid, self._model.slicing.layout)
 
     def _fit(self, streams: list[_Stream]) -> list[_Stream]:
         """Holds a sample's streams against the token budget and makes sure that something is left to learn.

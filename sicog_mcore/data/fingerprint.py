@@ -22,8 +22,14 @@ from sicog_mcore.data.tokenizer import find_tokenizer_file
 from sicog_mcore.files import hash_bytes, hash_file
 
 # Fields of DataConfig that move no row to another pack. The tokenizer and the sources count by their content.
-HARMLESS = ("sources", "tokenizer", "workers", "worker_timeout_s", "on_change", "max_bad_rate", "bad_window")
-WINDOW = "data.window_samples"  # or train.samples_per_step, which takes its place
+HARMLESS = (
+    *("sources", "tokenizer", "workers", "worker_timeout_s", "on_change", "max_bad_rate", "bad_window"),
+    *("index", "index_limit_s"),
+)
+ORDER = "version of the order of packs"
+ORDER_VERSION = 2  # to be raised whenever the same rows and settings give another order; 1 was never written down
+STEP_ROWS = "train.samples_per_step"
+ORDER_SETTINGS = (ORDER, STEP_ROWS, "data.window_samples")  # these move rows inside an epoch, and do nothing else
 TOKENIZER = "content of data.tokenizer"
 SYSTEM_PROMPT = "data.system_prompt"
 
@@ -61,11 +67,6 @@ class DataMark:
         return cls(stream_settings(experiment), mark_files(files))
 
 
-def window_samples(experiment: Experiment) -> int:
-    """Rows that are packed together: those of a step where the step counts samples."""
-    return experiment.train.samples_per_step or experiment.data.window_samples
-
-
 def stream_settings(experiment: Experiment) -> dict[str, Any]:
     """Every setting that decides which rows a pack holds, by name; values are what JSON has."""
     data, model = experiment.data, experiment.model
@@ -74,7 +75,8 @@ def stream_settings(experiment: Experiment) -> dict[str, Any]:
         settings[SYSTEM_PROMPT] = ""  # such a template writes none
     return {
         **settings,
-        WINDOW: window_samples(experiment),
+        ORDER: ORDER_VERSION,
+        STEP_ROWS: experiment.train.samples_per_step,
         TOKENIZER: tokenizer_digest(data.tokenizer),
         "train.seed": experiment.train.seed,
         "objective": experiment.objective,
@@ -109,13 +111,13 @@ def find_prefixes(marks: Sequence[FileMark], files: Sequence[IndexedFile]) -> li
     return found
 
 
-def describe_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs. A setting that an older version did not have had its default."""
-    defaults = {f"data.{name}": value for name, value in asdict(DataConfig()).items()}
+def describe_settings(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
+    """One line for each setting that differs and is not ``free``. One that an older version did not have had its default."""
+    defaults = {f"data.{name}": value for name, value in asdict(DataConfig()).items()} | {ORDER: 1, STEP_ROWS: 0}
     return [
         f"{name}: {before!r} -> {value!r}"
         for name, value in new.items()
-        if (before := old.get(name, defaults.get(name))) != value
+        if name not in free and (before := old.get(name, defaults.get(name))) != value
     ]
 
 

@@ -1,68 +1,147 @@
-"""Which samples share a packed sequence, and their joining into one batch.
+"""Which samples share a packed sequence: full packs that all cost about the same.
 
-In: (tokens, slices) of samples; EncodedSample   Out: groups of samples; PackedBatch   Next: loader.py
-Pure functions: the same sizes give the same packs everywhere. A sample is never split.
+In: tokens, slices and attention of samples   Out: the pack of each   Next: plan.py
+Pure functions of integers: the same sizes give the same packs on every machine. A sample is never split.
+
+Many samples are dealt and traded (trading.py) into as few packs as their sum needs, all of them nearly equal in tokens,
+slices and attention; what is still over a budget then moves to a gap by best fit. Where samples are few, or so large that
+the sum says little about the number of packs, best fit decreasing alone packs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from sicog_mcore.data.row_sizes import Integers
+from sicog_mcore.data.trading import deal_and_trade
+
+FEWEST_TRADED = 16  # packs; among fewer ones there is not enough choice for trades to fill them
+SPARE = 0.003  # of the token budget that a traded pack leaves free, so that small deviations stay inside the budget
+GOOD_ENOUGH = 1.01  # times the least possible number of packs, above which best fit is tried too
+PACK_BITS = 32
 
 
-@dataclass(frozen=True)
-class PackPlan:
-    """One packed sequence before anything is decoded: its place in the stream, and the rows of the data set in it."""
+class PackBudgets(NamedTuple):
+    """Most tokens and most slices of a pack."""
 
-    epoch: int
-    window: int
-    pack: int
-    members: tuple[int, ...]
+    tokens: int
+    slices: int
 
 
-@dataclass
-class _OpenPack:
-    tokens_left: int
-    slices_left: int
-    members: list[int] = field(default_factory=list)
-
-    def fits(self, tokens: int, slices: int) -> bool:
-        return tokens <= self.tokens_left and slices <= self.slices_left
-
-    def add(self, member: int, tokens: int, slices: int) -> None:
-        self.members.append(member)
-        self.tokens_left -= tokens
-        self.slices_left -= slices
-
-
-def pack_window(sizes: Sequence[tuple[int, int]], token_budget: int, slice_budget: int) -> list[list[int]]:
-    """Best-fit decreasing under two budgets: the largest samples first, each into the fullest pack that still takes it.
+def pack_samples(num_tokens: Integers, num_slices: Integers, attention: Integers, budgets: PackBudgets) -> Integers:
+    """Groups samples into packs that keep both budgets.
 
     Args:
-        sizes: (tokens, slices) of each sample.
-        token_budget: most tokens in a pack.
-        slice_budget: most slices in a pack.
+        num_tokens: int64 [n]
+        num_slices: int64 [n]
+        attention: int64 [n]; sum of squared segment lengths.
+        budgets: of one pack.
 
     Returns:
-        Positions in ``sizes``, pack by pack; each exactly once, ascending inside a pack.
+        int64 [n]: number of each sample's pack, from 0 on, without gaps.
 
     Raises:
         ValueError: a sample alone exceeds a budget.
     """
+    too_large = np.flatnonzero((num_tokens > budgets.tokens) | (num_slices > budgets.slices))
+    if len(too_large):
+        first = int(too_large[0])
+        found = f"sample {first} has {num_tokens[first]} tokens and {num_slices[first]} slices"
+        raise ValueError(f"{found}, a pack takes {budgets.tokens} tokens and {budgets.slices} slices")
+    least = max(int(num_tokens.sum()) / budgets.tokens, int(num_slices.sum()) / budgets.slices)
+    if least < FEWEST_TRADED:
+        return best_fit(num_tokens, num_slices, budgets)
+    packs = _trade(num_tokens, num_slices, attention, budgets, least)
+    if _count(packs) <= least * GOOD_ENOUGH:
+        return packs
+    fitted = best_fit(num_tokens, num_slices, budgets)
+    return fitted if _count(fitted) < _count(packs) else packs
 
-    def share(position: int) -> float:
-        tokens, slices = sizes[position]
-        return max(tokens / token_budget, slices / slice_budget)
 
-    packs: list[_OpenPack] = []
-    for position in sorted(range(len(sizes)), key=share, reverse=True):
-        tokens, slices = sizes[position]
-        if tokens > token_budget or slices > slice_budget:
-            budgets = f"{token_budget} tokens and {slice_budget} slices"
-            raise ValueError(f"sample {position} has {tokens} tokens and {slices} slices, a pack takes {budgets}")
-        roomy = [pack for pack in packs if pack.fits(tokens, slices)]
-        if not roomy:
-            packs.append(_OpenPack(token_budget, slice_budget))
-            roomy = packs[-1:]
-        min(roomy, key=lambda pack: pack.tokens_left).add(position, tokens, slices)
-    return [sorted(pack.members) for pack in packs]
+def best_fit(num_tokens: Integers, num_slices: Integers, budgets: PackBudgets) -> Integers:
+    """Best-fit decreasing: the largest samples first, each into the fullest pack that still takes it.
+
+    Returns:
+        int64 [n]: as ``pack_samples``.
+    """
+    gaps = _Gaps(budgets)
+    share = np.maximum(num_tokens * budgets.slices, num_slices * budgets.tokens)
+    packs = np.empty(len(num_tokens), np.int64)
+    _place(np.argsort(-share, kind="stable"), num_tokens, num_slices, gaps, packs)
+    return packs
+
+
+def _trade(
+    num_tokens: Integers, num_slices: Integers, attention: Integers, budgets: PackBudgets, least: float
+) -> Integers:
+    """Packs of nearly equal size; samples that some of them cannot hold after all go to gaps, or to further packs."""
+    num_packs = int(np.ceil(least * (1 + SPARE)))
+    packs = deal_and_trade((num_tokens, num_slices, attention), num_packs, budgets.tokens)
+    tokens = np.bincount(packs, num_tokens, num_packs).astype(np.int64)
+    slices = np.bincount(packs, num_slices, num_packs).astype(np.int64)
+    lost: list[int] = []
+    for pack in np.flatnonzero((tokens > budgets.tokens) | (slices > budgets.slices)).tolist():
+        members = np.flatnonzero(packs == pack)
+        # The smallest first: they find a gap most easily, and the pack stays as full as it can be.
+        for sample in members[np.argsort(num_tokens[members], kind="stable")].tolist():
+            excess_tokens, excess_slices = tokens[pack] - budgets.tokens, slices[pack] - budgets.slices
+            if excess_tokens <= 0 and excess_slices <= 0:
+                break
+            if excess_tokens <= 0 and num_slices[sample] == 0:
+                continue  # it is the slices that are too many
+            tokens[pack] -= num_tokens[sample]
+            slices[pack] -= num_slices[sample]
+            lost.append(sample)
+    if lost:
+        order = np.array(lost)
+        gaps = _Gaps(budgets, zip((budgets.tokens - tokens).tolist(), (budgets.slices - slices).tolist(), strict=True))
+        _place(order[np.argsort(-num_tokens[order], kind="stable")], num_tokens, num_slices, gaps, packs)
+    # A pack that was dealt no sample, or lost them all, is none.
+    return np.unique(packs, return_inverse=True)[1].astype(np.int64)
+
+
+class _Gaps:
+    """What the open packs have left, ordered by tokens.
+
+    A gap and its pack are one integer, the tokens in the high bits: a sorted list of plain integers is searched and
+    changed faster than any structure of objects.
+    """
+
+    def __init__(self, budgets: PackBudgets, left: Iterable[tuple[int, int]] = ()) -> None:
+        self._budgets = budgets
+        self._slices: list[int] = []
+        self._gaps: list[int] = []
+        for tokens, slices in left:
+            self._gaps.append(tokens << PACK_BITS | len(self._slices))
+            self._slices.append(slices)
+        self._gaps.sort()
+
+    def take(self, tokens: int, slices: int) -> int:
+        """Puts a sample into the pack with the smallest gap that takes it, or into a new one; returns the pack."""
+        at = bisect_left(self._gaps, tokens << PACK_BITS)
+        while at < len(self._gaps):
+            gap = self._gaps[at]
+            pack = gap & ((1 << PACK_BITS) - 1)
+            if self._slices[pack] >= slices:
+                del self._gaps[at]
+                insort(self._gaps, gap - (tokens << PACK_BITS))
+                self._slices[pack] -= slices
+                return pack
+            at += 1
+        pack = len(self._slices)
+        insort(self._gaps, self._budgets.tokens - tokens << PACK_BITS | pack)
+        self._slices.append(self._budgets.slices - slices)
+        return pack
+
+
+def _place(order: Integers, num_tokens: Integers, num_slices: Integers, gaps: _Gaps, packs: Integers) -> None:
+    tokens, slices = num_tokens[order].tolist(), num_slices[order].tolist()
+    packs[order] = [gaps.take(*size) for size in zip(tokens, slices, strict=True)]
+
+
+def _count(packs: Integers) -> int:
+    return int(packs.max()) + 1

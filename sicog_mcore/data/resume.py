@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.fingerprint import (
+    ORDER_SETTINGS,
     DataMark,
     FileMark,
     describe_appended,
@@ -20,11 +23,13 @@ from sicog_mcore.data.fingerprint import (
     describe_settings,
     find_prefixes,
 )
-from sicog_mcore.data.pairs import build_pair
-from sicog_mcore.data.rows import build_sample
+from sicog_mcore.data.index.build_index import IndexOptions, build_index
+from sicog_mcore.data.index.indexed_files import MeasuredFile, OpenIndex, join_sizes, open_index
+from sicog_mcore.data.row_sizes import RowSizes
 from sicog_mcore.data.sample import Sample
-from sicog_mcore.data.sources import IndexedFile, SampleIndex, Source, index_sources, new_survey
+from sicog_mcore.data.sources import MeasuredSource, RowFault, SampleIndex
 from sicog_mcore.errors import CheckpointError
+from sicog_mcore.files import hash_bytes
 
 NOT_COMPARED = "the checkpoint was written before fingerprints: data not compared"
 
@@ -50,7 +55,7 @@ START = LoaderState()
 class FirstRows:
     """A source as it was before rows were appended."""
 
-    source: Source
+    source: MeasuredSource
     rows: int
 
     def __len__(self) -> int:
@@ -62,6 +67,14 @@ class FirstRows:
     def origin(self, row: int) -> str:
         return self.source.origin(row)
 
+    def measures(self, row: int) -> tuple[int, int]:
+        """Tells the tokens and slices that a row had when it was indexed."""
+        return self.source.measures(row)
+
+    def fault(self, row: int) -> RowFault | None:
+        """Says why a row was found bad when it was indexed; None if it was not."""
+        return self.source.fault(row)
+
 
 @dataclass(frozen=True)
 class EpochRows:
@@ -71,14 +84,28 @@ class EpochRows:
         all: every row that there is.
         earlier: rows of ``epoch``; None if that has all rows too.
         epoch: the one that ``earlier`` is meant for.
+        all_sizes: what every row measures; None where nobody plans from it.
+        earlier_sizes: the same for the rows of ``earlier``.
     """
 
     all: SampleIndex
     earlier: SampleIndex | None = None
     epoch: int = 0
+    all_sizes: RowSizes | None = None
+    earlier_sizes: RowSizes | None = None
 
     def of(self, epoch: int) -> SampleIndex:
         return self.earlier if self.earlier is not None and epoch == self.epoch else self.all
+
+    def sizes_of(self, epoch: int) -> RowSizes:
+        """What the rows of an epoch measure."""
+        sizes = self.earlier_sizes if self.earlier is not None and epoch == self.epoch else self.all_sizes
+        assert sizes is not None, "these rows were opened without their index"
+        return sizes
+
+    def without_sizes(self) -> EpochRows:
+        """Gives the rows without their sizes, for a process that reads rows and plans nothing."""
+        return EpochRows(self.all, self.earlier, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -101,9 +128,14 @@ class OpenRows:
     bad: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def sizes(self) -> RowSizes:
+        """What all rows measure."""
+        return self.rows.sizes_of(self.rows.epoch + 1)
+
     def from_the_start(self) -> OpenRows:
         """Gives all rows, none of them consumed."""
-        return OpenRows(EpochRows(self.rows.all), self.mark)
+        return OpenRows(EpochRows(self.rows.all, all_sizes=self.sizes), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
@@ -119,37 +151,47 @@ class OpenRows:
             "begun_with": [list(mark) for mark in self.begun_with] if is_begun else [],
             "rows_left": rows_left,
             "bad": list(bad),
+            "shards": _hash_shards(self.rows.sizes_of(position.epoch)),
         }
 
 
-def open_rows(experiment: Experiment) -> OpenRows:
+def open_rows(experiment: Experiment, index: OpenIndex | None = None) -> OpenRows:
     """Opens the data sets of a run that begins.
+
+    Args:
+        index: of them; None builds what is missing of it here, and opens it.
 
     Raises:
         ConfigError: they cannot be opened.
     """
-    files, said = _index(experiment)
-    return OpenRows(EpochRows(_join(files, experiment, said)), DataMark.of(experiment, files))
+    index = index or prepare_index(experiment)
+    return OpenRows(_all_rows(index, experiment), DataMark.of(experiment, [file.indexed for file in index.files]))
 
 
-def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[str, Any]) -> OpenRows:
+def reopen_rows(
+    experiment: Experiment, position: LoaderState, saved: Mapping[str, Any], index: OpenIndex | None = None
+) -> OpenRows:
     """Opens the data sets of a run that goes on, and compares them with those of its checkpoint.
 
     Args:
         position: where it goes on.
         saved: ``OpenRows.state`` of the checkpoint; empty if that was written before there was one.
+        index: see ``open_rows``.
 
     Raises:
         ConfigError: they cannot be opened.
         CheckpointError: they are not what they were, and data.on_change does not say what to do about it.
     """
-    files, said = _index(experiment)
+    index = index or prepare_index(experiment)
+    files = [file.indexed for file in index.files]
     now = DataMark.of(experiment, files)
-    opened = OpenRows(EpochRows(_join(files, experiment, said)), now, start=position)
+    opened = OpenRows(_all_rows(index, experiment), now, start=position)
     if not saved:
         return replace(opened, notes=(NOT_COMPARED,))
     before = _marks(saved["files"])
-    changes = describe_settings(saved["settings"], now.settings)
+    # An epoch can begin in any order.
+    free = () if position.is_inside else ORDER_SETTINGS
+    changes = describe_settings(saved["settings"], now.settings, free)
     places = find_prefixes(before, files)
     if changes or places is None:
         return _start_epoch(opened, [*changes, *describe_files(before, files)], saved["rows_left"], experiment)
@@ -160,8 +202,18 @@ def reopen_rows(experiment: Experiment, position: LoaderState, saved: Mapping[st
     if appended:
         notes = (f"rows were appended since the checkpoint: {'; '.join(appended)}; {_joining(position, begun_with)}",)
     if position.is_inside and _num_rows(begun_with) != len(opened.rows.all):
-        rows = EpochRows(opened.rows.all, _join_first(files, experiment, begun_with), position.epoch)
+        earlier, sizes = _first_rows(index.files, experiment, begun_with)
+        rows = replace(opened.rows, earlier=earlier, epoch=position.epoch, earlier_sizes=sizes)
         opened = replace(opened, rows=rows, begun_with=begun_with)
+    if position.is_inside and saved.get("shards") != _hash_shards(opened.rows.sizes_of(position.epoch)):
+        # The same rows written in another way: their order, which the place counts in, is made of these blocks.
+        change = "the same rows stand in other blocks of rows that are shuffled as one (other format or line ends)"
+        return _start_epoch(
+            OpenRows(EpochRows(opened.rows.all, all_sizes=opened.sizes), now, start=position),
+            [change],
+            saved["rows_left"],
+            experiment,
+        )
     return replace(opened, notes=notes)
 
 
@@ -193,26 +245,45 @@ def _start_epoch(opened: OpenRows, changes: Sequence[str], rows_left: int, exper
     )
 
 
-def _index(experiment: Experiment) -> tuple[list[IndexedFile], list[str]]:
-    """The files, and what is to be said of their rows."""
-    build = build_pair if experiment.objective == "dpo" else build_sample
-    survey = new_survey(build)
-    return index_sources(experiment.data.sources, survey, build), survey.notes()
+def prepare_index(experiment: Experiment) -> OpenIndex:
+    """Builds what is missing of the index of a run's data sets, and opens it.
+
+    Raises:
+        ConfigError: the data sets cannot be opened.
+    """
+    build_index(experiment, IndexOptions())
+    return open_index(experiment)
 
 
-def _join(files: Sequence[IndexedFile], experiment: Experiment, said: Sequence[str]) -> SampleIndex:
-    """All rows of the files."""
+def _all_rows(index: OpenIndex, experiment: Experiment) -> EpochRows:
+    files = [file.indexed for file in index.files]
     ids = [file.hashes.ids for file in files]
-    return SampleIndex([file.source for file in files], ids, experiment.data.duplicate_ids, said)
+    rows = SampleIndex([file.source for file in files], ids, experiment.data.duplicate_ids, index.notes)
+    return EpochRows(
+        rows, all_sizes=_join_sizes([(file.sizes, len(file.sizes)) for file in index.files], rows, experiment)
+    )
 
 
-def _join_first(files: Sequence[IndexedFile], experiment: Experiment, marks: Sequence[FileMark]) -> SampleIndex:
-    """The rows that the marks stand for."""
-    places = find_prefixes(marks, files)
+def _first_rows(
+    files: Sequence[MeasuredFile], experiment: Experiment, marks: Sequence[FileMark]
+) -> tuple[SampleIndex, RowSizes]:
+    """The rows that the marks stand for, and what they measure."""
+    places = find_prefixes(marks, [file.indexed for file in files])
     assert places is not None, "rows that a checkpoint began with are among those that it knew"
     kept = [(files[place], mark.rows) for place, mark in zip(places, marks, strict=True)]
     sources = [FirstRows(file.source, rows) for file, rows in kept]
-    return SampleIndex(sources, [file.hashes.ids[:rows] for file, rows in kept], experiment.data.duplicate_ids)
+    ids = [file.indexed.hashes.ids[:rows] for file, rows in kept]
+    earlier = SampleIndex(sources, ids, experiment.data.duplicate_ids)
+    return earlier, _join_sizes([(file.sizes, rows) for file, rows in kept], earlier, experiment)
+
+
+def _join_sizes(parts: Sequence[tuple[RowSizes, int]], rows: SampleIndex, experiment: Experiment) -> RowSizes:
+    return join_sizes(parts, rows.repeated, counts_repeats=experiment.data.duplicate_ids == "keep")
+
+
+def _hash_shards(sizes: RowSizes) -> str:
+    """What the order of an epoch depends on beside the rows themselves."""
+    return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
 
 
 def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileMark, ...]:

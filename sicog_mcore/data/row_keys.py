@@ -254,7 +254,7 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
 def _preference_fault(name: str, used: frozenset[str]) -> str:
     if "rejected" in used:
         return f"{name} is not known; pairs have the keys 'chosen' and 'rejected'"
-    return f"{name} belongs to preference data; train on it with launch/train_dpo.py, or remove the key"
+    return f"{name} belongs to preference data; train on it with sicog dpo (launch/train_dpo.py), or remove the key"
 
 
 def _is_neutral(plain: str, value: object, is_answer: bool) -> bool:

@@ -1,6 +1,6 @@
 """What planning knows of every row: a few numbers, whatever the number of rows, so that no row is read to plan.
 
-In: the index of the data sets   Out: RowSizes   Next: loader.py
+In: the index of the data sets   Out: RowSizes   Next: plan.py
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 USABLE = 0
+
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class RowSizes:
             such a row are 0.
         is_truncated: bool [rows]; whether the end of the answer is cut off.
         shards: int64 [shards + 1]; the rows of shard i are ``shards[i]`` to ``shards[i + 1] - 1``. A shard is a tar file,
-            or a block of consecutive rows of a large file: what is read in one go.
+            or a block of consecutive rows of a large file: what is read in one go. The order of an epoch depends on
+            them, so they are a function of the files alone, whenever and in whatever parts these were indexed.
         reasons: reason codes; the first one, of usable rows, is empty.
     """
 

@@ -6,7 +6,7 @@ Texts of the data stand in the notes as ``repr`` writes them: no control sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,6 +30,7 @@ from sicog_mcore.data.row_keys import (
 MAX_DISTINCT = 1000  # things that are counted by name; further ones are counted together
 MAX_NOTES = 6  # of each kind: refusals, remarks, keys that are not used
 MAX_PLACE_CHARS = 300
+STORED = ("text", "place", "unit", "number")  # of a count, in an index
 UNITS: Mapping[str, str] = {
     "row": "rows",
     "sample": "samples",
@@ -42,16 +43,17 @@ UNITS: Mapping[str, str] = {
 
 @dataclass
 class Count:
-    """The number of times that something occurred, and its first place."""
+    """The number of times that something occurred, and its first place: a file, and a line, key or entry in it."""
 
     text: str
-    first: str
+    path: str
+    place: int | str
     unit: str
     number: int
 
     def __str__(self) -> str:
         units = self.unit if self.number == 1 else UNITS[self.unit]
-        return f"{self.text}: {self.number:,} {units}, first at {self.first}"
+        return f"{self.text}: {self.number:,} {units}, first at {escaped(f'{self.path}:{self.place}')}"
 
 
 class NameCounts:
@@ -67,8 +69,8 @@ class NameCounts:
             count.number += 1
         return count is not None
 
-    def add(self, name: str, text: str, path: str, place: object, unit: str = "row") -> None:
-        """Counts one occurrence.
+    def add(self, name: str, text: str, path: str, place: int | str, unit: str = "row", number: int = 1) -> None:
+        """Counts an occurrence, or as many as ``number`` says.
 
         Args:
             name: what it is counted under.
@@ -80,8 +82,26 @@ class NameCounts:
         if len(self._counts) >= MAX_DISTINCT:
             # Keys come from the data, so that there may be as many as rows: further ones share one count.
             name = text = self._others
-        if not self.again(name):
-            self._counts[name] = Count(text, escaped(f"{path}:{place}"), unit, 1)
+        if count := self._counts.get(name):
+            count.number += number
+        else:
+            shown = place[-MAX_PLACE_CHARS - 1 :] if isinstance(place, str) else place  # as much as ``escaped`` shows
+            self._counts[name] = Count(text, path, shown, unit, number)
+
+    def state(self) -> list[list[Any]]:
+        """The counts as JSON has them, in the order in which they began."""
+        return [[name, *(getattr(count, part) for part in STORED)] for name, count in self._counts.items()]
+
+    def merge(self, state: Sequence[Sequence[Any]], path: str, line: int) -> None:
+        """Adds the counts of a part of a file.
+
+        Args:
+            state: of ``state``, where line numbers count from the beginning of the part.
+            path: the file.
+            line: number of the part's first line.
+        """
+        for name, text, place, unit, number in state:
+            self.add(name, text, path, place + line - 1 if isinstance(place, int) else place, unit, number)
 
     def notes(self) -> Iterator[str]:
         """Gives notes on the most frequent names; the rest are one note with their number."""
@@ -107,7 +127,7 @@ class RowSurvey:
         self._remarks = NameCounts("other remarks")
         self._lacks: dict[str, str] = {}  # by missing key and keys of the row; looking for a suggestion takes its time
 
-    def add_row(self, row: dict[str, Any], num_images: int, path: str, place: object) -> None:
+    def add_row(self, row: dict[str, Any], num_images: int, path: str, place: int | str) -> None:
         """Counts the keys of a row and of its turns, each once."""
         refused, unused = self._of_row(row, num_images)
         for name in ("conversations", "chosen", "rejected"):
@@ -121,10 +141,19 @@ class RowSurvey:
                 if not counts.again(key):
                     counts.add(key, text or self._not_used(key), path, place)
 
-    def remark(self, text: str, path: str, place: object, unit: str = "sample") -> None:
+    def remark(self, text: str, path: str, place: int | str, unit: str = "sample") -> None:
         """Counts one sample, or another unit, of which ``text`` is true; data stand in the text as repr writes them."""
         if not self._remarks.again(text):
             self._remarks.add(text, text, path, place, unit)
+
+    def state(self) -> list[list[list[Any]]]:
+        """All counts as JSON has them; ``merge`` takes them."""
+        return [counts.state() for counts in (self._refused, self._unused, self._remarks)]
+
+    def merge(self, state: Sequence[Sequence[Sequence[Any]]], path: str, line: int = 1) -> None:
+        """Adds what was counted in a part of a file, see ``NameCounts.merge``."""
+        for counts, part in zip((self._refused, self._unused, self._remarks), state, strict=True):
+            counts.merge(part, path, line)
 
     def notes(self) -> list[str]:
         """Gives the notes for the user; empty if every key is used or known not to matter."""

@@ -78,9 +78,15 @@ class RowIds:
         name: what default ids start with.
         path: the file, for messages.
         survey: counts the keys of the rows.
+        first_row: number in the file of the first row that is counted.
+
+    Attributes:
+        nameless: numbers of the rows without an id, counted from the first one here.
     """
 
-    def __init__(self, name: str, path: str, survey: RowSurvey) -> None:
+    def __init__(self, name: str, path: str, survey: RowSurvey, first_row: int = 0) -> None:
+        self.nameless = array("q")
+        self._first_row = first_row
         self._name = name
         self._path = path
         self._survey = survey
@@ -88,7 +94,7 @@ class RowIds:
         self._hashes = array("Q")
         self._contents = array("Q")
 
-    def add(self, row: object, place: object, num_images: int | None = None) -> None:
+    def add(self, row: object, place: int | str, num_images: int | None = None) -> None:
         """Counts a row.
 
         Args:
@@ -104,10 +110,12 @@ class RowIds:
 
     def add_id(self, row_id: object) -> None:
         """Counts a row by its id alone."""
-        text = default_id(self._name, len(self._hashes)) if row_id in (None, "") else str(row_id)
-        self._hashes.append(xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")))
+        if row_id in (None, ""):
+            self.nameless.append(len(self._hashes))
+            row_id = default_id(self._name, self._first_row + len(self._hashes))
+        self._hashes.append(hash_id(str(row_id)))
 
-    def add_encoded(self, raw: bytes, place: object) -> None:
+    def add_encoded(self, raw: bytes, place: int | str) -> None:
         """Counts a row of a file; whether it is whole is seen when it is read."""
         try:
             self.add(json.loads(decode_text(raw)), place)
@@ -122,6 +130,11 @@ class RowIds:
         return RowHashes(np.frombuffer(self._hashes, np.uint64), np.frombuffer(self._contents, np.uint64))
 
 
+def hash_id(row_id: str) -> int:
+    """Hash by which rows with one id are found."""
+    return xxhash.xxh3_64_intdigest(row_id.encode("utf-8", "surrogatepass"))
+
+
 def default_id(name: str, row: int) -> str:
     """Id of a row that brings none."""
     return f"{name}-{row}"
@@ -133,14 +146,23 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     Raises:
         SampleError: line_too_long; row_unreadable.
     """
-    if length > MAX_ROW_BYTES:
-        raise SampleError("line_too_long", f"the row has {length} bytes, at most {MAX_ROW_BYTES}; split or remove it")
+    check_length(length)
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(length)
     except OSError as error:
         raise SampleError("row_unreadable", f"{error}; the file was there when the run started") from error
+
+
+def check_length(length: int) -> None:
+    """Refuses a row of too many bytes.
+
+    Raises:
+        SampleError: line_too_long.
+    """
+    if length > MAX_ROW_BYTES:
+        raise SampleError("line_too_long", f"the row has {length} bytes, at most {MAX_ROW_BYTES}; split or remove it")
 
 
 def decode_text(raw: bytes) -> str:
@@ -264,6 +286,11 @@ def _count_images(row: JsonRow) -> int:
         return len(image_paths(row))
     except SampleError:
         return 0
+
+
+def locate_images(row: JsonRow, root: str) -> list[ImageRef]:
+    """The images that a row names, see ``image_paths`` and ``locate_image``."""
+    return [locate_image(path, root) for path in image_paths(row)]
 
 
 def locate_image(path: str, root: str) -> ImageRef:

@@ -27,7 +27,6 @@ from sicog_mcore.data.rows import (
     MAX_ROW_BYTES,
     BuildSample,
     JsonRow,
-    RowHashes,
     RowIds,
     build_sample,
     decode_text,
@@ -227,8 +226,8 @@ class _Group:
 
 
 def index_shard(
-    path: Path, name: str, survey: RowSurvey, build: BuildSample = build_sample
-) -> tuple[ShardFile, RowHashes]:
+    path: Path, name: str, survey: RowSurvey, build: BuildSample = build_sample, said_as: str | None = None
+) -> tuple[ShardFile, RowIds]:
     """Finds the samples of a shard.
 
     Args:
@@ -236,16 +235,18 @@ def index_shard(
         name: what default ids start with.
         survey: counts the keys of the samples, and members that are not used.
         build: gives a row its meaning.
+        said_as: path of the shard in the survey, if another one.
 
     Raises:
         ShardDamaged: it is cut off, compressed, or no tar; what would be lost with it is unknown.
     """
-    ids = RowIds(name, str(path), survey)
+    place = str(path) if said_as is None else said_as
+    ids = RowIds(name, place, survey)
     types: dict[str, int] = {}
     with open(path, "rb") as file:
-        groups = _group(file, types, str(path), survey)
+        groups = _group(file, types, place, survey)
         for group in groups:
-            _count(file, group, ids, str(path), survey)
+            _count(file, group, ids, place, survey)
             ids.add_content(_content(file, group))
     members = [member for group in groups for member in group.members.values()]
     shard = ShardFile(
@@ -259,8 +260,8 @@ def index_shard(
         build=build,
     )
     if not groups:
-        survey.remark("a shard holds no sample", str(path), "end", "shard")
-    return shard, ids.hashes()
+        survey.remark("a shard holds no sample", place, "end", "shard")
+    return shard, ids
 
 
 def _count(file: BinaryIO, group: _Group, ids: RowIds, path: str, survey: RowSurvey) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -134,13 +135,19 @@ def lay_out(plan: SlicePlan, query_grid: int, layout: Literal["stitched", "per_s
         query_grid: queries per side of a slice; q is the square of it.
         layout: "stitched" or "per_slice", see SlicingConfig.
     """
+    return VisualLayout(_lay_out_grid(plan.grid, query_grid, layout))
+
+
+@lru_cache(maxsize=1024)  # there are few grids, and many images
+def _lay_out_grid(grid: Size, query_grid: int, layout: Literal["stitched", "per_slice"]) -> NDArray[np.int64]:
     queries = query_grid**2
     # The resampler's rows are slices row-major, then the overview (SlicePlan.encoded).
-    overview = plan.num_slices * queries + np.arange(queries)  # [q]
-    if plan.grid == UNSLICED:
-        return VisualLayout(overview)
-    write_slices = _stitch_slices if layout == "stitched" else _list_slices
-    return VisualLayout(np.concatenate([write_slices(plan.grid, query_grid), overview]))
+    rows = grid.height * grid.width * queries + np.arange(queries)  # [q], of the overview
+    if grid != UNSLICED:
+        write_slices = _stitch_slices if layout == "stitched" else _list_slices
+        rows = np.concatenate([write_slices(grid, query_grid), rows])
+    rows.flags.writeable = False
+    return rows
 
 
 def _stitch_slices(grid: Size, query_grid: int) -> NDArray[np.int64]:

@@ -7,14 +7,12 @@ when it is read, with a reason of rows.py or shards.py, or duplicate_id.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +20,18 @@ from numpy.typing import NDArray
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.preflight import SHARD, check_source, is_lines
+from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.row_keys import PAIR_KEYS, ROW_KEYS
+from sicog_mcore.data.row_spans import ListMalformed, find_elements, find_lines, read_latin
 from sicog_mcore.data.row_survey import RowSurvey, escaped
 from sicog_mcore.data.rows import (
-    MAX_ROW_BYTES,
     BuildSample,
     Hashes,
     RowHashes,
     RowIds,
     build_sample,
     default_id,
-    image_paths,
-    locate_image,
+    locate_images,
     parse_row,
     read_range,
 )
@@ -42,8 +40,6 @@ from sicog_mcore.data.shards import ShardDamaged, index_shard
 from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 
 MAX_SUFFIX_CHARS = 20  # as shown in notes
-BOM = "\xef\xbb\xbf"  # UTF-8's byte order mark, read as Latin-1
-JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Source(Protocol):
@@ -57,6 +53,27 @@ class Source(Protocol):
 
     def origin(self, row: int) -> str:
         """``file:line`` or ``shard.tar:key`` of a row."""
+        ...
+
+
+class RowFault(NamedTuple):
+    """Why a row cannot be used: its id as far as it is known, and what a SampleError says."""
+
+    id: str | None
+    reason: str
+    detail: str
+
+
+@runtime_checkable
+class MeasuredSource(Source, Protocol):
+    """A Source from an index, which knows what its rows measure, and its bad rows."""
+
+    def measures(self, row: int) -> tuple[int, int]:
+        """Tells the tokens and slices that a row had when it was indexed."""
+        ...
+
+    def fault(self, row: int) -> RowFault | None:
+        """Says why a row was found bad; None if it was not."""
         ...
 
 
@@ -101,10 +118,41 @@ class SampleIndex:
         if earlier is None:
             return source.read(local)
         if self._duplicate_ids == "quarantine":
-            remedy = "ids must be unique; rename it or set data.duplicate_ids=keep"
-            raise SampleError("duplicate_id", f"{self.origin(earlier)} has this id already, {remedy}")
+            fault = self._repetition(earlier)
+            raise SampleError(fault.reason, fault.detail)
         sample = source.read(local)
         return replace(sample, id=f"{sample.id}#{row}")
+
+    def measures(self, row: int) -> tuple[int, int] | None:
+        """Tells the tokens and slices that a row had when it was indexed; None without an index. No file of rows is read."""
+        source, local = self._locate(row)
+        return source.measures(local) if isinstance(source, MeasuredSource) else None
+
+    @property
+    def repeated(self) -> NDArray[np.int64]:
+        """Rows that have the id of an earlier one, ascending."""
+        return self._repeated
+
+    def rejection(self, row: int, epoch: int) -> Rejection:
+        """Says why a row cannot be used that was found bad when it was indexed; no file of rows is read.
+
+        Args:
+            row: of all data sets.
+            epoch: pass over the data in which it was met.
+        """
+        source, local = self._locate(row)
+        earlier = self._earlier_with_same_id(row)
+        if earlier is not None and self._duplicate_ids == "quarantine":
+            fault: RowFault | None = self._repetition(earlier)
+        else:
+            fault = source.fault(local) if isinstance(source, MeasuredSource) else None
+        assert fault is not None, f"row {row} was found to be usable"
+        known = fault.id if fault.id is None or earlier is None else f"{fault.id}#{row}"
+        return Rejection(known or f"row {row}", self.origin(row), fault.reason, fault.detail, epoch)
+
+    def _repetition(self, earlier: int) -> RowFault:
+        remedy = "ids must be unique; rename it or set data.duplicate_ids=keep"
+        return RowFault(None, "duplicate_id", f"{self.origin(earlier)} has this id already, {remedy}")
 
     def origin(self, row: int) -> str:
         """``file:line`` or ``shard.tar:key`` of a row."""
@@ -178,8 +226,60 @@ def index_sources(
         ConfigError: paths that do not exist or have no known format, JSON files that are no list, shards that are cut
             off; all of them at once.
     """
-    problems: list[ConfigProblem] = []
+    found, problems = list_files(configs, survey)
     files: list[IndexedFile] = []
+    for file in found:
+        try:
+            source, hashes = _index_file(file, build, survey)
+        except FILE_ERRORS as error:
+            problems.append(file_problem(file, error))
+            continue
+        files.append(IndexedFile(str(file.path), source, hashes))
+    if problems:
+        raise ConfigError(problems)
+    return files
+
+
+class DataFile(NamedTuple):
+    """A file of rows before it is read.
+
+    Attributes:
+        number: of the source that it belongs to.
+        path: the file.
+        images: folder that image paths are relative to, as configured.
+        name: what default ids start with.
+        kind: "shard", "lines" or "list".
+    """
+
+    number: int
+    path: Path
+    images: str
+    name: str
+    kind: Literal["shard", "lines", "list"]
+
+
+FIXES: Mapping[type[Exception], str] = {
+    ListMalformed: "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself",
+    ShardDamaged: "write the shard again, or move it out of the way: what is lost with it cannot be counted",
+}
+FILE_ERRORS: tuple[type[Exception], ...] = (OSError, *FIXES)
+
+
+def file_problem(file: DataFile, error: Exception) -> ConfigProblem:
+    """What keeps a file from being opened, one of FILE_ERRORS, as it is told."""
+    fix = FIXES.get(type(error), "make it readable for this user")
+    return ConfigProblem(f"data.sources[{file.number}].path", str(file.path), str(error), fix)
+
+
+def list_files(configs: Sequence[SourceConfig], survey: RowSurvey) -> tuple[list[DataFile], list[ConfigProblem]]:
+    """The files of all data sets, in order, and what keeps data sets from being opened; no row is read.
+
+    Args:
+        configs: data sets, in order.
+        survey: counts what of the folders is not used.
+    """
+    problems: list[ConfigProblem] = []
+    files: list[DataFile] = []
     names: set[str] = set()
     for number, config in enumerate(configs):
         found = check_source(number, config)
@@ -189,25 +289,21 @@ def index_sources(
             name = path.stem if path.stem not in names else f"{path.stem}.{len(files)}"
             names.add(name)
             try:
-                source, hashes = _index_file(path, config.images, name, build, survey)
-            except (OSError, _Malformed, ShardDamaged) as error:
-                fix = FIXES.get(type(error), "make it readable for this user")
-                problems.append(ConfigProblem(f"data.sources[{number}].path", str(path), str(error), fix))
-                continue
-            files.append(IndexedFile(str(path), source, hashes))
-    if problems:
-        raise ConfigError(problems)
-    return files
+                files.append(DataFile(number, path, config.images, name, _kind(path, survey)))
+            except OSError as error:
+                problems.append(file_problem(DataFile(number, path, config.images, name, "list"), error))
+    return files, problems
 
 
-class _Malformed(Exception):
-    """A .json file that is not one list."""
-
-
-FIXES: Mapping[type[Exception], str] = {
-    _Malformed: "repair the file, or write one row per line into a .jsonl file, where a broken row costs only itself",
-    ShardDamaged: "write the shard again, or move it out of the way: what is lost with it cannot be counted",
-}
+def _kind(path: Path, survey: RowSurvey) -> Literal["shard", "lines", "list"]:
+    if path.suffix == SHARD:
+        return "shard"
+    if path.suffix == ".jsonl":
+        return "lines"
+    if not is_lines(path):
+        return "list"
+    survey.remark("read as one row per line (.jsonl), which it is", str(path), 1, "file")
+    return "lines"
 
 
 def _files(config: SourceConfig, survey: RowSurvey) -> list[Path]:
@@ -222,17 +318,14 @@ def _files(config: SourceConfig, survey: RowSurvey) -> list[Path]:
     return sorted(path.glob(f"*{SHARD}"))
 
 
-def _index_file(path: Path, images: str, name: str, build: BuildSample, survey: RowSurvey) -> tuple[Source, RowHashes]:
-    if path.suffix == SHARD:
-        return index_shard(path, name, survey, build)
-    ids = RowIds(name, str(path), survey)
-    holds_lines = path.suffix == ".jsonl"
-    if not holds_lines and is_lines(path):
-        survey.remark("read as one row per line (.jsonl), which it is", str(path), 1, "file")
-        holds_lines = True
-    spans = _index_lines(path, ids) if holds_lines else _index_list(path, ids)
+def _index_file(file: DataFile, build: BuildSample, survey: RowSurvey) -> tuple[Source, RowHashes]:
+    if file.kind == "shard":
+        shard, ids = index_shard(file.path, file.name, survey, build)
+        return shard, ids.hashes()
+    ids = RowIds(file.name, str(file.path), survey)
+    spans = _index_lines(file.path, ids) if file.kind == "lines" else _index_list(file.path, ids)
     table = np.frombuffer(spans, np.int64).reshape(-1, 3)
-    return RowFile(str(path), os.path.realpath(images), name, table, build), ids.hashes()
+    return RowFile(str(file.path), os.path.realpath(file.images), file.name, table, build), ids.hashes()
 
 
 @dataclass(frozen=True)
@@ -262,87 +355,28 @@ class RowFile:
     def read(self, row: int) -> Sample:
         offset, length, _ = self.spans[row].tolist()
         fields = parse_row(read_range(self.path, offset, length))
-        images = [locate_image(path, self.images) for path in image_paths(fields)]
-        return self.build(fields, images, default_id(self.name, row), self.origin(row))
+        return self.build(fields, locate_images(fields, self.images), default_id(self.name, row), self.origin(row))
 
 
 def _index_lines(path: Path, ids: RowIds) -> array[int]:
-    """Finds the rows of a JSONL file; blank lines are none. An over-long line is never held in memory whole."""
+    """Finds the rows of a JSONL file."""
     spans = array("q")
-    offset = line = 0
     with open(path, "rb") as file:
-        while start := file.readline(MAX_ROW_BYTES + 1):
-            line += 1
-            length = len(start)
-            if length > MAX_ROW_BYTES:
-                length += _skip_rest(file, start)
-            if start.strip() or length > MAX_ROW_BYTES:
-                spans.extend((offset, length, line))
-                ids.add_encoded(start if length <= MAX_ROW_BYTES else b"", line)
-                ids.add_content(start.strip())
-            offset += length
+        for line in find_lines(file):
+            spans.extend((line.offset, line.length, line.number))
+            ids.add_encoded(line.raw, line.number)
+            ids.add_content(line.start.strip())
     return spans
-
-
-def _skip_rest(file: BinaryIO, chunk: bytes) -> int:
-    """Reads on to the end of the line that ``chunk`` belongs to; returns the bytes read."""
-    skipped = 0
-    while not chunk.endswith(b"\n") and (chunk := file.readline(MAX_ROW_BYTES)):
-        skipped += len(chunk)
-    return skipped
 
 
 def _index_list(path: Path, ids: RowIds) -> array[int]:
     """Finds the rows of a JSON list."""
-    # As Latin-1 a character is a byte, so positions are offsets; JSON's own characters are the same in UTF-8.
-    with open(path, encoding="latin-1", newline="") as file:
-        text = file.read()
     spans = array("q")
-    line, counted = 1, 0
-    try:
-        for row, start, end in _elements(text):
-            line += text.count("\n", counted, start)
-            counted = start
-            spans.extend((start, end - start, line))
-            raw = text[start:end]
-            if raw.isascii():
-                ids.add(row, line)
-            else:
-                ids.add_encoded(raw.encode("latin-1"), line)
-            ids.add_content(raw.encode("latin-1"))
-    except (ValueError, RecursionError) as error:
-        raise _Malformed(f"is no JSON list of rows: {error}") from error
+    for row in find_elements(read_latin(path)):
+        spans.extend((row.offset, row.length, row.number))
+        if row.raw.isascii():
+            ids.add(row.value, row.number)
+        else:
+            ids.add_encoded(row.raw, row.number)
+        ids.add_content(row.raw)
     return spans
-
-
-def _elements(text: str) -> Iterator[tuple[Any, int, int]]:
-    """The elements of a JSON list, one by one: value, start and end.
-
-    Raises:
-        json.JSONDecodeError: the text is not one JSON list; the message has line and column.
-    """
-    decoder = json.JSONDecoder()
-    at = _next(text, len(BOM) if text.startswith(BOM) else 0)
-    if text[at : at + 1] != "[":
-        hint = ", found one object: name the file .jsonl if it holds a row per line" if text[at : at + 1] == "{" else ""
-        raise json.JSONDecodeError(f"Expecting a list{hint}", text, at)
-    at = _next(text, at + 1)
-    more = text[at : at + 1] != "]"
-    while more:
-        value, end = decoder.raw_decode(text, at)
-        yield value, at, end
-        at = _next(text, end)
-        more = text[at : at + 1] == ","
-        if more:
-            at = _next(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-    at = _next(text, at + 1)
-    if at < len(text):
-        raise json.JSONDecodeError("Expecting the end of the file", text, at)
-
-
-def _next(text: str, at: int) -> int:
-    """Position of the next character that is not white space."""
-    match = JSON_SPACE.match(text, at)
-    return match.end() if match else at

@@ -93,7 +93,7 @@ def _find(path: Path) -> Path:
     if folder is None or not (folder / STATE).is_file():
         raise CheckpointError(
             f"{path} is no checkpoint of ours; give the output folder of a run or one of its {CHECKPOINTS}/step_N "
-            "folders (tools/convert.py turns other weights into one)"
+            "folders (sicog convert turns other weights into one)"
         )
     return folder
 

@@ -16,8 +16,9 @@ import torch
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.index.indexed_files import open_index
 from sicog_mcore.data.loader import Loader
-from sicog_mcore.data.packing import PackPlan
+from sicog_mcore.data.plan import PackPlan
 from sicog_mcore.data.quarantine import Quarantine, Rejection
 from sicog_mcore.data.resume import LoaderState, OpenRows, open_rows, reopen_rows
 from sicog_mcore.errors import CheckpointError, ConfigError, DataError, PeerError
@@ -25,7 +26,8 @@ from sicog_mcore.files import append_lines
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.gather import first_failure
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.train.flops import WorkCounts
+from sicog_mcore.train.flops import WorkCounts, pack_cost
+from sicog_mcore.train.index_share import share_index
 from sicog_mcore.train.metrics import drop_steps_from
 
 CONSUMED = "consumed-{}.jsonl"
@@ -59,6 +61,7 @@ class CountingLoader:
             opened.start,
             pin_memory=topology.device.type == "cuda",
             opened=opened,
+            cost=pack_cost(experiment.model, experiment.optim.freeze),
         )
         self._opened = opened
         self._counts = WorkCounts()
@@ -106,22 +109,31 @@ def open_data(
     topology: Topology,
     start: Mapping[str, int] | None = None,
     saved: Mapping[str, Any] | None = None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> OpenRows | None:
     """Opens the data sets on ranks that load, and compares them with those of the checkpoint, if there is one. Collective.
 
     Args:
         start: the position in the checkpoint; None where a run begins.
         saved: what it holds of the data.
+        notice: shows a line to the user.
 
     Raises:
-        ConfigError: they cannot be opened. On all ranks, as is
+        ConfigError: they cannot be opened, or their index would take too long to build. On all ranks, as is
         CheckpointError: they are not what they were.
+        MachineError: the index cannot be written.
     """
+    share_index(experiment, topology, notice)
     opened: OpenRows | None = None
     failure: object = None
     if topology.loads_data:
         try:
-            opened = reopen_rows(experiment, LoaderState(**start), saved or {}) if start else open_rows(experiment)
+            index = open_index(experiment)
+            opened = (
+                reopen_rows(experiment, LoaderState(**start), saved or {}, index)
+                if start
+                else open_rows(experiment, index)
+            )
         except ConfigError as error:
             failure = error.problems
         except CheckpointError as error:

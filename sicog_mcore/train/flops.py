@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from sicog_mcore.config import DecoderConfig, ModelConfig, ModelPart, ResamplerConfig, TowerConfig, TrainConfig
 from sicog_mcore.data.batch import IGNORED_LABEL, PackedBatch
+from sicog_mcore.data.deal import PackCost
 
 CONVENTION = (
     "model FLOPs: tower + resampler + decoder + head on supervised positions; recompute not counted; 1 MAC = 2 FLOP"
@@ -132,6 +133,20 @@ def step_flops(config: ModelConfig, freeze: Collection[ModelPart], counts: WorkC
         _with_backward(tower_forward(config.tower, counts), tower, passes_gradient=False)
         + _with_backward(resampler_forward(config.resampler, config.tower, hidden, counts), resampler, tower)
         + _with_backward(decoder_forward(config.decoder, counts), decoder, tower or resampler)
+    )
+
+
+def pack_cost(config: ModelConfig, freeze: Collection[ModelPart]) -> PackCost:
+    """What tokens, attention and slices of a pack cost in this model, in FLOPs: what is made equal for the replicas.
+
+    A slice counts as a full one, and the head, whose positions are not known before the texts are read, not at all.
+    """
+    patches = (config.tower.image_px // config.tower.patch_px) ** 2
+    slice_counts = WorkCounts(slices=1, patches=patches, squared_patches=(patches + 1) ** 2)
+    return PackCost(
+        token=step_flops(config, freeze, WorkCounts(tokens=1)),
+        attention=step_flops(config, freeze, WorkCounts(squared_tokens=1)),
+        slice=step_flops(config, freeze, slice_counts),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,15 @@ from sicog_mcore.checkpoint.weights import import_init
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.data.encode import Encoder
-from sicog_mcore.data.loader import PackBuilder, WindowPlanner
-from sicog_mcore.data.packing import PackPlan
+from sicog_mcore.data.measure_rows import measure_rows
+from sicog_mcore.data.packing import PackBudgets
+from sicog_mcore.data.plan import PackPlan, make_packs
 from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.resume import EpochRows
+from sicog_mcore.data.row_sizes import USABLE
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
+from sicog_mcore.data.workers import PackBuilder
 from sicog_mcore.errors import ConfigError
 from sicog_mcore.model.loss import supervised_rows
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
@@ -186,10 +190,10 @@ def _open_on_loaders(experiment: Experiment, topology: Topology) -> SampleIndex 
 
 def _plan(experiment: Experiment, samples: SampleIndex, encoder: Encoder) -> tuple[list[PackPlan], list[Rejection]]:
     """All packs, and the rows that cannot be used."""
-    planner = WindowPlanner(EpochRows(samples), encoder, experiment.data, experiment.train.seed)
-    windows = [planner.plan(0, window) for window in range(planner.num_windows(0))]
-    refused = [rejection for window in windows for rejection in window.rejected.values()]
-    return [pack for window in windows for pack in window.packs], refused
+    sizes, refused = measure_rows(samples, encoder)
+    budgets = PackBudgets(experiment.data.token_budget, experiment.data.slice_budget)
+    packs = make_packs(sizes, np.flatnonzero(sizes.reason == USABLE), budgets, (experiment.train.seed, 0, 0))
+    return list(packs), refused
 
 
 def _ask(chunks: Sequence[Any], config: Any, topology: Topology, batches: Sequence[PackedBatch]) -> list[Tensor]:

@@ -77,7 +77,8 @@ def train(build: Build, topology: Topology, command: str, grader: AnswerGrader |
     # Data is opened before the model is built: a wrong path ends the run in seconds, not after loading weights.
     found = store.find()
     saved = store.saved_state(found.step) if found.step is not None else None
-    opened = open_data(experiment, topology, saved.loader, saved.data) if saved else open_data(experiment, topology)
+    place, held = (saved.loader, saved.data) if saved else (None, None)
+    opened = open_data(experiment, topology, place, held, console.notice)
     # The first weights are also the reference of preferences, so these need them on a resumed run too.
     imports = found.step is None or experiment.objective == "dpo"
     model = build_model(build, topology, console.notice, imports)

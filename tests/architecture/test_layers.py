@@ -58,8 +58,15 @@ RULES: tuple[tuple[str, Rule], ...] = (
         ),
     ),
     (
+        "sicog_mcore/data/index/",
+        Rule((*CONTRACTS, "sicog_mcore.data", "sicog_mcore.files"), ("numpy", "xxhash", "pyarrow")),
+    ),
+    (
         "sicog_mcore/data/",
-        Rule((*CONTRACTS, "sicog_mcore.data"), ("torch", "numpy", "PIL", "tokenizers", "sentencepiece", "xxhash")),
+        Rule(
+            (*CONTRACTS, "sicog_mcore.data", "sicog_mcore.files"),
+            ("torch", "numpy", "PIL", "tokenizers", "sentencepiece", "xxhash"),
+        ),
     ),
     ("sicog_mcore/hf/", Rule((), ("torch", "transformers", "numpy", "PIL"))),
     (

@@ -57,7 +57,6 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/commands/gpu_report.py": ("tools/test_gpu_report.py",),
     "sicog_mcore/commands/import_gguf.py": ("tools/test_import_gguf.py",),
     "sicog_mcore/commands/join_records.py": ("tools/test_join_records.py",),
-    "sicog_mcore/commands/loop.py": ("cognition/loop/test_workflow.py",),
     "sicog_mcore/commands/loop_demo_data.py": ("tools/test_prepare_loop_demo.py",),
     "sicog_mcore/commands/report.py": ("tools/test_report.py",),
     "sicog_mcore/commands/score.py": ("tools/test_score.py",),

@@ -23,7 +23,7 @@ LEANS_ON_ANOTHER = re.compile(r"(?:The same|Such|Those|These|Its|Whose)\b")
 # Nothing but an owner: "The embedder's."
 ONLY_AN_OWNER = re.compile(r"(?:\S+ ){0,3}\S+'s\.")
 # Comments that stand in lines of their own, as a share of all lines of the package, as measured; raise it as it grows.
-OWN_LINE_SHARE = 0.019
+OWN_LINE_SHARE = 0.018
 
 
 def first_lines(tree: ast.Module) -> Iterator[tuple[int, str, str]]:

@@ -11,7 +11,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[2]
-DATA = (".json", ".yaml", ".j2", ".css", ".js", ".jpg", ".md")
+DATA = (".json", ".yaml", ".j2", ".css", ".js", ".jpg", ".md", ".typed")
 
 
 @pytest.fixture

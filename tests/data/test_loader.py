@@ -17,10 +17,13 @@ import torch
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.decode import read_bytes
 from sicog_mcore.data.loader import Loader, LoaderState
 from sicog_mcore.data.quarantine import Quarantine
+from sicog_mcore.data.resume import open_rows
+from sicog_mcore.data.sample import ImageRef
 from sicog_mcore.errors import DataError
-from tests.builders import tiny_experiment, write_dataset
+from tests.builders import tiny_experiment, write_dataset, write_image
 
 NUM_SAMPLES = 20
 START = LoaderState()
@@ -109,6 +112,31 @@ def test_resuming_at_any_step_gives_the_identical_next_batches(folder: Path, tmp
         replicas = [open_loader(experiment, tmp_path / "q.jsonl", rank, size, state) for rank in range(size)]
         resumed = [content(next(replicas[i % size])) for i in range(2)]
         assert resumed == stream[2 * step : 2 * step + 2]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_each_image_is_opened_by_one_replica_once_an_epoch(
+    folder: Path, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[int, str]] = []  # replica, image
+    replica = -1
+
+    def read(image: ImageRef) -> bytes:
+        opened.append((replica, image.path))
+        return read_bytes(image)
+
+    whole = tiny_experiment(folder, data={"token_budget": 512}, train={"samples_per_step": 20})  # a step an epoch
+    rows = open_rows(whole)
+    monkeypatch.setattr("sicog_mcore.data.encode.read_bytes", read)
+    for replica in range(size):
+        quarantine = Quarantine(tmp_path / "q.jsonl", 1.0, 10)
+        loader = Loader(whole, replica, size, quarantine, opened=rows)
+        while loader.state().epoch == 0:
+            next(loader)
+        loader.close()
+    images = [image for _, image in opened]
+    assert sorted(images) == sorted(str(path) for path in (folder / "images").iterdir())  # each once, by one replica
+    assert len({number for number, _ in opened}) == size
 
 
 def test_state_inside_a_step_is_its_start(folder: Path, tmp_path: Path) -> None:
@@ -268,3 +296,19 @@ def test_waiting_time_is_measured(folder: Path, tmp_path: Path) -> None:
     loader = open_loader(experiment_on(folder), tmp_path / "q.jsonl")
     next(loader)
     assert loader.wait_s > 0
+
+
+def test_an_image_that_was_replaced_since_it_was_indexed_is_a_bad_row(tmp_path: Path) -> None:
+    write_dataset(tmp_path, NUM_SAMPLES)
+    experiment = experiment_on(tmp_path)
+    opened = open_rows(experiment)
+    changed = next(row for row in range(NUM_SAMPLES) if opened.rows.all.read(row).images)
+    sample = opened.rows.all.read(changed)
+    write_image(Path(sample.images[0].path), 600, 600, seed=1)
+    loader = open_loader(experiment, tmp_path / "q.jsonl")  # opens the index that is there
+    ids = [name for epoch, batch in islice(_with_epoch(loader), 30) if epoch == 0 for name in batch.sample_ids]
+    assert len(ids) == NUM_SAMPLES - 1 and sample.id not in ids
+    first, *_ = (json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines())
+    tokens, slices = opened.rows.all.measures(changed) or (0, 0)
+    assert (first["reason"], first["id"]) == ("row_changed", sample.id)
+    assert f"the index has {tokens} tokens and {slices} slices" in first["detail"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sicog_mcore.config import DataConfig, Experiment, SourceConfig
-from sicog_mcore.data.fingerprint import HARMLESS, TOKENIZER, mark_files, stream_settings
+from sicog_mcore.data.fingerprint import HARMLESS, ORDER, ORDER_VERSION, TOKENIZER, mark_files, stream_settings
 from sicog_mcore.data.loader import Loader
 from sicog_mcore.data.quarantine import Quarantine
 from sicog_mcore.data.resume import NOT_COMPARED, LoaderState, OpenRows, open_rows, reopen_rows
@@ -159,7 +159,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "max_image_px": ({"max_image_px": 10_000}, "data.max_image_px: 50000000 -> 10000"),
     "max_aspect": ({"max_aspect": 2.0}, "data.max_aspect: 200.0 -> 2.0"),
     "seed": ({"train": {"seed": 43}}, "train.seed: 42 -> 43"),
-    "samples_per_step": ({"train": {"samples_per_step": 5}}, "data.window_samples: 8 -> 5"),
+    "samples_per_step": ({"train": {"samples_per_step": 5}}, "train.samples_per_step: 0 -> 5"),
 }
 
 
@@ -201,6 +201,33 @@ def test_another_tokenizer_file_is_refused_and_a_copy_is_not(folder: Path) -> No
     copy.write_text(copy.read_text() + " ")
     with pytest.raises(CheckpointError, match=f"- {TOKENIZER}: "):
         reopen_rows(experiment_on(folder, tokenizer=str(copy.parent)), place, saved)
+
+
+def test_an_older_order_of_packs_ends_with_its_epoch(folder: Path) -> None:
+    experiment = experiment_on(folder)
+    _, place, saved = run(experiment, open_rows(experiment), steps=2)
+    del saved["settings"][ORDER], saved["settings"]["train.samples_per_step"]  # as versions before wrote it
+    saved["settings"]["data.window_samples"] = 512
+    with pytest.raises(CheckpointError) as caught:
+        reopen_rows(experiment, place, saved)
+    _, *changes, remedy = str(caught.value).splitlines()
+    assert changes == ["  - data.window_samples: 512 -> 8", f"  - {ORDER}: 1 -> {ORDER_VERSION}"]
+    assert "data.on_change=restart_epoch, which goes on at the beginning of epoch 1" in remedy
+    opened = reopen_rows(experiment, LoaderState(1, 0, 0), saved)
+    assert opened.notes == () and opened.start == LoaderState(1, 0, 0)
+
+
+def test_other_blocks_of_rows_are_another_order(folder: Path) -> None:
+    experiment = experiment_on(folder)
+    ids, place, saved = run(experiment, open_rows(experiment), steps=2)
+    saved["shards"] = "of other blocks"
+    with pytest.raises(CheckpointError, match=r"other blocks of rows(.|\n)*data.on_change=restart_epoch"):
+        reopen_rows(experiment, place, saved)
+    opened = reopen_rows(experiment_on(folder, on_change="restart_epoch"), place, saved)
+    assert (
+        opened.start == LoaderState(1, 0, 0) and f"{NUM_ROWS - len(ids)} rows of epoch 0 are skipped" in opened.notes[0]
+    )
+    assert reopen_rows(experiment, LoaderState(1, 0, 0), saved).notes == ()
 
 
 @pytest.mark.parametrize("num_new", [1, 50])

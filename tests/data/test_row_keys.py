@@ -230,7 +230,7 @@ def test_system_is_the_system_turn(tmp_path: Path) -> None:
         ({"converstaions": TEXT}, "rename 'converstaions' to 'conversations'"),
         ({"instruction": "q", "input": "", "output": "a"}, "write 'instruction' and 'input' and 'output' as turns"),
         ({"query": "q", "response": "a", "history": [["x", "y"]]}, "write 'query' and 'response' as turns"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "train on it with launch/train_dpo.py"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "train on it with sicog dpo (launch/train_dpo.py)"),
     ],
 )
 def test_row_in_another_form_is_told_what_to_rename(tmp_path: Path, row: dict[str, Any], hint: str) -> None:

@@ -1,31 +1,25 @@
-"""Numbers of rows: the first rows alone keep their shards, the last one cut."""
-
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from sicog_mcore.data.row_sizes import RowSizes
 
 
-def sizes(rows: int, shards: list[int]) -> RowSizes:
-    numbers = np.arange(rows)
+def sizes_of(rows: int, shards: list[int]) -> RowSizes:
     return RowSizes(
-        num_tokens=numbers.astype(np.int32),
-        num_slices=(numbers + 100).astype(np.int32),
-        attention=numbers.astype(np.int64) ** 2,
-        reason=(numbers % 2).astype(np.uint8),
-        is_truncated=numbers % 3 == 0,
-        shards=np.array(shards, np.int64),
+        num_tokens=np.arange(rows, dtype=np.int32),
+        num_slices=np.arange(rows, dtype=np.int32) % 3,
+        attention=np.arange(rows, dtype=np.int64) ** 2,
+        reason=(np.arange(rows) % 2).astype(np.uint8),
+        is_truncated=np.arange(rows) % 5 == 0,
+        shards=np.array(shards),
         reasons=("", "too_long"),
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "shards"), [(10, [0, 4, 7, 10]), (8, [0, 4, 7, 8]), (7, [0, 4, 7]), (3, [0, 3]), (0, [0])]
-)
-def test_the_first_rows_keep_their_numbers_and_shards(rows: int, shards: list[int]) -> None:
-    first = sizes(10, [0, 4, 7, 10]).first(rows)
-    assert len(first) == rows and first.shards.tolist() == shards and first.reasons == ("", "too_long")
-    assert first.num_tokens.tolist() == list(range(rows)) and first.attention.tolist() == [i * i for i in range(rows)]
-    assert len(first.reason) == len(first.is_truncated) == len(first.num_slices) == rows
+def test_the_first_rows_keep_whole_shards_and_cut_the_last_one() -> None:
+    first = sizes_of(10, [0, 4, 8, 10]).first(6)
+    assert len(first) == 6 and first.shards.tolist() == [0, 4, 6] and first.reasons == ("", "too_long")
+    assert first.num_tokens.tolist() == [0, 1, 2, 3, 4, 5] and first.attention.tolist() == [0, 1, 4, 9, 16, 25]
+    assert first.reason.tolist() == [0, 1] * 3 and first.is_truncated.tolist() == [True, *[False] * 4, True]
+    assert sizes_of(10, [0, 4, 8, 10]).first(8).shards.tolist() == [0, 4, 8]

@@ -127,6 +127,8 @@ PROVEN_ELSEWHERE: Mapping[str, str] = {
     "data.worker_timeout_s": "data/test_loader.py",
     "data.bad_window": "data/test_quarantine.py",
     "data.on_change": "data/test_resume.py",
+    "data.index": "data/index/test_build_index.py",
+    "data.index_limit_s": "train/test_index_share.py",
     "parallel.tensor": "e2e/test_layouts.py",
     "parallel.pipeline": "e2e/test_layouts.py",
     "parallel.virtual_pipeline": "e2e/test_layouts.py",

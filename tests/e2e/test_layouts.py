@@ -34,7 +34,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _experiment(data: Path, output: Path, **overrides: Any) -> Experiment:
     train = {"steps": STEPS, "packs_per_step": 4, "tensorboard": False} | overrides.pop("train", {})
-    return tiny_experiment(data, output=str(output), train=train, data={"token_budget": 512}, **overrides)
+    # At the preset's rate the weights overshoot in step 2, and the large gradient of step 3 magnifies rounding.
+    optim = {"lr": 5e-4}
+    return tiny_experiment(data, output=str(output), train=train, data={"token_budget": 512}, optim=optim, **overrides)
 
 
 @pytest.fixture(scope="module")

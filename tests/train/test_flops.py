@@ -7,11 +7,13 @@ import torch
 
 from sicog_mcore.config import ModelPart, TrainConfig
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.plan import PackPlan
 from sicog_mcore.presets import uhd_qwen2_7b
 from sicog_mcore.train.flops import (
     CONVENTION,
     WorkCounts,
     decoder_forward,
+    pack_cost,
     peak_tflops,
     resampler_forward,
     step_flops,
@@ -40,6 +42,14 @@ def sample(slices: int, patches: int, prompt: int, answer: int) -> WorkCounts:
 ALIGN = sample(slices=1, patches=560, prompt=30, answer=20)
 RECAPTION = sample(slices=5, patches=545, prompt=40, answer=200)
 TEXT = sample(slices=0, patches=0, prompt=100, answer=300)
+
+
+@pytest.mark.parametrize("freeze", [(), ("tower",), ("tower", "decoder")])
+def test_the_cost_of_a_pack_is_the_flops_of_its_samples_without_the_head(freeze: tuple[ModelPart, ...]) -> None:
+    samples = [sample(slices=3, patches=576, prompt=40, answer=0), sample(slices=0, patches=0, prompt=700, answer=0)]
+    counts = samples[0] + samples[1]
+    plan = PackPlan(0, 0, 0, (0, 1), counts.tokens, counts.slices, counts.squared_tokens)
+    assert pack_cost(MODEL, freeze).of(plan) == step_flops(MODEL, freeze, counts)
 
 
 def test_tower_forward_of_a_full_slice_is_366_gigaflop() -> None:
