@@ -108,7 +108,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (
         "examples/micro_loop/",
         Rule(
-            (*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.cognition"),
+            (*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.cognition", "sicog_mcore.commands"),
             ("examples.micro_loop", "torch", "numpy", "scipy", "sklearn", "PIL", "tokenizers", "rich"),
         ),
     ),
