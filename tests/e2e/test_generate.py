@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.records import Generation, read_records
+from sicog_mcore.commands.parser import read_options
 from sicog_mcore.config import Experiment
 from tests.answering import arguments, write_checkpoint, write_items
 from tests.builders import tiny_experiment
@@ -35,13 +36,10 @@ def _write(rank: Rank, experiment: Experiment, folder: Path) -> None:
 
 def _generate(rank: Rank, words: list[list[str]]) -> None:
     """Several runs after each other on the same ranks."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
-    from generate import read_options
-
     from sicog_mcore.cognition.generation.generate import run
 
     for number, each in enumerate(words):
-        options, _ = read_options(each)
+        options = read_options(GenerationOptions, each)
         run(options, rank.world_size, rank.rank, f"{rank.init_method}-{number}")
 
 
