@@ -32,7 +32,7 @@ def greedy(
     while len(answer) < most and not ends & set(answer):
         tokens = torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)])
         batch = collate(
-            [replace(prompt, tokens=tokens, labels=torch.full_like(tokens, -100))],
+            [replace(prompt, tokens=tokens, labels=torch.full_like(tokens, -100), segments=())],
             token_budget=len(tokens),
             pad_id=chat.pad_id,
             queries=experiment.model.resampler.queries,

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from examples.micro_loop.plan import Lane
+from examples.micro_loop.plan import Lane, ScriptOptions
 from sicog_mcore.cognition.loop.loop_console import LiveLine
 from sicog_mcore.cognition.loop.runner import StepRunner
-from sicog_mcore.cognition.loop.steps import FOLDER, Stamps
+from sicog_mcore.cognition.loop.steps import FOLDER, Stamps, WorkflowStep
+from sicog_mcore.commands.loop import step_words
 
 PROJECT = Path(__file__).parents[2]
 
@@ -53,8 +54,15 @@ class _LaneLine(LiveLine):
         super().say(f"{self._title} {text}")
 
 
+def words_of(step: WorkflowStep) -> list[str]:
+    """The words that start a step, behind the interpreter: a script of the experiment, or a verb."""
+    if isinstance(step.options, ScriptOptions):
+        return [str(PROJECT / step.verb[0]), *step.options.given]
+    return step_words(step)
+
+
 def _run(lane: Lane) -> int:
-    return StepRunner(PROJECT, lane.folder, 1, _LaneLine(lane)).run_all(lane.steps)
+    return StepRunner(words_of, lane.folder, 1, _LaneLine(lane)).run_all(lane.steps)
 
 
 def seconds_of(lanes: Sequence[Lane]) -> float:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from examples.micro_loop.digits import SIZES
+from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.loop.steps import WorkflowStep
+from sicog_mcore.cognition.step_options import CurateOptions, CurationRules, ScoreOptions, TrainingOptions
+from sicog_mcore.rollout.requests import Sampling
 
 CONFIG = Path(__file__).with_name("model.yaml")
 TAUS = ("0.8", "0.9", "0.95")
@@ -65,6 +68,17 @@ FAST = Regime(
     sizes={"labelled": 300, "unlabelled": 400, "validation": 100, "test": 100},
     arms=(BASE, EQUAL, "curated 0.8"),
 )
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """Words for one of the experiment's own scripts, which is no verb.
+
+    Attributes:
+        given: as on a command line.
+    """
+
+    given: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -122,27 +136,11 @@ class _Seed:
     def first(self) -> Iterator[WorkflowStep]:
         """All that arms share: task, first weights, the base model, its candidates, and what is kept of them."""
         sizes, renderings = json.dumps(dict(self.regime.sizes)), str(self.regime.renderings)
-        command = (
-            "examples/micro_loop/digits.py",
-            "--seed",
-            str(self.seed),
-            "--sizes",
-            sizes,
-            "--renderings",
-            renderings,
-        )
-        yield WorkflowStep(name="task", command=(*command, "--out", str(self.task)), outputs=(self.task,))
+        words = ("--seed", str(self.seed), "--sizes", sizes, "--renderings", renderings, "--out", str(self.task))
+        yield script_step("task", "digits.py", words, (), self.task)
         out = self.home / "weights"
-        command = (
-            "examples/micro_loop/weights.py",
-            "--config",
-            str(CONFIG),
-            "--seed",
-            str(self.seed),
-            "--out",
-            str(out),
-        )
-        yield WorkflowStep(name="weights", command=command, inputs=(CONFIG,), outputs=(out,))
+        words = ("--config", str(CONFIG), "--seed", str(self.seed), "--out", str(out))
+        yield script_step("weights", "weights.py", words, (CONFIG,), out)
         yield from self.arm(BASE)
         if any(map(is_written, self.sources)):
             yield from self.candidates()
@@ -156,14 +154,14 @@ class _Seed:
                 yield self.curate(f"curated-{tau}", "candidates", "scores", tau)
         if "uncurated" in self.sources:
             given, out = self.records("candidates"), self.records("first")
-            command = ("examples/micro_loop/first_candidate.py", "--generations", str(given), "--out", str(out))
-            yield WorkflowStep(name="first", command=command, inputs=(given,), outputs=(out,))
+            words = ("--generations", str(given), "--out", str(out))
+            yield script_step("first", "first_candidate.py", words, (given,), out)
             yield self.score("first-scores", "first")
             yield self.curate("uncurated", "first", "first-scores", "-1")
         if f"curated-views-{VIEWS_TAU}" in self.sources:
             out = self.home / "views"
-            command = ("examples/micro_loop/digits.py", "--seed", str(self.seed), "--views-of", str(self.task))
-            yield WorkflowStep(name="views", command=(*command, "--out", str(out)), inputs=(self.task,), outputs=(out,))
+            words = ("--seed", str(self.seed), "--views-of", str(self.task), "--out", str(out))
+            yield script_step("views", "digits.py", words, (self.task,), out)
             yield self.generate("view-candidates", out)
             yield self.score("view-scores", "candidates", self.records("view-candidates"))
             yield self.curate(f"curated-views-{VIEWS_TAU}", "candidates", "view-scores", VIEWS_TAU)
@@ -172,19 +170,28 @@ class _Seed:
         return self.home / step / ("scores.jsonl" if step.endswith("scores") else "generations.jsonl")
 
     def generate(self, step: str, images: Path) -> WorkflowStep:
-        draws = (f"cod={self.regime.candidates}", f"caption={self.regime.candidates}")
-        out, rows = self.home / step, self.task / "unlabelled.jsonl"
-        return self.answers(
-            step, out, BASE, rows, images, ("--prompts", *draws, "--temperature", str(self.regime.temperature))
-        )
+        prompts = (("cod", self.regime.candidates), ("caption", self.regime.candidates))
+        run, rows = self.home / slug(BASE) / "stage2", self.task / "unlabelled.jsonl"
+        return self.answers(self.home / step, run, rows, images, prompts, self.regime.temperature)
 
-    def answers(self, step: str, out: Path, arm: str, rows: Path, images: Path, draw: tuple[str, ...]) -> WorkflowStep:
-        run = self.home / slug(arm) / "stage2"
-        draw = (*draw, "--top-p", "1", "--top-k", "0", "--max-new-tokens", str(LONGEST), "--seed", str(self.seed))
-        inputs = ("--checkpoint", str(run), "--rows", str(rows), "--images", str(images))
+    def answers(
+        self, out: Path, run: Path, rows: Path, images: Path, prompts: tuple[tuple[str, int], ...], temperature: float
+    ) -> WorkflowStep:
+        """The step is named like the folder of its records."""
+        options = GenerationOptions(
+            checkpoint=run,
+            rows=(rows,),
+            images=images,
+            prompts=prompts,
+            sampling=Sampling(temperature, 1.0, 0, LONGEST),
+            seed=self.seed,
+            out=out,
+            batch=BATCH,
+        )
         return WorkflowStep(
-            name=step,
-            command=("launch/generate.py", *inputs, *draw, "--batch", str(BATCH), "--out", str(out)),
+            name=out.name,
+            verb=("generate",),
+            options=options,
             inputs=(run, rows),
             images=(images,),
             outputs=(out / "generations.jsonl",),
@@ -193,27 +200,20 @@ class _Seed:
 
     def score(self, step: str, generations: str, view: Path | None = None) -> WorkflowStep:
         given, out = self.records(generations), self.records(step)
-        views = ("--views", f"shifted={view}") if view else ()
-        command = ("tools/score.py", "--generations", str(given), *views, "--out", str(out))
-        return WorkflowStep(name=step, command=command, inputs=(given, *([view] if view else [])), outputs=(out,))
+        views = (f"shifted={view}",) if view else ()
+        options = ScoreOptions(generations=given, views=views, out=out)
+        inputs = (given, *([view] if view else []))
+        return WorkflowStep(name=step, verb=("score",), options=options, inputs=inputs, outputs=(out,))
 
     def curate(self, step: str, generations: str, scores: str, tau: str) -> WorkflowStep:
         files, out = (self.records(generations), self.records(scores)), self.home / KEPT / step
         # The pictures are so alike that filters against repetition would keep one of each digit.
-        filters = ("--image-radius", "-1", "--text-similarity", "0", "--min-share", "0", "--forms", "chain", "plain")
-        command = (
-            "tools/curate.py",
-            "--round",
-            str(out),
-            "--images",
-            str(self.task),
-            "--source",
-            *map(str, files),
-            tau,
-        )
+        rules = CurationRules(image_radius=-1, text_similarity=0.0, min_share=0.0, forms=("chain", "plain"))
+        source = (str(files[0]), str(files[1]), tau)
         return WorkflowStep(
             name=step,
-            command=(*command, *filters),
+            verb=("curate",),
+            options=CurateOptions(round=out, images=self.task, source=(source,), rules=rules),
             inputs=files,
             images=(self.task,),
             outputs=(out / "decisions.jsonl", out / "curated"),
@@ -228,21 +228,26 @@ class _Seed:
             yield self.train(home / "stage15", ARMS[arm], start, regime.pretrain_steps)
             start = home / "stage15"
         yield self.train(home / "stage2", ("labelled",), start, steps)
-        for rows, prompts in ((self.split, ("caption=1", "cod=1")), (f"{self.split}_questions", ("direct=1",))):
-            draw = ("--prompts", *prompts, "--temperature", "0")
-            yield self.answers(rows, home / rows, arm, self.task / f"{rows}.jsonl", self.task, draw)
+        asked = ((self.split, (("caption", 1), ("cod", 1))), (f"{self.split}_questions", (("direct", 1),)))
+        for name, prompts in asked:
+            yield self.answers(home / name, home / "stage2", self.task / f"{name}.jsonl", self.task, prompts, 0.0)
 
     def train(self, out: Path, sources: tuple[str, ...], start: Path, steps: int) -> WorkflowStep:
-        script = {"stage15": "launch/pretrain_stage15.py", "stage2": "launch/finetune_stage2.py"}[out.name]
+        verb = {"stage15": "pretrain", "stage2": "finetune"}[out.name]
         files = [self.rows(source) for source in sources]
-        rows = json.dumps([{"path": str(file), "images": str(self.task)} for file in files])
         tokenizer = self.task / "tokenizer.json"
-        places = ("--config", str(CONFIG), "--output", str(out), "--init.checkpoint", str(start))
-        data = ("--data.sources", rows, "--data.tokenizer", str(tokenizer))
-        schedule = ("--train.steps", str(steps), "--train.seed", str(self.seed))
+        values = {
+            "output": str(out),
+            "init.checkpoint": str(start),
+            "data.sources": [{"path": str(file), "images": str(self.task)} for file in files],
+            "data.tokenizer": str(tokenizer),
+            "train.steps": steps,
+            "train.seed": self.seed,
+        }
         return WorkflowStep(
             name=out.name,
-            command=(script, *places, *data, *schedule),
+            verb=(verb,),
+            options=TrainingOptions(config=(str(CONFIG),), values=values),
             inputs=(CONFIG, start, tokenizer, *files),
             images=(self.task,),
             outputs=(out,),
@@ -252,3 +257,9 @@ class _Seed:
         if is_written(source):
             return self.home / KEPT / source / "curated" / "train.jsonl"
         return self.task / {"labelled": "labelled.jsonl", "truth": "unlabelled_truth.jsonl"}[source]
+
+
+def script_step(name: str, script: str, words: tuple[str, ...], inputs: tuple[Path, ...], out: Path) -> WorkflowStep:
+    """A step of one of the experiment's own scripts, which lie beside this file."""
+    verb = (f"examples/micro_loop/{script}",)
+    return WorkflowStep(name=name, verb=verb, options=ScriptOptions(words), inputs=inputs, outputs=(out,))

@@ -20,7 +20,7 @@ class VerbEntry:
     """One verb of the command.
 
     Attributes:
-        file: name of the file below sicog_mcore/commands that holds ``VERB``.
+        file: name of the module below sicog_mcore/commands that holds ``VERB``.
         script: the file of launch/ or tools/ that does the same, empty where there is none.
         holder: the name in the module, where it holds several verbs.
     """

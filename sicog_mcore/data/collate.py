@@ -27,7 +27,7 @@ def collate(
         patch_dim: width of a patch row.
 
     Raises:
-        ValueError: the samples are longer than the stream, contradict themselves, or only some of them are pairs.
+        ValueError: the samples are longer than the stream, or contradict themselves.
     """
     lengths = [len(sample.tokens) for sample in samples]
     num_tokens = sum(lengths)
@@ -35,11 +35,10 @@ def collate(
         ids = [sample.id for sample in samples]
         raise ValueError(f"samples {ids} have {num_tokens} tokens, at most {token_budget} fit; did a file change?")
     tail = token_budget - num_tokens
-    inside = [length for sample in samples for length in sample.pair_lengths or (len(sample.tokens),)]
+    answers = [segment for sample in samples for segment in sample.segments]
+    inside = [segment.length for segment in answers]
     segments = [*inside, *_cut(tail, max(inside, default=tail))]
-    num_pairs = sum(bool(sample.pair_lengths) for sample in samples)
-    if num_pairs not in (0, len(samples)):
-        raise ValueError(f"{num_pairs} of {len(samples)} samples are preference pairs, expected all or none")
+    weights = [segment.weight for segment in answers]
     first_tokens = _starts(lengths)
     first_rows = _starts([len(sample.grids) * queries for sample in samples])
     slots = [sample.image_slots + start for sample, start in zip(samples, first_tokens, strict=True)]
@@ -54,10 +53,12 @@ def collate(
         grids=torch.cat([no_grids, *(sample.grids for sample in samples)]),  # [k, 2]
         image_slots=torch.cat([_filled(0, 0), *slots]),  # [m]
         visual_rows=torch.cat([_filled(0, 0), *rows]),  # [m]
+        group_sizes=torch.tensor([len(sample.segments) for sample in samples], dtype=torch.int64),  # [g]
         num_tokens=num_tokens,
         num_images=sum(sample.num_images for sample in samples),
         sample_ids=tuple(sample.id for sample in samples),
-        num_pairs=num_pairs,
+        max_seqlen=max(segments),
+        segment_weights=torch.tensor([] if all(weight == 1 for weight in weights) else weights, dtype=torch.float64),
     )
     return batch.validate(queries)
 
@@ -67,7 +68,7 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _cut(tail: int, longest: int) -> list[int]:
-    """Padding as segments no longer than a conversation: attention costs the square, or pads all to the longest."""
+    """Padding as segments no longer than a segment: attention costs the square, or pads all to the longest."""
     return [min(longest, tail - start) for start in range(0, tail, longest)] if tail else []
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sicog_mcore.config import DataConfig, ModelConfig
-from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample
+from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, Segment
 from sicog_mcore.data.chat import IMAGE_MARKER, Chat, ChatTokens, find_separators
 from sicog_mcore.data.decode import decode_image, read_bytes, read_size, read_stored_size
 from sicog_mcore.data.pairs import conversations
@@ -34,9 +34,9 @@ class Measured:
     """What a sample takes of the budgets.
 
     Attributes:
-        num_tokens: tokens with visual ones, of both conversations of a pair.
-        num_slices: slices, once for all conversations.
-        attention: sum of the squared lengths of the conversations (tokens squared).
+        num_tokens: tokens with visual ones, of all its answer segments.
+        num_slices: slices, once for all segments.
+        attention: sum of the squared lengths of the segments (tokens squared).
         image_sizes: upright size of each image (px).
     """
 
@@ -115,7 +115,7 @@ class Encoder:
         images = [read_bytes(image) for image in sample.images]
         plans = [self._plan(image) for image in images]
         streams = self._fit([self._write(chat, plans) for chat in chats])
-        return self._assemble(sample.id, streams, plans, self._cut(images, plans))
+        return self._assemble(sample.id, streams, plans, self._cut(images, plans), sample.weights)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The sample without its last answer, open for generation; no position is supervised.
@@ -200,9 +200,18 @@ class Encoder:
         )
 
     def _assemble(
-        self, id: str, streams: Sequence[_Stream], plans: Sequence[SlicePlan], patches: Tensor
+        self,
+        id: str,
+        streams: Sequence[_Stream],
+        plans: Sequence[SlicePlan],
+        patches: Tensor,
+        weights: Sequence[float] = (),
     ) -> EncodedSample:
-        """The conversations of a sample one after the other; all of them show the same slices."""
+        """The conversations of a sample one after the other; all of them show the same slices.
+
+        Args:
+            weights: one for each stream; () where all are 1.
+        """
         stream = _join(streams)
         is_visual = stream.rows != TEXT
         return EncodedSample(
@@ -214,7 +223,10 @@ class Encoder:
             image_slots=torch.from_numpy(np.flatnonzero(is_visual)),
             visual_rows=torch.from_numpy(stream.rows[is_visual]),
             num_images=len(plans),
-            pair_lengths=tuple(len(part.tokens) for part in streams) if len(streams) > 1 else (),
+            segments=tuple(
+                Segment(len(part.tokens), weight)
+                for part, weight in zip(streams, weights or [1.0] * len(streams), strict=True)
+            ),
         )
 
     def _plan(self, image: bytes) -> SlicePlan:
@@ -256,7 +268,7 @@ class Encoder:
     def _fit(self, streams: list[_Stream]) -> list[_Stream]:
         """Holds a sample's streams against the token budget and makes sure that something is left to learn.
 
-        A pair is never cut: its loss compares whole answers.
+        A group of several answers is never cut: its loss compares whole answers.
         """
         length, limit = _length(streams), self._data.token_budget
         if length > limit:

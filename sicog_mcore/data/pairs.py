@@ -1,6 +1,6 @@
 """Rows of preference pairs: one question, a better and a worse answer.
 
-In: a row {id, image, prompt | conversations, chosen, rejected}   Out: Sample with ``rejected``   Next: encode.py
+In: a row {id, image, prompt | conversations, chosen, rejected}   Out: Sample with one further answer   Next: encode.py
 A prompt is a text, or the turns before the answer in LLaVA form; an answer is a text, or a turn of the assistant.
 Everything else about a row is as in rows.py.
 Further reasons: pair_equal, prompt_ambiguous.
@@ -44,14 +44,12 @@ def build_pair(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origi
     )
     if chosen.turns[-1].text.strip() == rejected.turns[-1].text.strip():
         raise SampleError("pair_equal", "chosen and rejected are the same text; remove the row")
-    return replace(chosen, rejected=rejected.turns[-1].text)
+    return replace(chosen, answers=(rejected.turns[-1].text,))
 
 
 def conversations(sample: Sample) -> list[tuple[Turn, ...]]:
-    """What the model reads of a sample: its turns; of a pair first with the chosen, then with the rejected answer."""
-    if not sample.rejected:
-        return [sample.turns]
-    return [sample.turns, (*sample.turns[:-1], Turn("assistant", sample.rejected))]
+    """What the model reads of a sample: its turns, and the same turns with each further answer as the last one."""
+    return [sample.turns, *((*sample.turns[:-1], Turn("assistant", text)) for text in sample.answers)]
 
 
 def _prompt(row: JsonRow, num_images: int) -> list[object]:

@@ -7,6 +7,7 @@ A key is looked up by its letters and digits alone, so that "Image_Path", "image
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from reprlib import Repr
@@ -74,6 +75,9 @@ LEARNING: Mapping[str, int | None] = {
     **dict.fromkeys(("lossmask", "trainon", "lossweights", "weights"), None),
 }
 LABEL = "label"
+# Optional key of a row that is no pair: by which number the losses of its answers are multiplied, in a mean over tokens
+# whose weights are divided by. It stands in no set of used keys, because its value decides whether it may be used.
+WEIGHT = "weight"
 NAMED = PICTURE | PICTURES | FILM_OR_SOUND | DIALOGUE | HISTORY | SYSTEM | TOOLS | PREFERENCE | {LABEL, *LEARNING}
 # Question and answer in fields of their own; beside ``conversations`` they are what it was made of.
 TEXTS = ("instruction", "input", "output", "query", "response", "prompt", "completion", "question", "answer", "text")
@@ -96,6 +100,7 @@ MAX_LOOKED_AT = 1000  # elements of one value
 MAX_FAULTS = 3
 EMPTY_TEXTS = ("[]", "{}")
 LEARNT_ANYWAY = "what is learnt cannot be chosen: every answer is, and nothing else; remove the key or the row"
+WEIGHT_REMEDY = "the losses of the row's answers are multiplied by it; change, rename or remove the key"
 LLAVA_EXAMPLE = '"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
 
 
@@ -133,6 +138,7 @@ def unused_keys(row: Mapping[str, Any], used: frozenset[str], has_images: bool) 
     own = CURATED if row.keys() >= CURATED else frozenset()
     for key, value in row.items():
         is_known = key in used or key in own or key in IGNORED or (has_images and key in IGNORED_BESIDE_IMAGE)
+        is_known = is_known or (key == WEIGHT and "rejected" not in used)
         if not is_known and not is_empty(value):
             yield key
 
@@ -188,6 +194,12 @@ def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[KeyFault]:
     return faults
 
 
+def row_weight(row: Mapping[str, Any]) -> float:
+    """The weight of a row whose keys have no fault; 1 where it names none."""
+    value = row.get(WEIGHT)
+    return 1.0 if is_empty(value) else float(value)  # type: ignore[arg-type]  # row_faults has seen it
+
+
 def suggestion(row: Mapping[str, Any], wanted: str) -> str:
     """Which key may be meant where ``wanted`` is missing, as an end of a sentence; empty if none looks like it."""
     plain = {_plain(key): key for key in list(row)[:MAX_LOOKED_AT]}
@@ -213,6 +225,8 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
     """Why the row cannot be used with this key; empty if it can."""
     plain, value = _plain(key), row[key]
     name = f"the key {key[:MAX_KEY_CHARS]!r}"
+    if key == WEIGHT and "rejected" not in used:
+        return "" if _is_weight(value) else f"{name} is {shown(value)}, expected a positive number; {WEIGHT_REMEDY}"
     if plain in used and plain != "id":  # all used keys are plain themselves
         return "" if row.get(plain) == value else f"{name} is not known; rename it to {plain!r}"
     if plain not in NAMED:
@@ -248,6 +262,13 @@ def _preference_fault(name: str, used: frozenset[str]) -> str:
     if "rejected" in used:
         return f"{name} is not known; pairs have the keys 'chosen' and 'rejected'"
     return f"{name} belongs to preference data; train on it with sicog dpo (launch/train_dpo.py), or remove the key"
+
+
+def _is_weight(value: object) -> bool:
+    """Whether a value is a positive number that is finite as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _is_neutral(plain: str, value: object, is_answer: bool) -> bool:

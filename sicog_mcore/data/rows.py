@@ -28,6 +28,7 @@ from sicog_mcore.data.row_keys import (
     MAX_KEY_CHARS,
     ROW_KEYS,
     row_faults,
+    row_weight,
     shown,
     shown_keys,
     suggestion,
@@ -217,7 +218,7 @@ def build_sample(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, ori
     """Checks a row and gives it its meaning.
 
     A turn with exactly one ``<image>`` that does not start with it gets it moved to its start, followed by a newline.
-    The field ``system`` becomes the system turn.
+    The field ``system`` becomes the system turn, and the number in ``weight`` the weight of the answers' losses.
 
     Args:
         row: the parsed row.
@@ -232,7 +233,8 @@ def build_sample(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, ori
     if "conversations" not in row:
         raise SampleError("field_missing", missing(row, "conversations", ROW_KEYS, len(images)))
     check_keys(row, ROW_KEYS, len(images))
-    return build_dialogue(row, images, fallback_id, origin)
+    sample, weight = build_dialogue(row, images, fallback_id, origin), row_weight(row)
+    return sample if weight == 1 else replace(sample, weights=(weight,))
 
 
 def build_dialogue(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:

@@ -47,11 +47,14 @@ class Sample:
     Attributes:
         id: unique in the run; the key of every record about this sample.
         origin: ``file:line`` (or ``shard.tar:member``) for error messages.
-        rejected: of a preference pair, the answer that is worse than the last turn's; empty for all other rows.
+        answers: further answers to what the last turn answers: of a preference pair the rejected one, of candidates all but
+            the first; nothing in most rows.
+        weights: of the loss of each answer, the last turn's first; () where all are 1.
     """
 
     id: str
     origin: str
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...] = ()
-    rejected: str = ""
+    answers: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()

@@ -5,15 +5,21 @@ In: logits [t_s, 1, v / tensor]   Out: (loss_sum, count); train/step.py divides 
 
 from __future__ import annotations
 
+import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from sicog_mcore.data.batch import IGNORED_LABEL
+from sicog_mcore.data.batch import IGNORED_LABEL, PackedBatch
 
 
 def supervised_rows(labels: Tensor) -> Tensor:
     """Returns the positions that have something to predict: int64 [t_s], of labels [t]."""
     return (labels != IGNORED_LABEL).nonzero().squeeze(-1)
+
+
+def owners(batch: PackedBatch, rows: Tensor) -> Tensor:
+    """The segment that each position belongs to: int64 in the shape of ``rows``; a search, nothing waits for the device."""
+    return torch.searchsorted(batch.cu_seqlens.long(), rows, right=True) - 1
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -61,6 +61,11 @@ class TrainableModel:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies all gradients of this rank, after they were summed over ranks and before they are clipped."""
+        for chunk in self.wrapped:
+            chunk.scale_gradients(factor)
+
     def set_learning_rate(self, lr: float) -> None:
         """Gives each group its share of the scheduled learning rate and of the weight decay."""
         for group in self.optimizer.param_groups:

@@ -1,37 +1,45 @@
 """One loader per model copy; its batches handed to every tensor-parallel and pipeline rank of that copy.
 
-In: PackedBatch on the loading rank   Out: the same PackedBatch on all ranks of the copy   Next: train/step.py
-Pixels go to the first pipeline stage only, as uint8. A failure of the loader reaches every rank as the same error instead
-of leaving the others to wait. As long as the loader takes, the others are told so again and again: a slow loader has a time
-limit of its own (``data.worker_timeout_s``) and is no collective that hangs.
+In: PackedBatch on the loading rank   Out: the same PackedBatch in host memory on all ranks of the copy   Next: ahead.py
+One broadcast between host memories brings everything but pixels: all ranks know the most that a batch may hold, so its
+sizes need no message of their own, and are known without asking a device. Pixels follow in ahead.py, to the first pipeline
+stage only. A failure of the loader reaches every rank as the same error instead of leaving the others to wait. As long as
+the loader takes, the others are told so again and again: a slow loader has a time limit of its own
+(``data.worker_timeout_s``) and is no collective that hangs.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.data.wire import most_words, num_pixel_bytes, pack, unpack, without_pixels
 from sicog_mcore.errors import DataError, PeerError
 from sicog_mcore.parallel.topology import Topology
 
-HEADER_FIELDS = (
-    11  # what it is, ends_step, t, n + 1, p, k, m, length of pair_reference, num_tokens, num_images, num_pairs
-)
-BATCH, FAILED, NOT_YET = 0, 1, 2  # what a header announces
+ANNOUNCEMENT = 2  # words before the batch: what it is, and ends_step
+BATCH, FAILED, NOT_YET = 0, 1, 2  # what it may be
 NOT_YET_EVERY_S = 5.0  # or more often, where collectives may not take long
 
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a receiving rank must know beforehand: the width of a patch row."""
+    """What a receiving rank must know beforehand: the budgets, which bound every size of a batch."""
 
-    patch_dim: int
+    token_budget: int
+    slice_budget: int
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> BatchSpec:
+        """The budgets of a run."""
+        return cls(experiment.data.token_budget, experiment.data.slice_budget)
 
 
 class StepwiseLoader(Protocol):
@@ -46,7 +54,7 @@ class StepwiseLoader(Protocol):
 
 
 class BatchDistributor:
-    """Iterator of PackedBatch on this rank's device, equal on all ranks of a model copy.
+    """Iterator of PackedBatch in host memory, equal on all ranks of a model copy but for pixels and sample ids.
 
     Args:
         loader: the data loader on the rank where ``topology.loads_data``; None elsewhere.
@@ -54,9 +62,9 @@ class BatchDistributor:
 
     def __init__(self, topology: Topology, spec: BatchSpec, loader: StepwiseLoader | None):
         self.topology = topology
-        self.spec = spec
         self.loader = loader
         self.ends_step = True  # whether the last batch was the last one of an optimiser step
+        self._num_words = ANNOUNCEMENT + most_words(spec.token_budget, spec.slice_budget)
 
     def __iter__(self) -> BatchDistributor:
         return self
@@ -76,7 +84,7 @@ class BatchDistributor:
     def _load(self) -> tuple[PackedBatch | None, DataError | None]:
         assert self.loader is not None
         try:
-            batch = next(self.loader).to(self.topology.device)
+            batch = next(self.loader)
             self.ends_step = self.loader.ends_step
             return batch, None
         except DataError as error:
@@ -88,14 +96,9 @@ class BatchDistributor:
         failures: list[RuntimeError] = []
 
         def tell() -> None:
-            device = self.topology.device
             try:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)  # a new thread starts on device 0
                 while not loaded.wait(min(NOT_YET_EVERY_S, self.topology.config.timeout_s / 3)):
-                    header = torch.zeros(HEADER_FIELDS, dtype=torch.int64, device=device)
-                    header[0] = NOT_YET
-                    self._broadcast(header, self.topology.groups.mp)
+                    self._broadcast(self._announce(NOT_YET))
                     self.topology.watch.beat()
             except RuntimeError as error:
                 failures.append(error)
@@ -113,51 +116,30 @@ class BatchDistributor:
         return batch, error
 
     def _share(self, batch: PackedBatch | None, error: DataError | None) -> PackedBatch:
-        header = torch.zeros(HEADER_FIELDS, dtype=torch.int64, device=self.topology.device)
-        if error is not None:
-            header[0] = FAILED
+        """One broadcast, unless the loader takes long: the loading rank's batch or failure reaches the others."""
+        words = self._announce(BATCH if error is None else FAILED)
         if batch is not None:
-            rows = (batch.tokens, batch.cu_seqlens, batch.patches, batch.grids, batch.image_slots, batch.pair_reference)
-            counts = [batch.num_tokens, batch.num_images, batch.num_pairs]
-            header[1] = self.ends_step
-            header[2:] = torch.tensor([x.shape[0] for x in rows] + counts)
-        self._broadcast(header, self.topology.groups.mp)
-        while header[0] == NOT_YET:
+            words[1] = self.ends_step
+            pack(batch, words[ANNOUNCEMENT:])
+        self._broadcast(words)
+        while words[0] == NOT_YET:
             self.topology.watch.beat()
-            self._broadcast(header, self.topology.groups.mp)
-        kind, ends_step, t, n, p, k, m, references, num_tokens, num_images, num_pairs = header.tolist()
-        self.ends_step = bool(ends_step)
-        if kind == FAILED:
+            self._broadcast(words)
+        if words[0] == FAILED:
             raise error or PeerError("the data loader of this model copy failed; its own rank says why")
-        new = self._empty
-        batch = batch or PackedBatch(
-            tokens=new(t),
-            labels=new(t),
-            positions=new(t),
-            cu_seqlens=new(n, dtype=torch.int32),
-            patches=new(p if self.topology.is_first_stage else 0, self.spec.patch_dim, dtype=torch.uint8),
-            grids=torch.empty(k, 2, dtype=torch.int64),
-            image_slots=new(m),
-            visual_rows=new(m),
-            num_tokens=num_tokens,
-            num_images=num_images,
-            sample_ids=(),
-            num_pairs=num_pairs,
-            pair_reference=new(references, dtype=torch.float64),
-        )
-        for tensor in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens):
-            self._broadcast(tensor, self.topology.groups.mp)
-        for tensor in (batch.image_slots, batch.visual_rows, batch.pair_reference):
-            self._broadcast(tensor, self.topology.groups.mp)
-        if self.topology.is_first_stage:
-            self._broadcast(batch.patches, self.topology.groups.tp)
-        grids = batch.grids.to(self.topology.device)
-        self._broadcast(grids, self.topology.groups.mp)
-        return replace(batch, grids=grids.cpu())
+        if batch is not None:
+            return batch
+        self.ends_step = bool(words[1])
+        batch = unpack(words[ANNOUNCEMENT:])
+        has_pixels = self.topology.is_first_stage and num_pixel_bytes(batch)
+        return batch if has_pixels else without_pixels(batch)
 
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.topology.device)
+    def _announce(self, kind: int) -> Tensor:
+        """A buffer of its own for each batch, which the batch keeps: int64 [words], page-locked where copies need that."""
+        words = torch.zeros(self._num_words, dtype=torch.int64, pin_memory=self.topology.device.type == "cuda")
+        words[0] = kind
+        return words
 
-    def _broadcast(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
-        if tensor.numel() and group.size() > 1:
-            dist.broadcast(tensor, src=dist.get_process_group_ranks(group)[0], group=group)
+    def _broadcast(self, words: Tensor) -> None:
+        group = self.topology.host_group
+        dist.broadcast(words, src=dist.get_process_group_ranks(group)[0], group=group)

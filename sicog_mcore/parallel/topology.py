@@ -55,6 +55,8 @@ class Topology:
         tower_groups: the same with a tensor-parallel group of one rank: the tower's weights are replicated, and its
             slices, not its matrices, are shared out over the tensor-parallel ranks.
         watch: notices that the ranks get no further; told of every collective here.
+        host_group: the ranks that share this copy of the model, as in ``groups.mp``, for tensors in host memory.
+        copy_stream: the CUDA stream on which micro-batches are copied to the device; None on a CPU.
     """
 
     config: ParallelConfig
@@ -64,6 +66,8 @@ class Topology:
     rank: int
     world_size: int
     watch: RankWatch
+    host_group: dist.ProcessGroup
+    copy_stream: Any
 
     @property
     def tensor_rank(self) -> int:
@@ -238,7 +242,21 @@ def start_topology(
     tower_groups = ProcessGroupCollection.use_mpu_process_groups()
     # Only this rank takes part in making the group: no handshake with thousands of others.
     tower_groups.tp = dist.new_group([dist.get_rank()], use_local_synchronization=True, timeout=timeout)
-    return Topology(config, groups, tower_groups, device, dist.get_rank(), dist.get_world_size(), watch)
+    with watch.explaining():
+        host_group = _host_group(groups.mp, timeout)
+    copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Topology(config, groups, tower_groups, device, rank, world_size, watch, host_group, copy_stream)
+
+
+def _host_group(group: dist.ProcessGroup, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """The ranks of a group again, for tensors in host memory: gloo, also where the devices have NCCL. Collective."""
+    copies: list[Any] = [None] * dist.get_world_size()
+    # All ranks make all groups, in one order: torch names a group that only its members make by the number of groups that a
+    # rank is in, and the stages of a pipeline are in different numbers of them.
+    dist.all_gather_object(copies, tuple(dist.get_process_group_ranks(group)))
+    ranks = [list(one) for one in dict.fromkeys(copies)]
+    return dist.new_subgroups_by_enumeration(ranks, timeout=timeout, backend="gloo")[0]
 
 
 def _watch_world(store: Any, timeout_s: float, output: str) -> RankWatch:

@@ -367,7 +367,9 @@ def _pack(trees: Sequence[PromptTree], queries: int, device: torch.device) -> Pa
         grids=torch.cat([tree.grids for tree in trees]),
         image_slots=torch.cat([tree.image_slots + starts[i] for i, tree in enumerate(trees)]),
         visual_rows=torch.cat([tree.visual_rows + queries * slices[i] for i, tree in enumerate(trees)]),
+        group_sizes=torch.ones(len(trees), dtype=torch.int64),
         num_tokens=len(tokens),
         num_images=0,
+        max_seqlen=max(lengths),
         sample_ids=(),
     ).to(device)

@@ -117,7 +117,7 @@ def _as_training(prompt: EncodedSample, answer: Answer) -> EncodedSample:
     tokens = torch.cat([prompt.tokens, drawn])
     labels = torch.full_like(tokens, IGNORED_LABEL)
     labels[len(prompt.tokens) - 1 : -1] = drawn
-    return replace(prompt, tokens=tokens, labels=labels)
+    return replace(prompt, tokens=tokens, labels=labels, segments=())
 
 
 @torch.no_grad()

@@ -172,10 +172,12 @@ class Feed:
             assert opened is not None, "a rank that loads has opened the data"
             self.source = CountingLoader(experiment, topology, opened, complete)
         self._topology = topology
-        self._batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), self.source)
+        self._batches = BatchDistributor(topology, BatchSpec.of(experiment), self.source)
 
     def next_step(self) -> list[PackedBatch]:
         """This model copy's share of the next global batch, one packed sequence per micro-batch. Collective.
+
+        The batches are in host memory; step.py brings each to the device while the one before runs.
 
         Raises:
             DataError: on every rank, with one message, if the loader of any failed or too many rows are bad.

@@ -30,10 +30,9 @@ from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.data.tokenizer_files import tokenizer_notes
 from sicog_mcore.data.workers import PackBuilder
 from sicog_mcore.errors import ConfigError
-from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.model.loss import owners, supervised_rows
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
 from sicog_mcore.parallel.topology import Topology
-from sicog_mcore.train.reference import owners
 from sicog_mcore.train.step import Log, run_schedule
 
 PACKS_AT_ONCE = 8  # micro-batches of one pass through the pipeline
@@ -108,7 +107,7 @@ class HeldOutRows:
         Raises:
             ConfigError: they cannot be opened. On all ranks.
         """
-        self._topology, self._patch_dim = topology, experiment.model.tower.patch_dim
+        self._topology, self._spec = topology, BatchSpec.of(experiment)
         samples = _open_on_loaders(experiment, topology)
         encoder = Encoder(experiment.model, experiment.data)
         self._builder: PackBuilder | None = None
@@ -135,7 +134,7 @@ class HeldOutRows:
         """
         topology, mine = self._topology, self._mine
         source = PackSource(self._builder, mine) if self._builder else None
-        distributor = BatchDistributor(topology, BatchSpec(self._patch_dim), source)
+        distributor = BatchDistributor(topology, self._spec, source)
         sums: list[Tensor] = []
         for start in range(0, len(mine), self._at_once):
             batches = [next(distributor) for _ in mine[start : start + self._at_once]]

@@ -1,6 +1,6 @@
 """Log-probabilities of answers under the reference model: the model with the first weights of the run.
 
-In: batches of pairs   Out: fp64 [2 * pairs] for each, chosen and rejected in turn   Next: dpo.py
+In: batches   Out: fp64 [segments] for each, one for every answer   Next: dpo.py
 Precomputed, they stand in ``<output>/reference/log_probs.jsonl`` by sample id, with a fingerprint of what they depend on: no
 second model is in memory, and a resumed run reads them again. A pass that was interrupted goes on where it was.
 """
@@ -22,7 +22,7 @@ from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.data.resume import OpenRows
 from sicog_mcore.errors import DataError
 from sicog_mcore.files import append_lines, move, whole_file, writing
-from sicog_mcore.model.loss import supervised_rows
+from sicog_mcore.model.loss import owners, supervised_rows
 from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.feed import Feed
@@ -38,33 +38,28 @@ NOTICE_EVERY_S = 60
 Entries = Mapping[str, tuple[float, float]]  # sample id to (chosen, rejected)
 
 
-def owners(batch: PackedBatch, rows: Tensor) -> Tensor:
-    """Segment that each position belongs to: int64 in the shape of ``rows``."""
-    return torch.searchsorted(batch.cu_seqlens.long(), rows, right=True) - 1
-
-
 def answer_log_probs(batch: PackedBatch, losses: Tensor) -> Tensor:
-    """Summed log-probabilities of the supervised tokens of each conversation of each pair.
+    """Summed log-probabilities of the supervised tokens of each answer segment.
 
     Args:
         losses: fp32 [t_s] of the supervised positions.
 
     Returns:
-        fp64 [2 * pairs]
+        fp64 [segments]
     """
-    segments = torch.arange(2 * batch.num_pairs, device=losses.device)
-    belongs = owners(batch, supervised_rows(batch.labels)) == segments[:, None]  # [2 * pairs, t_s]
+    segments = torch.arange(batch.num_segments, device=losses.device)
+    belongs = owners(batch, supervised_rows(batch.labels)) == segments[:, None]  # [segments, t_s]
     return -(losses.double() * belongs).sum(-1)  # a scatter would add in random order on a GPU
 
 
-def score_pairs(chunks: Sequence[Any], model: TrainableModel, batches: Sequence[PackedBatch]) -> list[Tensor]:
+def score_answers(chunks: Sequence[Any], model: TrainableModel, batches: Sequence[PackedBatch]) -> list[Tensor]:
     """Log-probabilities of each batch's answers, on all ranks of the model copy. Collective.
 
     Args:
         chunks: with the weights to ask; bare or wrapped.
         model: whose configuration and layout they have.
     """
-    topology, sizes = model.topology, [2 * batch.num_pairs for batch in batches]
+    topology, sizes = model.topology, [batch.num_segments for batch in batches]
     logs = run_schedule(chunks, model.config, topology, batches, _log_probs, forward_only=True)
     flat = torch.zeros(sum(sizes), dtype=torch.float64, device=topology.device)
     if logs and topology.tensor_rank == 0:  # only the last stage has logs
@@ -73,7 +68,7 @@ def score_pairs(chunks: Sequence[Any], model: TrainableModel, batches: Sequence[
 
 
 def _log_probs(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, Log]:
-    count = torch.tensor(batch.num_pairs, dtype=torch.int, device=losses.device)
+    count = torch.tensor(batch.num_segments, dtype=torch.int, device=losses.device)
     return losses.sum(), count, {"log_probs": answer_log_probs(batch, losses)}
 
 
@@ -94,8 +89,8 @@ class FrozenReference:
 
     def complete(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The batches with reference log-probabilities. Collective."""
-        scores = score_pairs(self._chunks, self._model, batches)
-        return [replace(batch, pair_reference=score) for batch, score in zip(batches, scores, strict=True)]
+        scores = score_answers(self._chunks, self._model, batches)
+        return [replace(batch, segment_reference=score) for batch, score in zip(batches, scores, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ class ReferenceTable:
             found = f"{self.path} has no log-probabilities of {', '.join(missing[:3])}"
             raise DataError(f"{found}; was an image unreadable when it was written? Remove it to compute them again")
         values = [value for name in batch.sample_ids for value in self.entries[name]]
-        return replace(batch, pair_reference=torch.tensor(values, dtype=torch.float64))
+        return replace(batch, segment_reference=torch.tensor(values, dtype=torch.float64))
 
 
 def precompute_reference(
@@ -174,7 +169,7 @@ def _compute(
             is_new = any(name not in known for name in ids)
             is_last, is_new = _anywhere(topology, feed.state().get("epoch", 0) > 0, is_new)
             if is_new:
-                scores = torch.cat(score_pairs(model.wrapped, model, batches)).view(-1, 2).tolist()
+                scores = torch.cat(score_answers(model.wrapped, model, batches)).view(-1, 2).tolist()
                 mine = {name: (chosen, rejected) for name, (chosen, rejected) in zip(ids, scores, strict=False)}
                 gathered = topology.gather_objects({name: pair for name, pair in mine.items() if name not in known})
                 known |= mine

@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from sicog_mcore.data.batch import PackedBatch
+from sicog_mcore.model.loss import owners, supervised_rows
+from sicog_mcore.parallel.ahead import DeviceBatches
 from sicog_mcore.parallel.ddp import TrainableModel
 from sicog_mcore.parallel.topology import Topology
 from sicog_mcore.train.metrics import PreferenceStats
@@ -34,7 +36,7 @@ class StepResult:
 
     Attributes:
         loss: mean over what the objective counts in the global batch; NaN if there was nothing.
-        count: supervised tokens, or pairs, of the global batch.
+        count: supervised tokens, or pairs, of the global batch; whatever their weights.
         grad_norm: before clipping, over all parameters.
         applied: False if loss or gradient norm are not finite; then weights and optimizer state are those before the step.
         preferences: how the pairs of the global batch were judged, if there were pairs.
@@ -48,32 +50,53 @@ class StepResult:
 
 
 class Objective(Protocol):
-    """What is minimised: a sum and a count, divided once, over the global batch."""
+    """What is minimised: a sum of losses and its total weight, divided once, over the global batch."""
 
     @property
     def num_sums(self) -> int:
         """Length of the sums that the loss logs."""
 
     def prepare(self, model: TrainableModel, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], LossFunction]:
-        """Completes the batches of a step, and gives the loss that knows what it must of the global batch. Collective."""
+        """Completes the batches of a step, and gives the loss that knows what it must of the global batch. Collective.
+
+        Raises:
+            ValueError: the groups of a batch, or their weights, are none that this objective is made for.
+        """
+
+    def total_weight(self, sums: Sequence[float]) -> float:
+        """What the sum of losses is divided by; the count, unless the global batch is weighted."""
 
     def describe(self, sums: Sequence[float]) -> PreferenceStats | None:
         """What the sums over the global batch say beside the loss."""
 
 
 class NextToken:
-    """Mean cross entropy of supervised tokens."""
+    """Mean cross entropy of supervised tokens, each with the weight of its segment."""
 
-    num_sums = 2
+    num_sums = 3  # weighted loss, tokens, total weight of the tokens
 
     def prepare(self, model: TrainableModel, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], LossFunction]:
+        for batch in batches:
+            if not bool((batch.segment_weights > 0).all()):
+                found = f"samples {list(batch.sample_ids)} have weights {batch.segment_weights.tolist()}"
+                raise ValueError(
+                    f"{found}, expected positive ones: a mean over tokens needs them; use another objective"
+                )
         return list(batches), self.loss
 
     def loss(self, batch: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, Log]:
-        """Every supervised position counts the same."""
-        total = losses.sum()
+        """Every supervised position of a segment has the segment's weight."""
         count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-        return total, count, {SUMS: torch.stack([total.detach().clone().double(), count.double()])}
+        weight = count.double()
+        if batch.is_weighted:
+            weights = batch.segment_weights[owners(batch, supervised_rows(batch.labels))]  # fp64 [t_s]
+            total, weight = (losses.double() * weights).sum().float(), weights.sum()
+        else:  # the same to the bit as without weights
+            total = losses.sum()
+        return total, count, {SUMS: torch.stack([total.detach().clone().double(), count.double(), weight])}
+
+    def total_weight(self, sums: Sequence[float]) -> float:
+        return sums[2]
 
     def describe(self, sums: Sequence[float]) -> PreferenceStats | None:
         return None
@@ -92,6 +115,7 @@ def run_schedule(
     Args:
         chunks: of this rank, wrapped or, for ``forward_only``, bare.
         config: of the chunks.
+        batches: in host memory, or on the device already.
 
     Returns:
         the log of each micro-batch on the last pipeline stage; nothing elsewhere.
@@ -110,7 +134,8 @@ def run_schedule(
         forward_only=forward_only,
         pg_collection=topology.groups,
     )
-    iterators = [iter(batches) for _ in chunks]
+    on_device = DeviceBatches(topology, batches, len(chunks))
+    iterators = [on_device.reader() for _ in chunks]
     if topology.config.pipeline > 1:
         schedule = partial(schedule, p2p_communicator=P2PCommunicator(topology.groups.pp, config))
     interleaved = len(chunks) > 1
@@ -143,6 +168,11 @@ def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float,
     sums = sum_logs(model.topology, logs, objective.num_sums)
     model.set_learning_rate(lr)
     loss_sum, count = sums[:2]
-    mean = loss_sum / count if count else float("nan")
+    weight = objective.total_weight(sums)
+    mean = loss_sum / weight if count else float("nan")
+    if count and weight != count:
+        # The schedules count in whole numbers and have divided the gradients by them. What they should have divided by is
+        # known with the sums of the step, equal on all ranks, so weights cost no collective of their own.
+        model.scale_gradients(count / weight)
     applied, grad_norm = model.optimizer_step(may_apply=not count or math.isfinite(mean))
     return StepResult(mean, int(count), grad_norm, applied, objective.describe(sums) if count else None)

@@ -10,7 +10,7 @@ import pytest
 from tests.architecture.source import python_files, read
 
 OWNER = Path("sicog_mcore/parallel/ddp.py")
-SCHEDULES = ("run_schedule", "score_pairs")  # run the wrapped forward, whose hooks wait
+SCHEDULES = ("run_schedule", "score_answers")  # run the wrapped forward, whose hooks wait
 
 
 def violations(file: Path, tree: ast.AST) -> list[str]:
@@ -41,7 +41,7 @@ def test_nobody_reads_weights_behind_the_model(file: Path) -> None:
         "state = model.wrapped[0].module.state_dict()",
         "for chunk in model.wrapped: export(chunk)",
         "save(model._chunks)",
-        "scores = score_pairs(other, model.wrapped)",
+        "scores = score_answers(other, model.wrapped)",
         "weights = list(wrapper.module.parameters())",
     ],
 )

@@ -73,7 +73,10 @@ RULES: tuple[tuple[str, Rule], ...] = (
         "sicog_mcore/model/",
         Rule((*BATCH, "sicog_mcore.model"), (*TRAINING, "transformer_engine", "flash_attn", "safetensors", "xxhash")),
     ),
-    ("sicog_mcore/parallel/", Rule((*BATCH, "sicog_mcore.parallel", "sicog_mcore.ranks"), TRAINING)),
+    (
+        "sicog_mcore/parallel/",
+        Rule((*BATCH, "sicog_mcore.data.wire", "sicog_mcore.parallel", "sicog_mcore.ranks"), TRAINING),
+    ),
     (
         "sicog_mcore/checkpoint/",
         Rule((*BELOW_CHECKPOINT, "sicog_mcore.checkpoint"), (*TRAINING, "safetensors", "xxhash")),
@@ -108,7 +111,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (
         "examples/micro_loop/",
         Rule(
-            (*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.cognition"),
+            (*BELOW_TRAIN, "sicog_mcore.train", "sicog_mcore.cognition", "sicog_mcore.commands"),
             ("examples.micro_loop", "torch", "numpy", "scipy", "sklearn", "PIL", "tokenizers", "rich"),
         ),
     ),

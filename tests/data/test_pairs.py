@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
+from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch, Segment
 from sicog_mcore.data.collate import collate
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.loader import Loader
@@ -110,10 +110,10 @@ def test_encoded_pair_is_both_conversations_with_one_set_of_slices(folder: Path)
     samples, encoder = parts(folder)
     for row in range(len(samples)):
         pair = samples.read(row)
-        chosen, rejected = (encoder.encode(replace(pair, turns=turns, rejected="")) for turns in conversations(pair))
+        chosen, rejected = (encoder.encode(replace(pair, turns=turns, answers=())) for turns in conversations(pair))
         encoded = encoder.encode(pair)
         length = len(chosen.tokens)
-        assert encoded.pair_lengths == (length, len(rejected.tokens))
+        assert encoded.segments == (Segment(length, 1.0), Segment(len(rejected.tokens), 1.0))
         for name in ("tokens", "labels", "visual_rows"):
             both = torch.cat([vars(chosen)[name], vars(rejected)[name]])
             assert torch.equal(vars(encoded)[name], both), name
@@ -134,8 +134,8 @@ def test_packed_pairs_are_neighbouring_segments_on_the_same_resampler_rows(folde
     samples, encoder = parts(folder)
     encoded = [encoder.encode(samples.read(row)) for row in (0, 1, 2)]  # sliced, unsliced, without an image
     batch = pack(encoded, folder)
-    lengths = [length for pair in encoded for length in pair.pair_lengths]
-    assert batch.num_pairs == 3 and batch.sample_ids == ("p0", "p1", "p2")
+    lengths = [segment.length for pair in encoded for segment in pair.segments]
+    assert batch.group_sizes.tolist() == [2, 2, 2] and batch.sample_ids == ("p0", "p1", "p2")
     assert batch.cu_seqlens.diff().tolist()[: len(lengths)] == lengths and batch.num_tokens == sum(lengths)
     assert batch.positions[: sum(lengths)].tolist() == [place for length in lengths for place in range(length)]
     assert batch.num_slices == sum(len(pair.grids) for pair in encoded)
@@ -143,7 +143,7 @@ def test_packed_pairs_are_neighbouring_segments_on_the_same_resampler_rows(folde
     rows = [set(batch.visual_rows[segments == segment].tolist()) for segment in range(6)]
     assert rows[::2] == rows[1::2] and len(rows[0]) > 0 and rows[4] == set()
     assert rows[0] | rows[2] == set(range(batch.num_slices * 16)) and not rows[0] & rows[2]
-    assert batch.pair_reference.shape == (0,)
+    assert batch.segment_reference.shape == batch.segment_weights.shape == (0,)
 
 
 def test_inconsistent_pairs_are_refused(folder: Path) -> None:
@@ -151,17 +151,24 @@ def test_inconsistent_pairs_are_refused(folder: Path) -> None:
     batch = pack([encoder.encode(samples.read(0))], folder)
     rows = batch.visual_rows.clone()
     rows[0], rows[1] = batch.visual_rows[1], batch.visual_rows[0]  # every row is still used twice
-    with pytest.raises(ValueError, match="'p0'.*in a pair by both conversations"):
+    with pytest.raises(ValueError, match="'p0'.*every segment of a group uses each visual token"):
         replace(batch, visual_rows=rows).validate(16)
-    with pytest.raises(ValueError, match="in a pair by both"):
-        replace(batch, num_pairs=0).validate(16)
+    with pytest.raises(ValueError, match="every segment of a group uses each visual token"):
+        replace(batch, group_sizes=torch.tensor([1, 1])).validate(16)
+    with pytest.raises(ValueError, match="the groups have at least one segment each, and cover the samples"):
+        replace(batch, group_sizes=torch.tensor([1])).validate(16)
 
 
-def test_pairs_and_other_samples_do_not_share_a_pack(folder: Path) -> None:
+def test_groups_of_any_size_share_a_pack(folder: Path) -> None:
     samples, encoder = parts(folder)
-    pair = samples.read(2)
-    with pytest.raises(ValueError, match="1 of 2 samples are preference pairs"):
-        pack([encoder.encode(pair), encoder.encode(replace(pair, rejected=""))], folder)
+    pair = samples.read(0)
+    four = replace(pair, answers=("One.", "Two.", "Three and four."), weights=(1.0, 0.5, 2.0, 0.25))
+    batch = pack([encoder.encode(one) for one in (pair, replace(pair, answers=()), four)], folder)
+    assert batch.group_sizes.tolist() == [2, 1, 4] and batch.num_slices == 3 * len(encoder.encode(pair).grids)
+    assert batch.segment_weights.tolist() == [1.0, 1.0, 1.0, *four.weights]
+    ends = batch.cu_seqlens[1:8].tolist()
+    answers = [batch.labels[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    assert [int((labels != IGNORED_LABEL).sum()) > 0 for labels in answers] == [True] * 7
 
 
 @pytest.mark.parametrize("too_long", ["quarantine", "truncate"])
@@ -169,7 +176,7 @@ def test_pair_over_the_budget_is_never_cut(folder: Path, too_long: str) -> None:
     samples, encoder = parts(folder, token_budget=80, too_long=too_long)
     pair = samples.read(2)
     for turns in conversations(pair):
-        encoder.encode(replace(pair, turns=turns, rejected=""))  # each alone would fit
+        encoder.encode(replace(pair, turns=turns, answers=()))  # each alone would fit
     with pytest.raises(SampleError, match="too_long"):
         encoder.measure(pair)
 
@@ -187,10 +194,10 @@ def test_loader_packs_a_pair_as_a_unit_and_quarantines_what_is_none(folder: Path
     seen: list[str] = []
     while loader.state().epoch == 0:
         batch = next(loader)
-        assert batch.num_pairs == len(batch.sample_ids) > 0
-        ends = batch.cu_seqlens[1 : 2 * batch.num_pairs + 1]
+        assert batch.group_sizes.tolist() == [2] * len(batch.sample_ids) != []
+        ends = batch.cu_seqlens[1 : batch.num_segments + 1]
         labels = [bool((part != IGNORED_LABEL).any()) for part in batch.labels.tensor_split(ends.long())]
-        assert labels == [True] * (2 * batch.num_pairs) + [False] * (len(labels) - 2 * batch.num_pairs)
+        assert labels == [True] * batch.num_segments + [False] * (len(labels) - batch.num_segments)
         seen += batch.sample_ids
     loader.close()
     assert sorted(seen) == [f"p{i}" for i in range(6)]

@@ -127,7 +127,9 @@ def test_sentencepiece_models_have_a_bound_if_no_character_is_unknown_to_them(ki
 
 
 def talk(question: str, answer: str, rejected: str = "") -> Sample:
-    return Sample("s", "data.jsonl:1", (Turn("user", question), Turn("assistant", answer)), (), rejected)
+    return Sample(
+        "s", "data.jsonl:1", (Turn("user", question), Turn("assistant", answer)), (), (rejected,) * bool(rejected)
+    )
 
 
 def uses(encoder: Encoder) -> list[Callable[[Sample], object]]:

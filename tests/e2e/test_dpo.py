@@ -150,13 +150,13 @@ def _score(rank: Rank, experiment: Experiment) -> dict[str, Any]:
 
     with torch.no_grad():
         tokens = [
-            alone(encoder.encode(replace(pair, turns=turns, rejected="")))
+            alone(encoder.encode(replace(pair, turns=turns, answers=())))
             for pair in pairs
             for turns in conversations(pair)
         ]
     policy = torch.stack([part.sum() for part in tokens])
     reference = policy + torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 5 - 2
-    batch = replace(join([encoder.encode(pair) for pair in pairs]), pair_reference=reference)
+    batch = replace(join([encoder.encode(pair) for pair in pairs]), segment_reference=reference)
 
     seen: list[int] = []
     chunk.tower.register_forward_hook(lambda module, args, out: seen.append(int(args[1].shape[0])))

@@ -52,7 +52,7 @@ def _greedy(model, experiment: Experiment, encoder, sample) -> str:
     answer: list[int] = []
     while len(answer) < MAX_ANSWER_TOKENS:
         tokens = torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)])
-        grown = replace(prompt, tokens=tokens, labels=torch.full_like(tokens, -100))
+        grown = replace(prompt, tokens=tokens, labels=torch.full_like(tokens, -100), segments=())
         batch = collate(
             [grown],
             token_budget=len(tokens),

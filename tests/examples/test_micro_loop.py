@@ -15,7 +15,7 @@ from examples.micro_loop import digits
 from examples.micro_loop.document import write_document
 from examples.micro_loop.first_candidate import keep_first
 from examples.micro_loop.lanes import run_lanes, seconds_of
-from examples.micro_loop.plan import ARMS, BASE, EQUAL, FAST, LONG, UNCURATED, Lane, Regime, plan_seed
+from examples.micro_loop.plan import ARMS, BASE, EQUAL, FAST, LONG, UNCURATED, Lane, Regime, ScriptOptions, plan_seed
 from examples.micro_loop.results import Kept, Scores, SeedResult, measure_kept, paired
 from sicog_mcore.cognition.codec import render
 from sicog_mcore.cognition.loop.steps import WorkflowStep
@@ -91,11 +91,7 @@ def test_all_arms_but_the_base_take_equally_many_steps(tmp_path: Path) -> None:
     lanes = plan_seed(regime, 0, "test", tmp_path)
     assert len(lanes) == len(ARMS)
     for lane in lanes:
-        trained = [
-            int(step.command[step.command.index("--train.steps") + 1])
-            for step in lane.steps
-            if step.name[:5] == "stage"
-        ]
+        trained = [step.options.values["train.steps"] for step in lane.steps if step.name[:5] == "stage"]
         assert sum(trained) == (50 if lane.after is None else 80)
     assert {LONG, EQUAL, BASE} <= ARMS.keys()
 
@@ -125,7 +121,8 @@ def test_no_two_steps_write_to_the_same_place(tmp_path: Path) -> None:
 def _step(folder: Path, name: str, out: str, source: str) -> WorkflowStep:
     script = folder / f"{name}.py"
     script.write_text(source)
-    return WorkflowStep(name=name, command=(str(script),), inputs=(script,), outputs=(folder / out,))
+    options = ScriptOptions(())
+    return WorkflowStep(name=name, verb=(str(script),), options=options, inputs=(script,), outputs=(folder / out,))
 
 
 def test_lanes_run_in_order_once_and_a_failure_stops_what_comes_after(tmp_path: Path) -> None:

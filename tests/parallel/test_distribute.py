@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.batch import PackedBatch
 from sicog_mcore.errors import DataError, PeerError
+from sicog_mcore.parallel.ahead import DeviceBatches
 from sicog_mcore.parallel.distribute import BatchDistributor, BatchSpec
-from sicog_mcore.parallel.topology import start_topology, stop_topology
+from sicog_mcore.parallel.topology import Topology, start_topology, stop_topology
 from tests.batches import random_batches
 from tests.builders import tiny_experiment
 from tests.dist import Rank, run_ranks
@@ -47,20 +49,44 @@ def plain(batch: PackedBatch) -> dict[str, Any]:
     return {name: v.numpy().copy() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
-def _receive(rank: Rank, experiments: list[Experiment]) -> list[tuple[list[dict[str, Any]], str, str, float]]:
-    """For each layout: the batches, then type and text of the error, and the seconds until it came."""
+def count_broadcasts() -> list[int]:
+    """Counts this rank's calls of ``dist.broadcast`` from now on, in a list of one number."""
+    count, broadcast = [0], dist.broadcast
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return broadcast(*args, **kwargs)
+
+    dist.broadcast = counted
+    return count
+
+
+def on_device(topology: Topology, batches: list[PackedBatch]) -> list[PackedBatch]:
+    return list(DeviceBatches(topology, batches, 1).reader())
+
+
+def _receive(
+    rank: Rank, experiments: list[Experiment]
+) -> list[tuple[list[dict[str, Any]], list[int], str, str, float]]:
+    """For each layout: the batches and the broadcasts of each, type and text of the error, the seconds until it came."""
     results = []
+    count = count_broadcasts()
     for i, experiment in enumerate(experiments):
         topology = Rank(rank.rank, rank.world_size, f"{rank.init_method}-{i}").start(experiment.parallel)
         loader = FailingLoader(experiment) if topology.loads_data else None
-        batches = BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)
-        received = [plain(next(batches)) for _ in range(COUNT)]
+        batches = BatchDistributor(topology, BatchSpec.of(experiment), loader)
+        received, counts = [], []
+        for _ in range(COUNT):
+            count[0] = 0
+            (batch,) = on_device(topology, [next(batches)])
+            received.append(plain(batch))
+            counts.append(count[0])
         start = time.monotonic()
         try:
             next(batches)
             raise AssertionError("the loader's error did not arrive")
         except DataError as error:
-            results.append((received, type(error).__name__, str(error), time.monotonic() - start))
+            results.append((received, counts, type(error).__name__, str(error), time.monotonic() - start))
         stop_topology()
     return results
 
@@ -71,10 +97,12 @@ def test_every_rank_gets_equal_batches_and_the_loaders_error() -> None:
     expected = [plain(batch) for batch in random_batches(EXPERIMENT, COUNT)]
     assert len(expected[2]["grids"]) == 0 == len(expected[4]["sample_ids"])  # both odd kinds are among them
     for rank, results in enumerate(run_ranks(_receive, 2, experiments)):
-        for layout, (received, error, message, seconds) in zip(LAYOUTS, results, strict=True):
+        for layout, (received, counts, error, message, seconds) in zip(LAYOUTS, results, strict=True):
             assert len(received) == COUNT
             for ours, theirs in zip(received, expected, strict=True):
                 assert_equal(ours, theirs, loads=rank == 0, has_pixels=rank == 0 or layout == "TP2")
+            # Everything but pixels, then pixels where there are some and another rank needs them; ten broadcasts before.
+            assert counts == ([2, 2, 1, 2, 1] if layout == "TP2" else [1] * COUNT)
             assert error == ("DataError" if rank == 0 else "PeerError") and seconds < ERROR_S
             assert (MESSAGE in message) == (rank == 0)
 
@@ -93,7 +121,7 @@ class SlowLoader(FailingLoader):
 def _receive_late(rank: Rank, experiment: Experiment) -> dict[str, Any]:
     topology = rank.start(experiment.parallel)
     loader = SlowLoader(experiment) if topology.loads_data else None
-    return plain(next(BatchDistributor(topology, BatchSpec(experiment.model.tower.patch_dim), loader)))
+    return plain(on_device(topology, [next(BatchDistributor(topology, BatchSpec.of(experiment), loader))])[0])
 
 
 @pytest.mark.slow
@@ -119,7 +147,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any], loads: bool, has_
 def test_one_rank_gets_the_loaders_batches_and_its_error() -> None:
     topology = start_topology(EXPERIMENT.parallel, seed=0)
     try:
-        batches = BatchDistributor(topology, BatchSpec(EXPERIMENT.model.tower.patch_dim), FailingLoader(EXPERIMENT))
+        batches = BatchDistributor(topology, BatchSpec.of(EXPERIMENT), FailingLoader(EXPERIMENT))
         for expected in random_batches(EXPERIMENT, COUNT):
             assert_equal(plain(next(batches)), plain(expected), loads=True, has_pixels=True)
         with pytest.raises(DataError, match=MESSAGE) as error:

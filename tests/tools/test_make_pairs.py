@@ -61,7 +61,7 @@ def test_joined_rows_are_pairs_on_the_clean_image(
     out.rename(tmp_path / "data.jsonl")
     experiment = pair_experiment(tmp_path)
     pairs = open_sources(experiment.data.sources, experiment.data, build_pair)
-    assert (pairs.read(0).turns[-1].text, pairs.read(0).rejected) == ("It is 0.", "Wrong.")
+    assert (pairs.read(0).turns[-1].text, pairs.read(0).answers) == ("It is 0.", ("Wrong.",))
     assert pairs.read(1).images[0].path == str((tmp_path / "images" / "s1.png").resolve())
 
 

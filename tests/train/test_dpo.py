@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sicog_mcore.config import DpoConfig, Experiment
-from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch
+from sicog_mcore.data.batch import IGNORED_LABEL, EncodedSample, PackedBatch, Segment
 from sicog_mcore.data.collate import collate
 from sicog_mcore.data.resume import open_rows
 from sicog_mcore.train.dpo import GlobalTerms, Preferences, preference_losses
@@ -40,7 +40,7 @@ def pair(number: int) -> EncodedSample:
         image_slots=no_rows,
         visual_rows=no_rows,
         num_images=0,
-        pair_lengths=LENGTHS[number],
+        segments=tuple(Segment(length) for length in LENGTHS[number]),
     )
 
 
@@ -50,7 +50,9 @@ def four_pairs() -> tuple[PackedBatch, Tensor]:
     g = torch.Generator().manual_seed(3)
     losses = torch.rand(int((batch.labels != IGNORED_LABEL).sum()), generator=g) * 5
     log_probs = answer_log_probs(batch, losses)
-    return replace(batch, pair_reference=log_probs + torch.randn(8, generator=g, dtype=torch.float64) * 4 - 5), losses
+    return replace(
+        batch, segment_reference=log_probs + torch.randn(8, generator=g, dtype=torch.float64) * 4 - 5
+    ), losses
 
 
 def per_token(losses: Tensor) -> list[list[float]]:
@@ -87,7 +89,7 @@ def written_out(config: DpoConfig, losses: Tensor, reference: list[float]) -> fl
 
 def terms_of(config: DpoConfig, batch: PackedBatch, losses: Tensor) -> GlobalTerms:
     """What ``Preferences.prepare`` gathers over ranks, for a global batch of this one."""
-    ratios = answer_log_probs(batch, losses) - batch.pair_reference
+    ratios = answer_log_probs(batch, losses) - batch.segment_reference
     tokens = sum(lengths[0] - 2 for lengths in LENGTHS)
     drifts = [max(0.0, float(side.mean())) for side in (ratios[::2], ratios[1::2])]
     return GlobalTerms(config.sft_weight * 4 / tokens, *drifts)
@@ -100,7 +102,7 @@ def test_loss_equals_the_written_out_one(loss: str, smoothing: float, sft_weight
     batch, losses = four_pairs()
     config = DpoConfig(loss=loss, beta=0.3, label_smoothing=smoothing, sft_weight=sft_weight)  # type: ignore[arg-type]
     total, count, log = Preferences(config).loss(batch, losses, terms_of(config, batch, losses))
-    expected = written_out(config, losses, batch.pair_reference.tolist())
+    expected = written_out(config, losses, batch.segment_reference.tolist())
     assert int(count) == 4
     assert float(total) / 4 == pytest.approx(expected, rel=PACKED_LOSS)
     assert (log[SUMS][:2] / 4).tolist() == pytest.approx([expected, 1.0], rel=PACKED_LOSS)
@@ -136,7 +138,7 @@ def test_accuracy_and_rewards_are_means_over_pairs() -> None:
     config = DpoConfig(beta=0.5)
     objective = Preferences(config)
     _, _, log = objective.loss(batch, losses, GlobalTerms())
-    rewards = (0.5 * (answer_log_probs(batch, losses) - batch.pair_reference)).view(4, 2)
+    rewards = (0.5 * (answer_log_probs(batch, losses) - batch.segment_reference)).view(4, 2)
     stats = objective.describe(log[SUMS].tolist())
     assert stats.preference_accuracy == float((rewards[:, 0] > rewards[:, 1]).double().mean())
     assert [stats.chosen_reward, stats.rejected_reward] == pytest.approx(rewards.mean(0).tolist())
@@ -153,7 +155,7 @@ def test_table_completes_a_batch_in_the_order_of_its_pairs_and_names_what_it_lac
     batch, _ = four_pairs()
     entries = {f"p{i}": (float(i), i + 0.5) for i in range(4)}
     completed = ReferenceTable(entries, tmp_path / "x").complete(batch)
-    assert completed.pair_reference.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    assert completed.segment_reference.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
     del entries["p2"]
     with pytest.raises(Exception, match="no log-probabilities of p2; was an image"):
         ReferenceTable(entries, tmp_path / "x").complete(batch)

@@ -110,8 +110,10 @@ def test_counts_of_a_batch_leave_out_the_padded_tail() -> None:
         grids=torch.tensor([[2, 3], [2, 2]]),
         image_slots=torch.arange(2),
         visual_rows=torch.arange(2),
+        group_sizes=torch.tensor([1, 1]),
         num_tokens=10,
         num_images=1,
+        max_seqlen=6,
         sample_ids=("a", "b"),
     )
     assert WorkCounts.of(batch) == WorkCounts(

@@ -290,7 +290,7 @@ def test_pairs_have_one_form_and_similar_length(tmp_path: Path) -> None:
     }
     source = SourceConfig(path=str(folder / "pairs.jsonl"), images=str(tmp_path / "images"))
     sample = open_sources([source], DataConfig(), build_pair).read(0)
-    assert (sample.id, sample.rejected) == ("fits#pair", chain("cod", "A dog."))
+    assert (sample.id, sample.answers) == ("fits#pair", (chain("cod", "A dog."),))
 
 
 def test_the_rejected_one_is_drawn_from_the_lower_half_by_id(tmp_path: Path) -> None:
