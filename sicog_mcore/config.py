@@ -282,7 +282,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Args:
         steps: optimiser steps of the whole run.

@@ -1,4 +1,4 @@
-"""Every failure a user can cause or meet, each with the exit code a job script may act on.
+"""The errors that a user can cause or meet, each with the exit code that a job script may act on.
 
 Error text says what was found, what was expected, and the remedy.
 """
@@ -15,7 +15,7 @@ EXIT_GIVE_UP = 17  # too many bad samples, or a diverged run: do not retry
 EXIT_RETRY = 75  # the machine failed, not the run: a full disk, a dead peer, a hang; the same command may work later
 EXIT_CRASH = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports Ctrl-C
-# What a disk, or a limit of the machine, says that may be otherwise later. A path that is wrong is none of these.
+# Error numbers of a disk, or of a limit of the machine, that may be otherwise later. A wrong path is none of these.
 MACHINE_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 )
@@ -130,6 +130,7 @@ def is_machine_fault(error: BaseException) -> bool:
 def exit_code(error: BaseException) -> int:
     """The exit code of an error that ends a command with one message."""
     if isinstance(error, SicogError):
+        # A checkpoint error is often the wrapper of a full disk, and that one is worth another try.
         causes = (error, error.__cause__) if isinstance(error, CheckpointError) else ()
         return EXIT_RETRY if any(cause and is_machine_fault(cause) for cause in causes) else error.exit_code
     return EXIT_RETRY if is_machine_fault(error) else EXIT_CONFIG

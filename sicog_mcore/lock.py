@@ -1,4 +1,4 @@
-"""One run owns an output folder: a lock that a second start respects and that a crash does not leave for ever.
+"""The lock of an output folder: one run owns it, a second start respects that, and a crash does not hold it for ever.
 
 In: a folder   Out: ``.lock`` in it while the run lives: host, process, since when, command   Next: launcher.py
 Imports nothing heavy: it is taken before anything heavy is imported and before anything in the folder is touched. flock is
@@ -44,7 +44,7 @@ DEAD_STATES = ("Z", "X")  # of a process that only its parent still knows
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The owner of a lock.
 
     Attributes:
         kernel: this start of the machine's kernel and the name space of process numbers in it; empty where unknown.
@@ -68,6 +68,7 @@ class Owner:
     @property
     def is_gone(self) -> bool | None:
         """True if the process has ended, False if it lives; None if that cannot be seen from here."""
+        # A process number means something only on the machine, and in the name space, that gave it.
         if not self.kernel or self.kernel != _kernel():
             return None
         return _process_start(self.pid) != self.started
@@ -90,6 +91,8 @@ def _kernel() -> str:
 def _process_start(pid: int) -> str:
     """Empty if there is no such process, or only what is left of it."""
     try:
+        # The name of the program stands in brackets and may hold spaces and brackets: what counts starts behind the
+        # last one.
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in DEAD_STATES else rest[18]
     except (OSError, IndexError, ValueError):
@@ -163,6 +166,7 @@ class FolderLock:
         """Makes the lock file, whole, in one act; False if there is one."""
         aside = self._write_aside(path)
         try:
+            # A link appears with its content and fails if the name exists: no reader ever sees half a lock.
             os.link(aside, path)
         except FileExistsError:
             return False
@@ -218,6 +222,8 @@ class FolderLock:
         """Touches the lock until it is given back; ends the run when it belongs to somebody else."""
         while not self._stop.wait(BEAT_S):
             with suppress(OSError):  # a file system may fail for a while
+                # Also tells whether the lock was taken: a process that was stopped for minutes may have been taken for
+                # dead.
                 found = _read(self.path)
                 if found is None and not self._stop.is_set() and self._create(self.path):
                     continue  # somebody has removed it, and nobody else has taken it
@@ -231,7 +237,7 @@ class FolderLock:
                     return
 
     def _remove_leftovers(self) -> None:
-        """What starts that were killed have left; nobody looks at it any more now that the lock is another one."""
+        """Removes files that killed starts have left; nobody looks at them any more now that the lock is another one."""
         for leftover in self.path.parent.glob(f"{LOCK}.after-*"):
             leftover.unlink(missing_ok=True)
 
@@ -263,7 +269,7 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Owner | None:
-    """Who holds a lock; None if nobody does.
+    """Reads the owner of a lock; None if nobody holds it.
 
     A lock that says nothing sensible is somebody's: it is being written, or was written by another version.
     """

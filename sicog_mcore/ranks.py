@@ -1,4 +1,4 @@
-"""Which of how many processes this is: the environment that a launcher sets, judged before anything heavy is imported.
+"""Reads this process's rank from the launcher's environment, and judges it before anything heavy is imported.
 
 In: RANK, WORLD_SIZE and their like   Out: Place, or every problem in one message   Next: launcher.py
 Standard library only. A process that belongs to several but was not told which it is would train alone, beside its like.
@@ -16,8 +16,8 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LARGEST_PORT = 65_535
-# What other launchers call the number of processes that they start; the first that is set counts. A step of SLURM may have
-# fewer tasks than its job.
+# Names that other launchers give to the number of processes they start; the first that is set counts. A step of SLURM may
+# have fewer tasks than its job.
 TASK_COUNTS = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_SIZE",),
@@ -34,7 +34,7 @@ SEGMENTS = "expandable_segments:True"
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those that were started together.
+    """The place of this process among those that were started together.
 
     Attributes:
         rank: its number, from 0.
@@ -65,6 +65,7 @@ def read_place(environment: Mapping[str, str], has_gpus: bool = False) -> Place:
     """
     problems: list[ConfigProblem] = []
     numbers = {name: _number(name, environment[name], problems) for name in NUMBERS if name in environment}
+    # Numbers that cannot be read contradict everything; one message about them is enough.
     if not problems:
         problems += _lonely(environment, numbers) or _contradictions(numbers)
     if not problems and numbers.get("WORLD_SIZE", 1) > 1:
@@ -122,13 +123,15 @@ def _number(name: str, text: str, problems: list[ConfigProblem]) -> int:
 
 
 def _lonely(environment: Mapping[str, str], numbers: Mapping[str, int]) -> list[ConfigProblem]:
-    """A process that is one of several, and was not told which."""
+    """Finds the problems of a process that is one of several, and was not told which."""
     if "RANK" in numbers:
         if "WORLD_SIZE" in numbers:
             return []
         fix = f"set WORLD_SIZE too, or {USE_TORCHRUN}"
         return [ConfigProblem("WORLD_SIZE", None, f"is missing, but RANK={numbers['RANK']}", fix)]
     fix = f"{USE_TORCHRUN}, {ONE_IS_MEANT}"
+    # Without RANK, any sign that this process is one of several must end it: each would train alone, into the same
+    # folder.
     if (size := numbers.get("WORLD_SIZE", 1)) > 1:
         return [
             ConfigProblem(
@@ -161,7 +164,7 @@ def _contradictions(numbers: Mapping[str, int]) -> list[ConfigProblem]:
 
 
 def _meeting_point(environment: Mapping[str, str]) -> list[ConfigProblem]:
-    """Where the ranks find each other."""
+    """Finds the problems of the address at which the ranks meet."""
     found = []
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if not (host or "").strip():
@@ -177,7 +180,7 @@ def _meeting_point(environment: Mapping[str, str]) -> list[ConfigProblem]:
 
 
 def silence_megatron(*others: str) -> None:
-    """Hides what Megatron warns of: every package that is missing (tools/doctor.py explains them), and its own plans.
+    """Hides Megatron's warnings: of every package that is missing (tools/doctor.py explains them), and of its own plans.
 
     To be called before Megatron is imported, since it warns while it is.
 

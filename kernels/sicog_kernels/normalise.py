@@ -1,4 +1,4 @@
-"""Pixels to the numbers that the vision tower was trained on.
+"""Scales pixels to the numbers that the vision tower was trained on.
 
 In: uint8 patch rows (PackedBatch.patches)   Out: normalised rows   Next: sicog_mcore/model/vision_tower.py
 Pixels travel as uint8, a quarter of the bytes of fp32, and become floating point only on the device.
@@ -39,5 +39,7 @@ def normalise_patches(patches: Tensor, mean: Channels, std: Channels, dtype: tor
         )
     per_channel = patches.shape[1] // len(mean)  # P
     shift, scale = torch.tensor((mean, std), dtype=torch.float32, device=patches.device).unbind(0)  # [3], [3]
+    # Rows are channel-major, so one axis splits into channels and pixels, and shift and scale broadcast over the
+    # pixels.
     pixels = patches.unflatten(1, (len(mean), per_channel)).float() / 255  # [p, 3, P]
     return ((pixels - shift[:, None]) / scale[:, None]).to(dtype).flatten(1)  # [p, 3 * P]

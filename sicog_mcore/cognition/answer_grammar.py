@@ -1,4 +1,4 @@
-r"""The grammar of answers: which rule reads a letter, yes or no, a number or a text out of what a model wrote.
+r"""The grammar of answers: rules that read a letter, yes or no, a number or a text out of a model's text.
 
 In: text of a model, never evaluated   Out: Reading: a value and the rule that read it, or the failure that says why not
 Used by: answers.py. Nothing is guessed: a text that says two things, or none, is a failure with a name.
@@ -21,145 +21,49 @@ import re
 from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from sicog_mcore.cognition.spelling import (
-    CJK,
-    CJK_SCALES,
-    NUMBER_WORDS,
-    SCALES,
-    TENS,
-    cjk_number,
-    plain,
-    spelled_number,
+from sicog_mcore.cognition.answer_cues import (
+    AFTER_LETTER,
+    BOX,
+    CHOSEN,
+    CONTRAST,
+    FILLER,
+    FIRST_WORD,
+    HEDGED,
+    JOINED,
+    JSON,
+    LEADS_TO_LETTER,
+    NAMED_IN_CJK,
+    NEARBY,
+    NEGATION,
+    NO,
+    NO_ANSWER,
+    NOT_IN_WORD,
+    NOUN,
+    NUMBER_CUE,
+    OPEN,
+    PRONOUN_ONE,
+    QUANTITY,
+    REASON,
+    REFUSED,
+    REJECTED,
+    SENTENCE_END,
+    SO,
+    STANDING,
+    STATED,
+    SUFFIXES,
+    TAG,
+    THOUGHT,
+    VERDICT,
+    WORDS,
+    YES,
 )
+from sicog_mcore.cognition.spelling import CJK, CJK_SCALES, SCALES, cjk_number, plain, spelled_number
 
 Value = TypeVar("Value")
 
-NEARBY = 48  # characters around a letter that decide whether it is meant
-THOUGHT = re.compile(r"(?:<|◁|\[(?=/?THINK\]))(?P<close>/?)(?i:think|thinking|thoughts?|reasoning|reflection)[>▷\]]")
-TAG = re.compile(r"<(?P<close>/?)(?i:answer|final_answer|conclusion)>|<\|(?:begin|(?P<end>end))_of_box\|>")
-JSON = re.compile(
-    r"[\"'](?i:(?:final|correct)?[_ ]?answer|choice|答案)[\"']\s?:\s?(?:\"([^\"\n]*)\"|'([^'\n]*)'|(-?[\d.]+))"
-)
-BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s?(?=\{)|\s(?P<bare>\w+))")
-JOINED = re.compile(r"[\s$,.;&/]*(?:and|or|和|或|与)?[\s$]*")  # between two answers that are given side by side
-
-NOUN = r"(?:option|choice|letter|answer|figure|image|picture|statement|选项|選択肢)"
-FILLER = r"(?:(?:most\s)?likely|probably|clearly|definitely|therefore|thus|indeed|simply)\s"
-BE = r"(?:is|was|would\sbe|must\sbe|should\sbe|will\sbe|has\sto\sbe|ist|est|es)"
-NOT_IN_WORD = rf"(?![^\W{CJK}]|'\w|-\w|[+#]|\.[A-Za-z]\b)"
-STANDING = rf"(?<![^\W{CJK}])(?<!')(?<!\b[A-Za-z]\.)"
-OPEN = r"\s?[(\[{\"'<$]{0,3}\s?"
-STATED = (  # what the answer stands behind, in any kind of answer
-    r"\b(?:answer|(?:correct|right|best|final)\s(?:choice|option|letter|answer|one)|(?:my|the)\s(?:choice|pick|guess)|antwort"
-    r"|r[ée]ponse|respuesta)(?:\s(?:choice|option|letter))?(?:\s(?:to|for|of|here)\b[^.:?!\n]{0,60}?)?"
-    rf"(?:\s{BE}(?![^\W{CJK}])\s?:?|\s?(?:[:=]|->|→))"
-    r"|(?:^|\n)#{0,6}\s?(?:the\s)?(?:final\s)?answer\s?\n|(?:^|\n)#{4}\s(?=[^\n]*$)"
-    r"|\[(?:答案|正解)\]|(?:答案|正解|答え|解答)(?:选项)?(?:应该|应当|应|就|只能)?(?:选择|选|是|为|為|は|[:=])\s?:?"
-    r"|正确(?:的)?(?:选项|答案|的)?(?:应该|应|就)?(?:是|为|為|:)\s?:?|(?:정답|답)(?:은|는|\s?:)"
-)
-CHOSEN = (  # what only a letter stands behind
-    r"|答案|(?:选择|选定|选|選擇|選)(?:的?是|了|:)?|选项(?:是|为)|正しいのは|(?:정답|답)"
-    r"|\b(?:choose|select|opt\sfor|go\swith|going\swith)"
-)
-SO = (  # the same, where the sentence must end with it
-    r"\b(?:so|therefore|thus|hence|then|overall|in\sconclusion|conclusion)\b\s?[:,]?\s?"
-    rf"(?:(?:it|that|this)?(?:'s|\s?{BE}))?|(?:故|所以|因此|综上所述|综上|因而|可知|则)[,:]?\s?(?:是|为)?|(?:→|=>|⇒)"
-)
-REJECTED = re.compile(  # before a letter, or before what states it
-    r"(?:(?i:\b(?:not|nor|neither|cannot|never)|n't)(?:\s(?!but\b|it\b|rather\b|so\b|and\b|then\b|as\b|since\b|because\b)[a-z']+){0,5}\s"
-    r"|(?i:\b(?:than|except|unlike|over|wrong|incorrect|false|excludes?|excluding|without|eliminated?|instead\sof|opposed\sto"
-    r"|rules?\sout|ruled\sout))(?:\s(?!but\b|it\b|so\b|and\b|then\b|[Tt]he\b)[a-z']+){0,3}\s"
-    r"|(?i:\b(?:if|whether|suppose)(?:\s(?:the|it|that|correct|right|answer|option|choice|is|was|were|be)){0,5}\s)"
-    r"|[^\S\n]?(?:不|没|別|(?<!分)别|勿|排除|并非|除了?|比|错误(?:的)?)(?:能|应该|应|该|可以|可|会|要|是|选择|选|为|像|答案|选项)*)[(\[\"']*$"
-)
-REFUSED = re.compile(  # behind a letter
-    r"[)\]\"']*\s?(?i:(?:is|are|was|looks|seems|would\sbe|can\sbe|must\sbe)\s(?:also\s|clearly\s|definitely\s|just\s)?"
-    r"(?:wrong|incorrect|false|impossible|eliminated|excluded|ruled|out\b|no\b)|(?:is|was|can|does|do|would|could)(?:n't|\s?not\b))"
-    r"|[)\]\"'.:\-]*\s?(?i:(?:wrong|incorrect|false|no|not)\b(?=\s?(?:$|[.,;!\n]|because|since))"
-    r"|[^.\n]{0,30}?,\s(?:so|which\sis)\s(?:no|not|wrong|false|incorrect)\b)"
-    r"|[)\]\"':]*\s?(?i:not\b)|[)\]\"']*(?:选项|项|是|都|也|显然|明显|:)*\s?(?:不|错|误|×|✗|✘|❌)"
-)
-AFTER_LETTER = re.compile(  # words that follow a letter, and no article
-    r"\s(?:because|since|as|for|and|or|is|are|was|but|which|that|with|in|on|over|not|rather|instead|here|based|given|due|from|by"
-    r"|shows?|matches|fits|seems|looks|must|would|should|has|describes?|depicts?|represents?|it\sis)\b"
-)
-LEADS_TO_LETTER = re.compile(
-    r"(?:^|[.!?;:,\n=→(\[\"'{$>]\s?|(?:\b(?i:is|was|be|are|shows?|depicts?|displays?|match|matches|fits?|describes?"
-    r"|choose|chose|pick|select|take|say|guess|think|believe|with|to|option|choice|letter|figure|image|picture|photo|panel|diagram"
-    r"|graph|statement|answer|but|so|thus|therefore|hence|then|see|sees|means?|leaves|definitely|probably|clearly|likely|maybe|perhaps"
-    r"|only|just|both|either|ist|est|es)|'s)\s)[(\[\"']*$"
-)
-NAMED_IN_CJK = re.compile(r"[是为為选選择擇项項取即于应為は](?:[(\[\"'\s]*)$")
-VERDICT = re.compile(
-    r"(?P<bad>(?i:\b(?:not|isn't|never)\b|n't\b|\b(?:incorrect|wrong|false|no|inaccurate|cannot|impossible)\b)"
-    r"|不|错|误|✗|✘|❌|×|☒)"
-    r"|(?P<good>(?i:\b(?:correct|true|yes|accurate)\b|\bright\s(?:answer|option|choice|one)\b"
-    r"|(?<!the\s)(?<!to\s)(?<!on\s)(?<!top\s)(?<!bottom\s)\bright\b"
-    r"(?!\s(?:side|hand|of|corner|arm|leg|half|part|end|to|now|next|above))"
-    r"|\b(?:fits|matches)\b(?=\s?(?:$|[.,;!\n]|best\b|the\s(?:picture|image|description)\b))"
-    r"|\b(?:is|as)\sthe\s(?:best\s)?(?:answer|match)\b)|正确|正しい|符合|对(?!于|比|应|面|称|象)|✓|✔|✅|☑|√)"
-)
-
-YES = r"(?:yes|yeah|yep|yup|はい|是(?!否|不是)|对(?!不|于|比)|有(?!没有|无|可能)|네|예)"
-NO = (
-    r"(?:no(?!\.?\s?\d|\s(?:doubt|idea|question|way\sto)\b)|nope|nah|いいえ"
-    r"|否|没(?!错)|不(?=是|对|会|行|在|存在|\W|$)|无(?=\W|$)|并不|아니요|아니오)"
-)
-NO_ANSWER = re.compile(  # a negation that says nothing about the question
-    r"\bnot\s(?:sure|certain|clear|possible|enough|only|just|able)|\bno\s(?:doubt|question|idea|way\sto|information|image|picture)"
-    r"|\b(?:do|does|did)(?:n't|\snot)\s(?:know|have|provide)|\b(?:cannot|can't|can\snot|unable|could\snot|couldn't)\b|\bno\.?\s?\d"
-    r"|不(?:知道|确定|清楚|能|一定|仅|但|错)|无法|看不清|\bunclear\b|\bsorry\b"
-    r"|,\snot\b|\b(?:says?|saying|reads?|reading)\s\W{0,2}no\b",
-    re.I,
-)
-FIRST_WORD = re.compile(rf"\W*(?:(?i:well|sure|ok|okay|oh|so)\b[\s,.!]*)?(?i:(?P<yes>{YES})|(?P<no>{NO}))(?![a-z])")
-WORDS = re.compile(r"(?i:\b(?P<yes>yes|yeah)\b|\b(?P<no>no)\b(?!\.\s?\d)(?=\W*(?:$|[.,;!\n])))")
-NEGATION = re.compile(r"(?i:\b(?:no|not|none|never|neither|nothing|nobody)\b|n't\b)|没(?!错)|(?<!是)不是|并非")
-CONTRAST = re.compile(
-    r"(?i:\b(?:but|instead|rather|only|however|except|although|though|it\sis|it's|they\sare)\b)|而是|而|但|只"
-)
-HEDGED = re.compile(r"\s*(?:/|,?\s?(?i:and|or|或|和)\b)\s?(?i:yes|no|not|maybe|是|否)\b")
-
-SUFFIXES: Mapping[str, float] = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "mn": 1e6, "bn": 1e9, "tn": 1e12}
-UNITS = (  # that stand right behind a number; any may stand behind a space
-    r"(?:[mglhtsVAWNJLCF]|(?i:[mckµμ]m|in|ft|yds?|mi|km/?h|kph|mph|[mkµμ]g|lbs?|oz|[mc]l|ms|secs?|mins?|hrs?|px|[kmg]w|[kmg]?wh"
-    r"|[km]v|ma|[kmg]?hz|[kmgt]b|kj|k?cal|k?pa|kn|mol|deg|rad|usd|eur|rmb))"
-)
-GROUPED = r"\d{1,3}(?:[,']\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?: \d{3})+(?! ?\d)"
-WHOLE = rf"(?:\d{{1,3}}(?:[. ]\d{{3}})+,\d+(?![\d,])|(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
-SPELLED = "|".join(sorted(NUMBER_WORDS, key=len, reverse=True))
-TO_99 = (
-    rf"(?:(?:(?:{TENS.replace(' ', '|')})[- ](?:one|two|three|four|five|six|seven|eight|nine)|{SPELLED}"
-    r"|a(?=[ -](?:hundred|thousand)))\b)"
-)
-CHUNK = rf"(?:{TO_99}(?:[- ]hundred\b(?:[- ](?:and[- ])?{TO_99})?)?)"
-SCALE = r"(?:thousand|million|billion|trillion)\b"
-QUANTITY = re.compile(
-    r"(?<![\w.,^/])(?<!\d[:/])(?P<minus>(?:-|(?i:minus|negative)\s)?)(?:(?P<currency>[$€£¥])\s?)?"
-    rf"(?:(?:(?P<mixed>\d{{1,3}}) (?=\d+/\d))?(?P<digits>{WHOLE})(?:(?i:e)(?P<e>[-+]?\d{{1,3}}))?"
-    r"(?:\s?/\s?(?P<under>\d{1,9}))?"
-    r"(?:\s?[×xX*·]\s?10\s?\^\s?\(?(?P<power>[-+]?\d{1,3})\)?|\^\(?(?P<exponent>[-+]?\d{1,3})\)?)?"
-    rf"(?:\s?(?P<after>%|(?i:per\s?cent|{'|'.join(SCALES)})\b|[万萬亿億])|(?P<suffix>{'|'.join(SUFFIXES)})(?!\w)"
-    rf"|(?P<unit>{UNITS})(?:\^?[23])?(?:/[a-z]{{1,4}})?(?!\w))?(?!\w|\^|\s?/\s?\d|[.,:]\d)"
-    rf"|(?P<word>\b(?i:(?:{CHUNK} {SCALE},? (?:and )?)*{CHUNK}(?: {SCALE})?)(?P<half> and a half)?)(?![-\w])"
-    r"|(?P<cjk>(?:百分之)?[零〇一二两兩三四五六七八九十百千万萬亿億]+(?:点[零〇一二三四五六七八九]+)?)"
-    r"(?P<counted>[个只條条张位名本辆匹枚人米元岁次])?)",
-    re.A,
-)
-NUMBER_CUE = re.compile(
-    r"(?:\b(?i:answer|result|total|sum|difference|product)(?:\s(?i:is|are|equals|would\sbe|should\sbe))?\s?[:=]?\s?|[=≈]\s?"
-    r"|(?:答案|结果|总共|一共|共有|共|等于|总数|答え|合計)(?:是|为|は|:|有)?\s?)"
-    r"(?:(?i:about|approximately|around|roughly|only|exactly)\s|[~≈]\s?)?[(]?"
-)
-PRONOUN_ONE = re.compile(r"(?i:\b(?:the|this|that|which|each|no|any|some|every|another|first|last)\s(?:\w+\s)?)$")
-SENTENCE_END = re.compile(
-    r"\n|(?<!\b[A-Z])(?<!\b[A-Z][a-z])(?<!\bMrs)[.!?](?:\s(?=[A-Z])|(?=[" + CJK + "]))"
-)  # no "Dr. No"
-REASON = re.compile(r"[\s,;(-]*(?:\b(?i:because|since)\b|因为|由于)|[,;]\s(?i:as|for)\s")
-
 
 class Reading(NamedTuple, Generic[Value]):
-    """What a text says.
+    """The reading of a text: its value, or the failure to find one.
 
     Attributes:
         value: None where nothing can be read.
@@ -173,7 +77,7 @@ class Reading(NamedTuple, Generic[Value]):
 
 
 def spoken(text: str) -> str | None:
-    """The text without what a model thinks aloud; None if a thought does not end, so that no answer was reached."""
+    """Takes a model's thoughts out of a text; None if a thought does not end, so that no answer was reached."""
     kept: list[str] = []
     start, thinks = 0, False
     for match in THOUGHT.finditer(text):
@@ -192,10 +96,13 @@ def unwrap(text: str) -> Reading[str]:
     if said is None:
         return Reading(None, "", "think_not_closed")
     rule = ""
+    # From the outside in: each kind is searched in the content of the one before.
     for name, find in (("answer_tag", _tagged), ("json", _in_json), ("boxed", _boxed)):
         found = find(said)
         if not found:
             continue
+        # The last of several counts, for models revise. But two different ones side by side, joined by "and", are one
+        # double answer.
         for (_, end, one), (start, _, two) in zip(found, found[1:], strict=False):
             if found[-1][0] == start and JOINED.fullmatch(said, end, start) and plain(one) != plain(two):
                 return Reading(None, "", "several_answers")
@@ -222,6 +129,7 @@ def _in_json(text: str) -> list[tuple[int, int, str]]:
 
 def _boxed(text: str) -> list[tuple[int, int, str]]:
     """Boxes with balanced braces; one that does not end is none."""
+    # Braces are matched by hand, since a regular expression cannot balance \\boxed{\\frac{1}{2}}.
     opened: list[int] = []
     ends: dict[int, int] = {}
     for match in re.finditer(r"\\[{}]|[{}]", text):
@@ -246,6 +154,7 @@ def lone_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
 def stated_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     """The letter that stands alone in the last line, or behind the last words that announce it."""
     said, among = plain(text), _among(options)
+    # The last two lines, since a letter below another letter ends a list of options and chooses nothing.
     alone = [lone_letter(line, options).value for line in said.split("\n")[-2:]]
     if alone[-1]:
         echoed = alone[0] not in (None, alone[-1])  # lines of letters are the options again
@@ -254,6 +163,7 @@ def stated_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         rf"(?:(?i:{STATED}{CHOSEN})|(?P<so>(?i:{SO})))(?:\s?(?i:{FILLER}))?(?:\s?(?i:(?:the\s)?{NOUN}))?{OPEN}"
         rf"(?P<letter>(?i:[{among}])){NOT_IN_WORD}(?(so)(?=[)\]\"'}}$>]*\s?(?:$|[.,;!\n]|because\b|since\b)))"
     )
+    # Denied and conditional ones go first ("the answer is not B"); of the rest the last counts, for models revise.
     cued = [match for match in cue.finditer(said) if _is_meant(said, match, options)]
     if not cued:
         return Reading(None, "", "no_choice")
@@ -267,6 +177,7 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
     said, among = plain(text), _among(options)
     heads = _heads(said, among)
     listed = {match["letter"].upper() for match in heads} if _is_list(said, heads, options) else set()
+    # "A: wrong. B: right." chooses by its verdicts, provided that exactly one is good.
     right, wrong = _judged(said, heads, options)
     if len(right) == 1:
         return Reading(right.pop(), "verdict")
@@ -275,6 +186,8 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         rf"[(\[\"'#>•-]{{0,6}}\s?(?i:{NOUN}\s)?[(\[]?(?P<letter>[{among}]|[{among.lower()}](?=[)\].:]))"
         rf"(?:[)\]]|[.:](?=\s|$|[{CJK}])|\s?[,;-](?=\s|[{CJK}])(?!\s?[{among}]{NOT_IN_WORD})|(?=\s(?:because|since)\b)|(?=因|\n))"
     ).match(said)
+    # A letter in front of the text chooses, unless it only begins a list of all options, or a line holds nothing but
+    # another.
     letter = lead["letter"].upper() if lead and _is_meant(said, lead, options) else ""
     alone = set(re.findall(rf"(?m)^\W*([{among}])\W*$", said))
     if letter and alone <= {letter} and (letter not in listed or listed - {letter} <= wrong):
@@ -283,6 +196,7 @@ def named_letter(text: str, options: Mapping[str, str]) -> Reading[str]:
         return Reading(letter, "leading_letter")
     if concluded:
         return Reading(concluded, "conclusion")
+    # Weakest last: a letter in brackets, then any capital that the words around it let stand for an option.
     for rule, pattern in (
         ("bracketed", rf"[(\[](?P<letter>[{among}])[)\]]"),
         ("only_letter", rf"{STANDING}(?P<letter>[{among}]){NOT_IN_WORD}"),
@@ -308,6 +222,7 @@ def read_yes_no(text: str) -> Reading[str]:
     cue = re.compile(rf"(?i:{STATED})(?:\s?(?i:{FILLER}))?{OPEN}(?i:(?P<yes>{YES})|(?P<no>{NO}))(?![a-z])")
     cued = [m for m in cue.finditer(said) if not REJECTED.search(said[max(0, m.start() - NEARBY) : m.start()])]
     first = FIRST_WORD.match(said)
+    # Announced before first word: "No wonder. The answer is yes."
     for rule, match in (("cue", cued[-1] if cued else None), ("yes_no_first_word", first)):
         if match:
             if HEDGED.match(said, match.end("yes" if match["yes"] else "no")):
@@ -319,6 +234,8 @@ def read_yes_no(text: str) -> Reading[str]:
         return Reading(kinds.pop(), part.rule or "yes_no_only_word")
     sentence = re.split(r"(?<=[.!?;])\s(?!\d)|\n|[.](?=[" + CJK + "])", said, maxsplit=1)[0]
     negated = NEGATION.search(sentence)
+    # Without yes or no, a first sentence with "no", "not" or "none" is a no, as POPE counts it; a hedge or a contrast
+    # is not.
     if not kinds and negated and not NO_ANSWER.search(sentence) and not CONTRAST.search(sentence, negated.end()):
         return Reading("no", part.rule or "yes_no_negation")
     return Reading(None, "", "several_answers" if kinds else "no_yes_no")
@@ -332,6 +249,7 @@ def read_quantity(text: str) -> Reading[float]:
     for inside, rule in ((part.value, part.rule), (spoken(text) or "", "")):  # a box may hold no number
         said = plain(inside)
         found = [(match.start(), value) for match in QUANTITY.finditer(said) if (value := _number(match)) is not None]
+        # A cued number begins where the cue ends, to the letter.
         ends = {match.end() for match in NUMBER_CUE.finditer(said)}
         cued = [value for start, value in found if start in ends]
         if cued:
@@ -343,7 +261,7 @@ def read_quantity(text: str) -> Reading[float]:
 
 
 def read_text(text: str) -> Reading[str]:
-    """What a wrapper holds, or what is announced up to its reason or the sentence's end; or else all that is spoken."""
+    """Reads the text in a wrapper, or the announced one up to its reason or the sentence's end; or else all of it."""
     part = unwrap(text)
     if part.value is None:
         return part
@@ -353,6 +271,8 @@ def read_text(text: str) -> Reading[str]:
     if not cues:
         return Reading(said if part.rule == "boxed" else part.value, part.rule or "whole")
     stated = said[cues[-1].end() :].strip()
+    # A reason behind the answer goes first, for it may hold the end of a sentence; an answer of nothing else stays
+    # whole.
     for end in (REASON, SENTENCE_END):
         stated = end.split(stated, maxsplit=1)[0].strip() or stated
     return Reading(stated or part.value, part.rule or "cue")
@@ -368,8 +288,10 @@ def _is_meant(text: str, match: re.Match[str], options: Mapping[str, str]) -> bo
     if REJECTED.search(text[max(0, match.start() - NEARBY) : match.start()]):
         return False
     own = options.get(letter, "").casefold()
+    # An option's own words may deny something themselves ("B. is not a cat"); then they refuse nothing.
     if REFUSED.match(after) and not (own and after.lstrip(").]: -\"'").casefold().startswith(own)):
         return False
+    # A word in small letters behind it makes "A" an article and "I" a pronoun, unless it is one that follows letters.
     goes_on = re.match(r"\s[^\W\d_A-Z" + CJK + "]", after) and not AFTER_LETTER.match(after)
     return not (letter in "AI" and goes_on) and not (
         letter == "I" and re.match(r"\s(?:was|must|would|should)\b", after)
@@ -432,10 +354,12 @@ def _judged(text: str, heads: list[re.Match[str]], options: Mapping[str, str]) -
     for head, end in zip(heads, ends, strict=False):
         letter, body = head["letter"].upper(), text[head.end() : end].lstrip(" :.)]-=→\"'")
         own = options.get(letter, "")
+        # The option's own words may read "right" or "no", and judge nothing.
         body = body[len(own) :] if own and body.casefold().startswith(own.casefold()) else body
         verdict = VERDICT.search(body if len(heads) > 1 else re.split(r"[.,;\n]", body, maxsplit=1)[0])
         if verdict:
             (good if verdict["good"] else bad).add(letter)
+    # A letter that is judged both ways is not chosen.
     return good - bad, bad
 
 
@@ -451,6 +375,7 @@ def _concluded(text: str, among: str, options: Mapping[str, str]) -> str | None:
 
 def _number(match: re.Match[str]) -> float | None:
     if match["word"]:
+        # In "the left one" the word is a pronoun.
         if match["word"].lower() == "one" and PRONOUN_ONE.search(match.string[: match.start()][-NEARBY:]):
             return None
         value: float | None = spelled_number(match["word"].removesuffix(" and a half")) + (0.5 if match["half"] else 0)
@@ -481,10 +406,12 @@ def _written(match: re.Match[str]) -> float | None:
         value = value ** int(match["exponent"]) if match["exponent"] else value
     except (OverflowError, ZeroDivisionError):
         return None
+    # "1 1/2": the whole part is added after the fraction.
     value += float(match["mixed"] or 0)
     after, unit = (match["after"] or "").lower(), match["unit"] or ""
     if after == "%" or after.startswith("per"):
         return value / 100
+    # "5m" is a length, "$5m" five million.
     money = {"m": 1e6}.get(unit, 1.0) if match["currency"] else 1.0
     return value * SCALES.get(after, CJK_SCALES.get(after, 1.0)) * SUFFIXES.get(match["suffix"] or "", 1.0) * money
 

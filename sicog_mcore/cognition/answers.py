@@ -1,4 +1,4 @@
-"""What an answer says, apart from how it is written: plain form, number, choice, attributes. Pure functions of text.
+"""Reads answers apart from how they are written: plain form, number, choice, attributes. Pure functions of text.
 
 In: text of a model or a data set, never evaluated   Out: text, number, letter, attributes; each Reading names its rule
 Used by: agreement.py (votes), judging.py (metrics). Which rules there are, and in which order: answer_grammar.py.
@@ -11,10 +11,8 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from sicog_mcore.cognition import spelling
+from sicog_mcore.cognition.answer_cues import NEARBY, QUANTITY, REJECTED
 from sicog_mcore.cognition.answer_grammar import (
-    NEARBY,
-    QUANTITY,
-    REJECTED,
     Reading,
     lone_letter,
     named_letter,
@@ -43,6 +41,7 @@ def normalise(text: str) -> str:
     Lower case, numbers up to twenty as digits, no grouping commas, no articles, no punctuation; signs, decimal points and
     percent signs of numbers stay. Text that holds nothing else keeps its articles, and its punctuation: "A" stays an answer.
     """
+    # Numbers are cut out first: their points, signs and percents stay, while the words between lose all punctuation.
     plain = _fold(text)
     words: list[str] = []
     start = 0
@@ -65,7 +64,7 @@ def read_number(text: str) -> float | None:
 
 
 def same_number(answer: str, reference: str, relative: float = 0.0) -> bool:
-    """Whether both give a number and the answer's lies within a share of the reference's.
+    """Whether both give a number, and that of the answer lies within a share of that of the reference.
 
     With 0.05 this is the numeric half of ChartQA's relaxed accuracy. Only zero equals zero, whatever the tolerance.
 
@@ -122,6 +121,7 @@ def read_choice(text: str, options: Mapping[str, str]) -> Reading[str]:
     if part.value is None or not options:
         return Reading(None, "", part.failure or "no_choice")
     reading = _chosen(part.value, options)
+    # A wrapper is the stronger rule: it, and not how the letter stands in it, is what the record names.
     if reading.value and part.rule:
         return Reading(reading.value, part.rule)
     if part.rule == "boxed" and reading.failure == "no_choice":  # a step of the calculation may be boxed
@@ -138,12 +138,14 @@ def _chosen(text: str, options: Mapping[str, str]) -> Reading[str]:
         return own
     if (stated := stated_letter(text, options)).value or stated.failure == "several_answers":
         return stated
+    # Behind an announcement the option's own words count as much as its letter.
     told = read_text(text)
     if told.rule == "cue" and (own := _own_words(told.value or "", options)).value:
         return own
     named = named_letter(text, options)
     if named.value:
         return named
+    # Options that read yes and no may be chosen by an answer that only implies one of them.
     if {normalise(words) for words in options.values()} >= {"yes", "no"}:
         answer = read_yes_no(text)
         chosen = [letter for letter, words in options.items() if normalise(words) == answer.value]
@@ -170,9 +172,11 @@ def _own_words(text: str, options: Mapping[str, str]) -> Reading[str]:
             if not _denied(" ".join(said[max(0, start - NEARBY) : start].split())):
                 found.add(letter)
             start = said.find(wanted, start + len(wanted))
+        # Taken out once found, so that the words of a shorter option are not found inside a longer one.
         said = said.replace(wanted, " | ") if wanted.strip() else said  # a mark that no plain form holds
     if not found and (number := read_quantity(text).value) is not None:
         values = {letter: read_number(words) for letter, words in options.items()}
+        # Options that are all different numbers are compared by value: "12.0" then chooses "12".
         if None not in values.values() and len(set(values.values())) == len(values):
             found = {letter for letter, value in values.items() if value == number}
             return Reading(found.pop(), "own_number") if found else Reading(None, "", "no_choice")
@@ -195,7 +199,7 @@ def _denied(before: str) -> bool:
 
 
 def attributes(text: str, vocabulary: Mapping[str, Sequence[str]]) -> frozenset[tuple[str, str]]:
-    """The attributes that a text names, as (kind, value) pairs.
+    """Finds the attributes that a text names, as (kind, value) pairs.
 
     Args:
         vocabulary: values of each kind, e.g. {"colour": ["red", "light blue"]}; the longest one that fits is taken, so
@@ -203,6 +207,7 @@ def attributes(text: str, vocabulary: Mapping[str, Sequence[str]]) -> frozenset[
     """
     values = {normalise(value): (kind, value) for kind, known in vocabulary.items() for value in known}
     found, words = set(), f" {normalise(text)} "
+    # Longest first, each taken out once found: "light blue" must not count as "blue" too.
     for plain in sorted(values, key=lambda value: (-len(value), value)):
         if f" {plain} " in words:
             found.add(values[plain])

@@ -1,4 +1,4 @@
-"""Answers in steps: how they are written for training, and how they are read back from what a model wrote.
+"""Writes answers in steps for training, and reads them back from a model's text.
 
 In: texts of the steps   Out: one text, and back; None with a problem where it cannot be read
 Next: annotator.py, agreement.py
@@ -74,6 +74,7 @@ def render(steps: Sequence[str], kind: StepForm) -> str:
     if not all(texts):
         raise SampleError("step_empty", f"step {texts.index('') + 1} has no text")
     text = "\n\n".join(f"{header(kind, number)}\n{step}" for number, step in enumerate(texts, 1))
+    # Read back at once: a step with a line like a header would be learnt as two steps.
     if parse(text, kind).steps != texts:
         raise SampleError(
             "step_ambiguous", "a step has a line that reads like the header of a step, or a tag of thoughts; reword it"
@@ -88,7 +89,9 @@ def quote_headers(text: str) -> str:
     away around a text goes first, for a line may become a header by it.
     """
     text = _clean(text)
+    # From the end, so that the places of the earlier matches still fit.
     for match in reversed(list(HEADER.finditer(text))):
+        # Only "Step 1" goes into brackets; marks and bullets in front of it stay.
         start, end = OWN_NUMBER.search(text, match.start(), match.end("number")).span()  # type: ignore[union-attr]
         text = f"{text[:start]}({text[start:end]}){text[end:]}"
     return text
@@ -140,6 +143,7 @@ def from_tags(text: str) -> tuple[str, ...]:
             raise SampleError("duplicate_tag", f"found {counts[tag]} x {tag}, expected one")
     if names != expected:
         raise SampleError("misordered_tag", f"found {' '.join(names)}, expected {' '.join(expected)}")
+    # Text alternates: outside, inside, outside, ... Pieces with an even number stand outside of all tags.
     borders = [0, *(border for match in found for border in match.span()), len(text)]
     pieces = [text[start:end].strip() for start, end in zip(borders[::2], borders[1::2], strict=True)]
     outside, inside = pieces[::2], pieces[1::2]
@@ -169,7 +173,7 @@ def to_tags(steps: Sequence[str]) -> str:
 
 
 def _order_problem(numbers: Sequence[int], count: int) -> str:
-    """What is wrong with the numbers of the steps; empty if nothing."""
+    """Names the problem with the numbers of the steps; empty if there is none."""
     expected = list(range(1, count + 1))
     if not numbers:
         return "no_steps"
@@ -187,6 +191,7 @@ def _body(match: re.Match[str], below: str, title: str) -> str:
     line = match["rest"].strip()
     mark = "" if match["closed"] else match["mark"]  # still open
     own = line.lstrip(MARKS)
+    # Our own title, then what stands behind it in the line, if only marks and a separator lie between.
     if own[: len(title)].casefold() == title.casefold():
         after = own[len(title) :]
         text = BEHIND_TITLE.sub("", after, count=1)

@@ -1,4 +1,4 @@
-"""Keys of a row that its reader does not use: harmless, unknown, or holding what would be lost without a word.
+"""Sorts the keys of a row that its reader does not use: harmless, unknown, or with content that would be lost silently.
 
 In: a row, the keys that are used   Out: UnreadKeys; counts for the user
 Next: generation/items.py, annotation/annotated_rows.py
@@ -75,7 +75,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class UnreadKeys:
-    """What a row holds besides the keys that are used; keys whose value is empty say nothing and are left out.
+    """The keys of a row besides those that are used; keys whose value is empty say nothing and are left out.
 
     Attributes:
         media: keys with a picture, film or sound that is not the row's image.
@@ -102,6 +102,7 @@ def unread_keys(row: JsonRow, used: Collection[str]) -> UnreadKeys:
     for key, value in row.items():
         if key in used or is_blank(value) or (is_ours and key in OWN_ORIGIN):
             continue
+        # Fields of turns are judged by their last part.
         name = key.rpartition(".")[2].strip().lower().replace("-", "_")
         if _is_media(key, value, pictures):
             found["media"].append(key)
@@ -115,7 +116,7 @@ def unread_keys(row: JsonRow, used: Collection[str]) -> UnreadKeys:
 
 
 def turn_fields(turns: Iterable[object]) -> JsonRow:
-    """What turns hold besides speaker and text, as fields of the row, by names like "conversations.image"."""
+    """Gives the fields of turns besides speaker and text as fields of the row, with names like "conversations.image"."""
     found: JsonRow = {}
     for turn in turns:
         for key, value in turn.items() if isinstance(turn, dict) else ():
@@ -125,7 +126,7 @@ def turn_fields(turns: Iterable[object]) -> JsonRow:
 
 
 def unread_media(keys: Sequence[str], text: str, num_images: int) -> SampleError | None:
-    """What speaks against a row that brings, or speaks of, a picture, film or sound which is not read; None if nothing.
+    """Gives the error of a row that brings, or speaks of, a picture, film or sound which is not read; None without one.
 
     Args:
         keys: ``media`` of the row's unread keys.
@@ -165,7 +166,7 @@ class KeyTally:
             self._first.setdefault(key, origin)
 
     def watch(self, build: BuildSample, used: Collection[str]) -> BuildSample:
-        """The same builder of Samples; the keys of every row that it is given are counted."""
+        """Wraps a builder of Samples, so that the keys of every row are counted."""
 
         def watched(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
             unread = unread_keys(row, used)
@@ -196,13 +197,16 @@ def _is_media(key: str, value: object, pictures: Sequence[str]) -> bool:
         return False
     if words & FILMS:
         return True
+    # Only short texts can be paths; a data URI may have any length.
     looks = any(isinstance(leaf, str) and len(leaf) <= LONGEST_PATH and MEDIA_VALUE.match(leaf) for leaf in values)
     data = any(isinstance(leaf, str) and leaf[:5].lower() == "data:" and MEDIA_VALUE.match(leaf) for leaf in values)
+    # A row without pictures asks about one that is missed, so a mere trace of one counts.
     if not pictures:
         return bool(looks or data or words & PICTURES)
     if not words & PICTURES or is_about:
         return False
     names = [leaf for leaf in values if isinstance(leaf, str)]
+    # Beside the row's own pictures, a second list may name them once more, or the addresses they came from.
     repeats = bool(names) and all(any(_is_same(leaf, picture) for picture in pictures) for leaf in names)
     are_origins = len(values) <= len(pictures) and all("://" in leaf for leaf in names) and len(names) == len(values)
     return not repeats and not are_origins

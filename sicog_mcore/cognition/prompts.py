@@ -1,4 +1,4 @@
-"""What the model is asked: every wording once, for training rows and for generation alike.
+"""The prompts of the model: every wording once, for training rows and for generation alike.
 
 In: prompts.json   Out: Prompt, the text of a user turn   Next: codec.py (what it answers), generate.py, annotator.py
 A wording that changes gets a new version; records name both, so answers to different wordings are never mixed.
@@ -25,7 +25,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Prompt:
-    """A way to ask.
+    """One prompt: a way to ask.
 
     Attributes:
         style: whether the answer is expected in the steps of codec.py.
@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class AnnotatorPrompt:
-    """What a stronger model is told when it annotates.
+    """The instructions of a stronger model that annotates.
 
     Attributes:
         system: role, steps and rules.
@@ -95,6 +95,7 @@ def ask(prompt: Prompt, question: str, num_images: int) -> str:
     text = prompt.text
     if prompt.with_question:
         own = bare_question(question)
+        # A question that also asks for a short answer would contradict the request for steps.
         if prompt.style == "steps":
             own = _without(own, _short_answer_requests())
         if not own:
@@ -113,6 +114,7 @@ def bare_question(text: str) -> str:
 
 def _without(text: str, parts: tuple[str, ...]) -> str:
     """Takes the parts out, also those that only appear when another one is gone."""
+    # Taking one out may join the halves of another.
     while any(part in text for part in parts):
         for part in parts:
             text = text.replace(part, "")

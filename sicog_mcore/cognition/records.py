@@ -41,7 +41,7 @@ class PromptUse:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer.
+    """One answer of the model.
 
     Attributes:
         prompt: id of its prompt.

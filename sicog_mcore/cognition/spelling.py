@@ -1,6 +1,6 @@
-"""One spelling of what can be written in many: full-width forms, brackets, dashes, LaTeX, emphasis. Pure functions of text.
+"""Brings text into one spelling: full-width forms, brackets, dashes, LaTeX, emphasis. Pure functions of text.
 
-In: text of a model or a data set   Out: the same in plain characters   Next: answer_grammar.py (reads it)
+In: text of a model or a data set   Out: its plain form   Next: answer_grammar.py (reads it)
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def narrow(text: str) -> str:
 def plain(text: str) -> str:
     """One spelling of width, brackets, dashes, LaTeX and emphasis; one space between words; no empty lines."""
     text = INVISIBLE.sub("", text)
+    # Before NFKC, which would write raised digits as plain ones: 10² would read 102, and 3½ would read 31/2.
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^" + match[0].translate(RAISED), text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(DASHES).translate(PUNCTUATION)
     for pattern, replacement in LATEX:
         text = pattern.sub(replacement, text)
+    # A star between digits multiplies; all others are emphasis.
     text = re.sub(r"(?<=\d)\s?\*\s?(?=\d)", "×", text)
     text = re.sub(r"[*`]+|(?<![^\W_])_+|_+(?![^\W_])", "", text)
     return "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
@@ -69,6 +71,7 @@ def spelled_number(words: str) -> float:
     """Number words: "two thousand one hundred and five"."""
     total = part = 0.0
     for word in re.findall(r"[a-z]+", words.lower()):
+        # "hundred" multiplies the part so far; larger words multiply it and close it.
         if word == "hundred":
             part = (part or 1) * 100
         elif word in SCALES:
@@ -90,6 +93,7 @@ def cjk_number(numeral: str) -> float | None:
         for c in text:
             if c in CJK_DIGITS:
                 digit = CJK_DIGITS[c]
+            # Ten, hundred and thousand multiply the digit before them; 万 and 亿 multiply all that was said before.
             elif CJK_SCALES[c] < 1e4:
                 part, digit = part + (digit or 1) * CJK_SCALES[c], 0
             else:

@@ -40,7 +40,7 @@ class VerbCall:
 
     @property
     def command(self) -> str:
-        """The same as a shell takes them."""
+        """Writes program and arguments as a shell takes them."""
         return shlex.join(self.argv)
 
     @property

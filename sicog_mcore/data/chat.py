@@ -1,4 +1,4 @@
-"""Turns of a conversation as token ids, with a flag on every token that the model must learn.
+"""Writes the turns of a conversation as token ids, with a flag on every token that the model must learn.
 
 In: turns of a Sample   Out: ChatTokens   Next: encode.py
 A template is a row of strings, not code. Control tokens come from templates only: the same strings inside data are
@@ -15,15 +15,13 @@ from sicog_mcore.data.sample import IMAGE_PLACEHOLDER, Role, Turn
 from sicog_mcore.data.tokenizer import CONTROL_TOKEN, Tokenizer, load_tokenizer
 
 IMAGE_MARKER = -1
-LEGACY_NEWLINE, LEGACY_COMMA = (
-    13,
-    29892,
-)  # newline and comma of Llama-2, which released SICOG weights use with any tokenizer
+# Newline and comma of Llama-2, which released SICOG weights use with any tokenizer.
+LEGACY_NEWLINE, LEGACY_COMMA = 13, 29892
 
 
 @dataclass(frozen=True)
 class Template:
-    """How turns are written. ``<|name|>`` stands for a control token; ``{role}`` for the name of the role.
+    """A template of turns. ``<|name|>`` stands for a control token; ``{role}`` for the name of the role.
 
     Attributes:
         begin: before the first turn.
@@ -152,10 +150,15 @@ class Chat:
         """Runs of ids, each supervised or not as a whole."""
         if not turns or turns[0].role != "system":
             turns = self._default_system + turns
+        # Every run is encoded by itself. So no token reaches across the border of template and text, and the mask needs
+        # one flag a run.
         runs = [(self._text_ids(self.template.begin), False)]
         for turn in turns:
+            # Generation starts behind the header (``open_prompt``), so the model never has to write one.
             runs.append((self._text_ids(self.template.header.format(role=turn.role)), False))
             if turn.role == "assistant":
+                # The token that ends the answer is learnt with it: it is how a model stops. The template's text behind
+                # it is not, for generation has ended there.
                 runs.append((self.tokenizer.encode(turn.text) + [self.end_id], True))
                 runs.append((self._text_ids(self.template.after_answer), False))
             else:
@@ -168,6 +171,7 @@ class Chat:
         if role != "user":
             is_default = any(text == turn.text for turn in self._default_system)
             return self._default_system_ids() if is_default else self.tokenizer.encode(text)
+        # One marker between two parts; encode.py puts the visual tokens of the next image in its place.
         first, *others = (self.tokenizer.encode(part) for part in text.split(IMAGE_PLACEHOLDER))
         return first + [token for part in others for token in (IMAGE_MARKER, *part)]
 
@@ -186,6 +190,7 @@ class Chat:
 
     def _encode_template(self, template_text: str) -> list[int]:
         ids: list[int] = []
+        # The pattern is a group, so split keeps the control tokens among the parts.
         for part in CONTROL_TOKEN.split(template_text):
             ids += [self._control_id(part)] if CONTROL_TOKEN.fullmatch(part) else self.tokenizer.encode(part)
         return ids

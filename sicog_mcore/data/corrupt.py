@@ -1,4 +1,4 @@
-"""Four ways to spoil an image; answers given to spoiled images are the rejected side of preference pairs.
+"""Spoils images in four ways; answers given to spoiled images are the rejected side of preference pairs.
 
 In: uint8 [H, W, 3], the sample's id and a seed   Out: uint8 [H', W', 3], the same for the same id and seed
 They mirror the steps of a chain of description: appearance (blur), attributes (colour), relations (mirror and rotation),
@@ -50,6 +50,7 @@ def corrupt(pixels: Pixels, sample_id: str, seed: int, kinds: Sequence[Corruptio
 
 def random_of(sample_id: str, seed: int) -> np.random.Generator:
     """The random numbers of one sample, on any machine and in any order of samples."""
+    # Hash and seed both feed the generator, so neighbours in the data set share no numbers.
     digest = xxhash.xxh3_128_intdigest(sample_id.encode("utf-8", "surrogatepass"))
     return np.random.Generator(np.random.PCG64([seed, digest]))
 
@@ -61,6 +62,7 @@ def blur(pixels: Pixels, random: np.random.Generator) -> Pixels:
 
 def jitter_colour(pixels: Pixels, random: np.random.Generator) -> Pixels:
     """Brightness, contrast, saturation and hue, in random order; attributes are wrong."""
+    # All numbers are drawn before the order: the same ones then belong to the same change.
     brightness, contrast, saturation = random.uniform(*JITTER_FACTOR, size=3).tolist()
     shift = round(random.uniform(-JITTER_HUE, JITTER_HUE) * HUE_STEPS)
     changes: tuple[Callable[[Image.Image], Image.Image], ...] = (
@@ -91,7 +93,8 @@ def mask_half_plane(pixels: Pixels, random: np.random.Generator) -> Pixels:
     """One side of a random straight line takes its own mean colour; content is missing."""
     height, width, _ = pixels.shape
     angle, share = random.uniform(0.0, 2 * math.pi), random.uniform(*MASKED_SHARE)
-    rows, columns = np.mgrid[:height, :width] + 0.5  # pixel centres
+    # Pixel centres; [height, width] each.
+    rows, columns = np.mgrid[:height, :width] + 0.5
     hidden = columns * math.cos(angle) + rows * math.sin(angle) <= half_plane_offset(height, width, angle, share)
     masked = pixels.copy()
     if hidden.any():  # a one-pixel image may have no centre on that side
@@ -109,10 +112,14 @@ def half_plane_offset(height: float, width: float, angle: float, share: float) -
     Returns:
         offset such that ``x * cos(angle) + y * sin(angle) <= offset`` holds on ``share`` of the area.
     """
+    # Projections of the two sides on the normal: the corner that the line meets first lies at the sum of the negative
+    # ones.
     x, y = width * math.cos(angle), height * math.sin(angle)
     lowest = min(x, 0.0) + min(y, 0.0)
     short, long = sorted((abs(x), abs(y)))
     small = min(share, 1.0 - share)  # the other half follows by symmetry
+    # The cut grows until the line reaches the second corner, at a distance of ``short``. The triangle there has the
+    # share short / (2 * long) of the area.
     if 2 * long * small <= short:
         distance = math.sqrt(2 * short * long * small)  # a triangle at the corner
     else:

@@ -96,7 +96,7 @@ def read_size(data: bytes, limits: DataConfig) -> Size:
 
 
 def read_stored_size(ref: ImageRef, limits: DataConfig) -> Size:
-    """The same for an image that is stored; as much of it is read as its format needs, mostly the first 4 KiB.
+    """Reads the size of an image that is stored; as much of it is read as its format needs, mostly the first 4 KiB.
 
     JPEG, BMP and PPM need what stands before the pixels, TIFF its directories wherever they are, PNG and WebP the first
     bytes of each chunk as well, since the orientation may stand behind the pixels. GIF and AVIF are read whole.

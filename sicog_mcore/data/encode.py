@@ -233,7 +233,7 @@ class Encoder:
         return plan_slices(read_size(image, self._data), self._model.slicing, self._model.tower.patch_px)
 
     def _plan_stored(self, image: ImageRef) -> SlicePlan:
-        """The same of an image whose pixels nobody needs; only its header is read."""
+        """Plans the slices of an image whose pixels nobody needs; only its header is read."""
         return plan_slices(read_stored_size(image, self._data), self._model.slicing, self._model.tower.patch_px)
 
     def _write(self, chat: ChatTokens, plans: list[SlicePlan]) -> _Stream:
@@ -249,6 +249,7 @@ class Encoder:
         for marker, plan in zip(markers, plans, strict=True):
             parts += [text.part(start, marker), self._write_image(plan, first_row)]
             start = marker + 1
+            # The resampler's output [k * q] counts on over all images of the sample.
             first_row += len(plan.encoded) * self._model.resampler.queries
         parts.append(text.part(start, len(ids)))
         return _join(parts)
@@ -274,9 +275,12 @@ class Encoder:
         if length > limit:
             last = streams[-1]
             is_fixed = self._data.too_long == "quarantine" or len(streams) > 1
+            # Cut where some of the last answer stays, and no visual token goes: half an image would be learnt as a
+            # whole one.
             if is_fixed or limit <= _last_answer(last) or (last.rows[limit:] != TEXT).any():
                 raise SampleError("too_long", f"{length} tokens, at most {limit} fit; raise data.token_budget")
             streams = [last.part(0, limit)]
+        # A first token has no position before it that could predict it.
         if not all(stream.supervised[1:].any() for stream in streams):
             raise SampleError("no_labels", "no token is supervised; the sample needs an answer of the assistant")
         return streams

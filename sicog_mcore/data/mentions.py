@@ -1,4 +1,4 @@
-"""Does a text speak of a picture, a film or sound that its row does not give? Then it teaches to answer without seeing.
+"""Finds texts that show a picture, a film or sound which their row does not give: these teach to answer without seeing.
 
 In: texts of turns   Out: the tag that stands for what is not there   Next: rows.py
 Other programs write other tags than ``<image>``. Text about such tags (HTML, Markdown, questions on either) is ordinary
@@ -66,13 +66,18 @@ def lost_tag(text: str, is_answer: bool, has_images: bool) -> str:
         has_images: whether the row has images; then numbered and Markdown pictures may refer to these.
     """
     for part in _scanned(text):
+        # No pattern fits a text without one of these; most texts end here.
         if "<" not in part and "[" not in part:
             continue
+        # Tokens of models count anywhere; paths between tags may be what an answer quotes.
         found = TOKENS.search(part) or (None if is_answer else PATHS.search(part))
         if found:
             return found.group()[:MAX_TAG_CHARS]
+        # A text with other markup is HTML or code, in which such tags are ordinary.
         if is_answer or MARKUP.search(part):
             continue
+        # A tag in a line of its own stands for a picture in any case. Within a line it does so only if the text is not
+        # about tags and does not quote it.
         is_about_markup = ABOUT_MARKUP.search(part) is not None
         for tags in (FILMS,) if has_images else (FILMS, PICTURES):
             for found in islice(tags.finditer(part), MAX_TAGS):

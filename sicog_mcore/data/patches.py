@@ -1,4 +1,4 @@
-"""Pixels of an image to the patch rows of its slices.
+"""Cuts the pixels of an image into the patch rows of its slices.
 
 In: uint8 image, SlicePlan   Out: uint8 patch rows [p, 3 * patch_px**2]   Next: encode.py
 Patches stay uint8 until they are on the training device; rescaling and normalisation happen in the vision tower.
@@ -40,6 +40,7 @@ def cut_patches(image: NDArray[np.uint8], plan: SlicePlan) -> torch.Tensor:
 
 def _cut(source: Image.Image, grid: Size, cell: Size, patch_px: int) -> NDArray[np.uint8]:
     """Resizes the whole image to ``grid`` cells of ``cell`` pixels and cuts every cell into patch rows."""
+    # Resized as one picture and then cut: every slice is the same scale, and none has an edge that the picture has not.
     resized = source.resize((grid.width * cell.width, grid.height * cell.height), Image.Resampling.BICUBIC)
     down, across = cell.height // patch_px, cell.width // patch_px
     blocks = np.asarray(resized).reshape(grid.height, down, patch_px, grid.width, across, patch_px, 3)

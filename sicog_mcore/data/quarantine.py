@@ -1,4 +1,4 @@
-"""Bad rows: each written down with its reason, all counted, and the run stopped when their share is too large.
+"""The quarantine of bad rows: each is written down with its reason, and too large a share of them ends the run.
 
 In: Rejection   Out: a line of quarantine.jsonl, counts, the verdict   Next: loader.py, train/feed.py, train/metrics.py
 """
@@ -16,7 +16,7 @@ from typing import Any
 from sicog_mcore.files import append_lines
 
 REASONS_SHOWN = 3
-# Below the end of a pass the share of a part is judged: what chance does to it must not end a run.
+# Before the end of a pass the share of a part is judged, and chance alone must not end a run.
 DEVIATIONS, FEWEST_BAD = 5, 10
 ROUNDING = 1e-9  # 0.29 * 100 is a little less than 29
 
@@ -42,7 +42,7 @@ class Rejection:
 
 @dataclass
 class _Reason:
-    """How many rows a reason has, and the first of them."""
+    """The number of rows with one reason, and the first of them."""
 
     count: int
     origin: str
@@ -100,6 +100,8 @@ class BadRows:
         """
         one = self._passes.setdefault(epoch, _Pass(num_rows))
         one.seen += window_rows
+        # Windows enter in order, so the oldest is the first key; one always stays, even if it is larger than
+        # ``bad_window``.
         one.recent[window] = [window_rows, 0]
         rows = sum(rows for rows, _ in one.recent.values())
         while rows > self._bad_window and len(one.recent) > 1:
@@ -113,6 +115,7 @@ class BadRows:
         if one is None:
             return  # that pass is over, and was judged
         one.bad += 1
+        # A row may be found bad long after planning; a window that has left the running share no longer counts there.
         if window in one.recent:
             one.recent[window][1] += 1
         reason = one.reasons.setdefault(rejection.reason, _Reason(0, rejection.origin, rejection.detail))
@@ -123,7 +126,7 @@ class BadRows:
         self._passes = {number: one for number, one in self._passes.items() if number >= epoch}
 
     def verdict(self) -> str:
-        """Why the run has to stop: counts, shares, limits, reasons with the first place of each; empty if it may go on."""
+        """Says why the run has to stop: counts, shares, limits, reasons with their first place; empty if it may go on."""
         for epoch, one in self._passes.items():
             if found := self._judge(epoch, one):
                 return "\n".join([found, *_reason_lines(one.reasons)])
@@ -147,12 +150,15 @@ class BadRows:
         limit = self._max_bad_rate
         told = f"limit {limit:.4g} (data.max_bad_rate)"
         allowed = limit * one.rows
+        # Certain: the bad rows so far exceed what the whole set may have, so reading on changes nothing.
         if one.bad > allowed * (1 + ROUNDING):
             found = f"{one.bad:,} of {one.seen:,} rows are bad, a share of {one.bad / one.seen:.4g}, in epoch {epoch}"
             return f"{found}; {told}: at most {math.floor(allowed * (1 + ROUNDING)):,} of the set's {one.rows:,} rows"
         if one.rows <= self._bad_window:
             return ""
         rows, bad = (sum(column) for column in zip(*one.recent.values(), strict=True))
+        # Likely: a data set just at the limit exceeds this count, five standard deviations above the mean, all but
+        # never. A few bad rows are no sample.
         chance = rows * limit + DEVIATIONS * math.sqrt(rows * limit * (1 - limit))
         if bad < FEWEST_BAD or bad <= chance:
             return ""
@@ -221,5 +227,5 @@ class Quarantine:
         return f"{reasons or 'no row'}; all are listed in {self._shown}"
 
     def advice(self) -> str:
-        """What to do about too many bad rows."""
+        """Says what to do about too many bad rows."""
         return f"all are listed in {self._shown}; repair the data or raise data.max_bad_rate"

@@ -104,7 +104,7 @@ class EpochRows:
         return sizes
 
     def without_sizes(self) -> EpochRows:
-        """The same for a process that reads rows and plans nothing."""
+        """Gives the rows without their sizes, for a process that reads rows and plans nothing."""
         return EpochRows(self.all, self.earlier, self.epoch)
 
 
@@ -134,7 +134,7 @@ class OpenRows:
         return self.rows.sizes_of(self.rows.epoch + 1)
 
     def from_the_start(self) -> OpenRows:
-        """The same rows, none of them consumed."""
+        """Gives all rows, none of them consumed."""
         return OpenRows(EpochRows(self.rows.all, all_sizes=self.sizes), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

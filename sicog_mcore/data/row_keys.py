@@ -32,7 +32,7 @@ IGNORED = frozenset(
     record form corruption caption_source
     """.split()
 )
-# What curation writes into each of its rows: from which record it comes, in which form, and what the model was asked.
+# Keys that curation writes into each of its rows: the record it comes from, its form, and the model's prompt.
 CURATED = frozenset(("record", "form", "prompt"))
 # The name of a picture, which the row gives by ``image`` already.
 IGNORED_BESIDE_IMAGE = frozenset("image_id image_url image_name img_id file_name filename coco_url flickr_url".split())
@@ -67,7 +67,7 @@ PREFERENCE = frozenset(
     ("chosen", "rejected", "rejectedresponse", "rejectedresponses", "chosenresponse", "rejectedmessages", "ktotag")
 )
 REASONING = frozenset(("reasoningcontent", "reasoning", "thinking", "thought", "thoughts"))
-# What decides which tokens are learnt, and the value at which it says what is done anyway; None: no value does.
+# Keys that decide which tokens are learnt, and the value at which they ask for what is done anyway; None: no value does.
 LEARNING: Mapping[str, int | None] = {
     **dict.fromkeys(("loss", "lossweight", "lossscale", "weight", "sampleweight", "train", "trainable"), 1),
     **dict.fromkeys(("maskprompt", "maskinputs", "maskinput"), 1),
@@ -105,7 +105,7 @@ LLAVA_EXAMPLE = '"conversations": [{"from": "human", "value": ...}, {"from": "gp
 
 
 class KeyFault(NamedTuple):
-    """What keeps a row from being used: its key, and what was found, expected, and the remedy."""
+    """A fault that keeps a row from being used: its key, and what was found, expected, and the remedy."""
 
     key: str
     detail: str
@@ -135,6 +135,7 @@ def is_empty(value: object) -> bool:
 
 def unused_keys(row: Mapping[str, Any], used: frozenset[str], has_images: bool) -> Iterator[str]:
     """Keys that hold something which is neither used nor known not to matter."""
+    # Only all three together are the sign of curation: "prompt" alone may be a question.
     own = CURATED if row.keys() >= CURATED else frozenset()
     for key, value in row.items():
         is_known = key in used or key in own or key in IGNORED or (has_images and key in IGNORED_BESIDE_IMAGE)
@@ -151,6 +152,7 @@ def row_faults(row: Mapping[str, Any], used: frozenset[str], num_images: int) ->
         used: keys that have a meaning in this run: ROW_KEYS or PAIR_KEYS.
         num_images: images of the row.
     """
+    # Nearly all rows end here, with two comparisons of sets and no look at any value.
     if row.keys() <= used or row.keys() <= (allowed := used | IGNORED):
         return []
     faults: list[KeyFault] = []
@@ -173,6 +175,7 @@ def turn_faults(turn: Mapping[str, Any], is_answer: bool) -> list[KeyFault]:
         is_answer: whether it is learnt.
     """
     keys = turn.keys()
+    # Nearly all turns end here.
     if keys == LLAVA_TURN or keys == MESSAGE_TURN:
         return []
     faults = []
@@ -203,6 +206,7 @@ def row_weight(row: Mapping[str, Any]) -> float:
 def suggestion(row: Mapping[str, Any], wanted: str) -> str:
     """Which key may be meant where ``wanted`` is missing, as an end of a sentence; empty if none looks like it."""
     plain = {_plain(key): key for key in list(row)[:MAX_LOOKED_AT]}
+    # Names that are in use elsewhere come before names that merely look alike.
     known = [plain[name] for name in (wanted, *SUGGESTIONS.get(wanted, ())) if name in plain]
     if not known:
         known = [plain[name] for name in get_close_matches(wanted, list(plain), n=1, cutoff=0.75)]
@@ -227,8 +231,10 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
     name = f"the key {key[:MAX_KEY_CHARS]!r}"
     if key == WEIGHT and "rejected" not in used:
         return "" if _is_weight(value) else f"{name} is {shown(value)}, expected a positive number; {WEIGHT_REMEDY}"
+    # The key differs from a used one in case or signs alone, so it was surely meant.
     if plain in used and plain != "id":  # all used keys are plain themselves
         return "" if row.get(plain) == value else f"{name} is not known; rename it to {plain!r}"
+    # An unknown key is harmless, unless its value shows that a picture was to be given.
     if plain not in NAMED:
         file = "" if num_images else _media_file(value)
         return (
@@ -236,6 +242,7 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
         )
     if plain in FILM_OR_SOUND:
         return f"{name} holds {shown(value)}, and films and sound cannot be learnt; remove the row"
+    # A list that only repeats the row's images, maybe by other paths, is left alone.
     if plain in PICTURES and not _are_given(value, row.get("image")):
         return f"{name} holds pictures, expected under 'image'; rename it, and write one <image> for each"
     if plain in PICTURE and not num_images:

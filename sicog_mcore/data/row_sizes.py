@@ -44,7 +44,7 @@ class RowSizes:
         return len(self.num_tokens)
 
     def first(self, rows: int) -> RowSizes:
-        """The same for the first rows alone; a shard that they end in is cut."""
+        """Gives the sizes of the first rows alone; a shard that they end in is cut."""
         borders = self.shards[self.shards < rows]
         return RowSizes(
             num_tokens=self.num_tokens[:rows],

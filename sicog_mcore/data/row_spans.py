@@ -38,7 +38,7 @@ class RowLine(NamedTuple):
 
     @property
     def raw(self) -> bytes:
-        """Its bytes; none of a line that is too long to be a row."""
+        """Bytes of the row; none of a line that is too long to be a row."""
         return self.start if self.length <= MAX_ROW_BYTES else b""
 
 

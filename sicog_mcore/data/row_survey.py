@@ -1,4 +1,4 @@
-"""What the rows of all data sets have in common, counted while they are indexed and said before the run starts.
+"""Surveys the rows of all data sets while they are indexed, and gives notes before the run starts.
 
 In: every parsed row, every member of a shard   Out: a few lines of notes   Next: sources.py (SampleIndex.notes)
 Texts of the data stand in the notes as ``repr`` writes them: no control sequence reaches a terminal.
@@ -43,7 +43,7 @@ UNITS: Mapping[str, str] = {
 
 @dataclass
 class Count:
-    """How often something occurred, and where first: a file, and a line of it or a key or entry in it."""
+    """The number of times that something occurred, and its first place: a file, and a line, key or entry in it."""
 
     text: str
     path: str
@@ -80,6 +80,7 @@ class NameCounts:
             unit: what is counted.
         """
         if len(self._counts) >= MAX_DISTINCT:
+            # Keys come from the data, so that there may be as many as rows: further ones share one count.
             name = text = self._others
         if count := self._counts.get(name):
             count.number += number
@@ -103,7 +104,7 @@ class NameCounts:
             self.add(name, text, path, place + line - 1 if isinstance(place, int) else place, unit, number)
 
     def notes(self) -> Iterator[str]:
-        """The most frequent ones; the rest by its number."""
+        """Gives notes on the most frequent names; the rest are one note with their number."""
         counts = sorted(self._counts.values(), key=lambda count: -count.number)
         shown = counts if len(counts) <= MAX_NOTES else counts[: MAX_NOTES - 1]
         yield from map(str, shown)
@@ -136,6 +137,7 @@ class RowSurvey:
                     _add_turn(turn, refused, unused)
         for found, counts in ((refused, self._refused), (unused, self._unused)):
             for key, text in found.items():
+                # The note is only worded for the first row: looking for a similar name takes its time.
                 if not counts.again(key):
                     counts.add(key, text or self._not_used(key), path, place)
 
@@ -154,11 +156,11 @@ class RowSurvey:
             counts.merge(part, path, line)
 
     def notes(self) -> list[str]:
-        """What is to be said before the start; empty if everything is used or known not to matter."""
+        """Gives the notes for the user; empty if every key is used or known not to matter."""
         return [*self._refused.notes(), *self._remarks.notes(), *self._unused.notes()]
 
     def _of_row(self, row: dict[str, Any], num_images: int) -> tuple[dict[str, str], dict[str, str]]:
-        """What is said of a row's own keys: those that are refused, and those that are not used."""
+        """Sorts a row's own keys into those that are refused and those that are not used, with their texts."""
         texts = [self._lack(row, key) for key in self._missing(row)]
         refused = dict(zip(texts, texts, strict=True))
         if row.keys() <= self._plain:
@@ -173,6 +175,7 @@ class RowSurvey:
         return f"key {key!r} is not used{did_you_mean(key, self._used)}"
 
     def _lack(self, row: dict[str, Any], key: str) -> str:
+        # Rows with the same keys lack the same key for the same reason, and files mostly have one set of keys.
         looks = f"{key} {shown_keys(row)}"
         if looks not in self._lacks:
             if len(self._lacks) >= MAX_DISTINCT:

@@ -61,7 +61,7 @@ Hashes = NDArray[np.uint64]
 
 
 class RowHashes(NamedTuple):
-    """What the rows of a file are recognised by, in order.
+    """The hashes by which the rows of a file are recognised, in order.
 
     Attributes:
         ids: uint64 [rows]: hash of every row's id.
@@ -91,6 +91,7 @@ class RowIds:
         self._name = name
         self._path = path
         self._survey = survey
+        # Eight bytes a row each, for files of many millions.
         self._hashes = array("Q")
         self._contents = array("Q")
 
@@ -199,6 +200,7 @@ def parse_row(raw: bytes, nan_is_null: bool = False) -> JsonRow:
 
 def _unique(pairs: list[tuple[str, Any]]) -> JsonRow:
     """An object whose keys are its own; of a repeated one, JSON does not say which counts."""
+    # json keeps the last of two equal keys without a word; only the pairs show that there were two.
     fields = dict(pairs)
     if len(fields) != len(pairs):
         key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -238,7 +240,7 @@ def build_sample(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, ori
 
 
 def build_dialogue(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origin: str) -> Sample:
-    """The same for a row whose other keys were judged before."""
+    """Builds the Sample of a row whose other keys were judged before."""
     turns = _turns(row)
     _check_order(turns)
     _check_media(turns, bool(images))
@@ -304,6 +306,7 @@ def locate_image(path: str, root: str) -> ImageRef:
         SampleError: image_path_unsafe.
     """
     if not is_unsafe_path(path):
+        # Links are followed first. commonpath compares whole names, so that /data-2 does not count as inside /data.
         real = os.path.realpath(os.path.join(root, path))
         if os.path.commonpath([root, real]) == root:
             return ImageRef(real)
@@ -345,6 +348,7 @@ def _turns(row: JsonRow) -> list[Turn]:
     if row.get("system") is None or row["system"] == "":
         return turns
     system = Turn("system", _text(row["system"], "system"))
+    # Both ways of giving a system turn are in use; together they must agree.
     if turns[:1] and turns[0].role == "system":
         if turns[0] != system:
             detail = "the field 'system' and the conversation's system turn differ; keep one of them"
@@ -397,6 +401,7 @@ def _check_order(turns: Sequence[Turn]) -> None:
         expected = "an optional system turn, then user and assistant in turn, the assistant last"
         raise SampleError("turns_order", f"found {roles[:20]}, expected {expected}")
     for number, turn in enumerate(turns):
+        # Zero-width signs are no white space to strip(), but nothing to learn either.
         if turn.role == "assistant" and not VISIBLE.search(turn.text):
             raise SampleError("answer_empty", f"turn {number} has no text to learn; remove the row")
 
@@ -422,5 +427,6 @@ def _check_placeholders(turns: Sequence[Turn], num_images: int) -> None:
 def _image_first(turn: Turn) -> Turn:
     if turn.text.count(IMAGE_PLACEHOLDER) != 1 or turn.text.startswith(IMAGE_PLACEHOLDER):
         return turn
+    # Training data has the image in front of the question; where several are, their order is part of the text.
     rest = turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
     return replace(turn, text=f"{IMAGE_PLACEHOLDER}\n{rest}")

@@ -1,4 +1,4 @@
-"""How an image is cut into slices and how its visual tokens stand in the text: arithmetic on sizes, no pixels.
+"""Plans the slices of an image and lays its visual tokens out in the text: arithmetic on sizes, no pixels.
 
 In: Size of an image   Out: SlicePlan, VisualLayout   Next: patches.py, chat.py
 The rule is the released LLaVA-UHD one, float for float: rounding and the order of candidates decide ties.
@@ -24,7 +24,7 @@ COMMA = -2
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """What the vision tower sees of one image.
+    """The slices of one image, as the vision tower sees them.
 
     Attributes:
         image: size of the image (px).
@@ -81,6 +81,7 @@ def plan_slices(image: Size, config: SlicingConfig, patch_px: int) -> SlicePlan:
         patch_px: side of a patch (px).
     """
     side = config.resolution_px
+    # As many slices of side * side pixels as the image's area would fill.
     wanted = min(math.ceil(image.height * image.width / (side * side)), config.max_slices)
     if wanted <= 1:
         return SlicePlan(image, _fit(image, side, patch_px, upscale=True), UNSLICED, UNSLICED, patch_px)
@@ -88,6 +89,7 @@ def plan_slices(image: Size, config: SlicingConfig, patch_px: int) -> SlicePlan:
     if config.overview_only:
         return SlicePlan(image, overview, UNSLICED, UNSLICED, patch_px)
     grid = _choose_grid(image, wanted, config.max_slices)
+    # Whole pixels decide the slice's aspect only: the image itself is resized to the grid as one piece (patches.py).
     cell = Size(image.height // grid.height, image.width // grid.width)
     return SlicePlan(
         image=image,
@@ -103,6 +105,8 @@ def _fit(size: Size, side: int, patch_px: int, *, upscale: bool) -> Size:
     height, width = size
     if upscale or width * height > side * side:
         aspect = width / height
+        # The width follows from the height that was cut to an integer: the released order, which decides the last
+        # pixel.
         height = int(side / math.sqrt(aspect))
         width = int(height * aspect)
     return Size(max(patch_px, height // patch_px * patch_px), max(patch_px, width // patch_px * patch_px))
@@ -111,6 +115,8 @@ def _fit(size: Size, side: int, patch_px: int, *, upscale: bool) -> Size:
 def _choose_grid(image: Size, wanted: int, max_slices: int) -> Size:
     """The grid of about ``wanted`` slices whose shape is nearest to the image's; the first of equals wins."""
     log_aspect = math.log(image.width / image.height)
+    # A grid of one cell would be the overview again. The order of the candidates decides ties, for ``min`` takes the
+    # first.
     candidates = [
         Size(height=count // columns, width=columns)
         for count in (wanted - 1, wanted, wanted + 1)
@@ -135,6 +141,7 @@ def lay_out(plan: SlicePlan, query_grid: int, layout: Literal["stitched", "per_s
 @lru_cache(maxsize=1024)  # there are few grids, and many images
 def _lay_out_grid(grid: Size, query_grid: int, layout: Literal["stitched", "per_slice"]) -> NDArray[np.int64]:
     queries = query_grid**2
+    # The resampler's rows are slices row-major, then the overview (SlicePlan.encoded).
     rows = grid.height * grid.width * queries + np.arange(queries)  # [q], of the overview
     if grid != UNSLICED:
         write_slices = _stitch_slices if layout == "stitched" else _list_slices
@@ -147,6 +154,8 @@ def _stitch_slices(grid: Size, query_grid: int) -> NDArray[np.int64]:
     """All slices as one raster map, a newline after each of its rows, then one separator before the overview."""
     rows, columns = grid
     tokens = np.arange(rows * columns * query_grid**2).reshape(rows, columns, query_grid, query_grid)
+    # [rows, columns, q, q] -> [rows, q, columns, q]: a line of text then crosses all slices of a row, as a line of the
+    # picture does.
     raster = tokens.transpose(0, 2, 1, 3).reshape(rows * query_grid, columns * query_grid)
     lines = np.pad(raster, ((0, 0), (0, 1)), constant_values=NEWLINE)
     # The released code takes the first entry of its per-slice separators, which is a newline in a single column.

@@ -213,7 +213,7 @@ def show_figures(figures: Sequence[StreamFigures]) -> str:
 
 
 def plain_figures(figures: Sequence[StreamFigures]) -> list[dict[str, Any]]:
-    """The same as JSON has it."""
+    """Gives the figures as JSON has them."""
     return [asdict(one) for one in figures]
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of both families behind one protocol: Hugging Face tokenizer.json and SentencePiece .model files.
+"""Loads tokenizers of both families behind one protocol: Hugging Face tokenizer.json and SentencePiece .model files.
 
 In: a file, or a folder that holds one   Out: Tokenizer   Next: chat.py
 Text never yields control tokens, and nothing is put in front of it: the pieces of a conversation are encoded one by one,
@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
 
     @property
     def bound(self) -> TextBound | None:
-        """How much text a token stands for at most; None if that has no bound."""
+        """The most text that a token can stand for; None if that has no bound."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; a control token in it is text like any other."""
@@ -98,11 +98,13 @@ class HuggingFaceTokenizer:
         content = read_content(text, str(file))
         before = json.dumps(_settings(content))
         settled = settle(content, str(file))
+        # Kept only where something was switched off: ``save`` copies all other files byte by byte.
         self._changed = json.dumps(content, ensure_ascii=False) if json.dumps(_settings(content)) != before else None
         try:
             self._engine = tokenizers.Tokenizer.from_str(self._changed or text)
         except Exception as error:  # the library raises nothing narrower
             raise TokenizerError(f"{file} cannot be read as a tokenizer ({error}); copy it again") from error
+        # Read as ordinary text, control tokens in data open and close no turn.
         self._engine.encode_special_tokens = True
         try:
             self.notes = (*settled, *self._judge(content))
@@ -122,6 +124,7 @@ class HuggingFaceTokenizer:
         unknown_id = content["model"].get("unk_id") if unknown is None else self._engine.token_to_id(unknown)
         normalizer = self._engine.normalizer
         words = self._known_words(unknown_id)
+        # Words of the vocabulary itself, so that a small vocabulary is judged by text that it can write.
         before, behind = words if len(words) == 2 else ("a", "b")
         literals, notes = patterns(content, str(self._file))
         literals += [token["content"] for token in added if not token.get("special")]
@@ -182,8 +185,10 @@ class SentencePieceTokenizer:
             self._model = ModelProto.FromString(file.read_bytes())
         except Exception as error:  # protobuf has errors of its own
             raise TokenizerError(f"{file} cannot be read as a SentencePiece model ({error}); copy it again") from error
+        # Pieces of a conversation are encoded one by one, and each would get a space in front.
         self._model.normalizer_spec.add_dummy_prefix = False
         for piece in self._model.pieces:
+            # A user-defined symbol is found in text; a control symbol never is.
             if piece.type == USER_DEFINED and CONTROL_TOKEN.fullmatch(piece.piece):
                 piece.type = CONTROL
         try:
@@ -206,6 +211,7 @@ class SentencePieceTokenizer:
     def bound(self) -> TextBound | None:
         pieces, rules = self._model.pieces, self._model.normalizer_spec
         has_all_bytes = sum(piece.type == BYTE for piece in pieces) == ALL_BYTES
+        # Without all bytes, letters may join one unknown token; the two rules may make text shorter.
         drops = not has_all_bytes or rules.remove_extra_whitespaces or rules.precompiled_charsmap
         return None if drops else TextBound(max(num_bytes(piece.piece) for piece in pieces), 1)
 
@@ -214,6 +220,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int], skip_controls: bool = True) -> str:
         parts: list[str] = []
+        # SentencePiece writes nothing for a control symbol. Where they are wanted, their names go between the runs of
+        # ordinary pieces, which are decoded one by one.
         for is_control, group in itertools.groupby(ids, self._engine.is_control):
             run = list(group)
             if not is_control:
@@ -231,13 +239,13 @@ class SentencePieceTokenizer:
 
 
 def _settings(content: Mapping[str, Any]) -> list[Any]:
-    """All of a tokenizer.json but the vocabulary, which is large and never changed."""
+    """Gives all of a tokenizer.json but the vocabulary, which is large and never changed."""
     model = {key: value for key, value in content["model"].items() if key not in ("vocab", "merges")}
     return [{key: value for key, value in content.items() if key != "model"}, model]
 
 
 def _convert(model: ModelProto) -> tokenizers.Tokenizer:
-    """The same tokenizer for the tokenizers library."""
+    """Converts a SentencePiece model for the tokenizers library."""
     pieces, spec = model.pieces, model.trainer_spec
     unknown = next(piece.piece for piece in pieces if piece.type == UNKNOWN)
     engine = tokenizers.Tokenizer(_unigram(model) if spec.model_type == UNIGRAM else _bpe(model, unknown))
@@ -261,6 +269,8 @@ def _unigram(model: ModelProto) -> models.Unigram:
 def _bpe(model: ModelProto, unknown: str) -> models.BPE:
     ids: Mapping[str, int] = {piece.piece: i for i, piece in enumerate(model.pieces)}
     merges = []
+    # A SentencePiece file holds no merges. Its scores fall in the order in which pieces were merged, so each piece,
+    # best score first, gives every pair of known halves as a merge.
     for piece in sorted(model.pieces, key=lambda piece: -piece.score):
         if piece.type in (UNKNOWN, CONTROL, USER_DEFINED, BYTE):
             continue

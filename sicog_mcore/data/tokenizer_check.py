@@ -1,7 +1,7 @@
-"""Does a tokenizer write the text it is given, the same each time? What of its file would change it is off or refused.
+"""Checks that a tokenizer writes the text it is given, the same each time; settings that change it are off or refused.
 
 In: the content of a tokenizer.json; an engine that encodes and decodes   Out: notes for the user   Next: tokenizer.py
-What a model learns is what its tokenizer writes: a file that cuts, draws at random, lowers letters or drops spaces would
+A model learns the text that its tokenizer writes: a file that cuts, draws at random, lowers letters or drops spaces would
 teach another text than the data holds, without an error anywhere.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from sicog_mcore.errors import EXIT_CONFIG, SicogError
 
 CONTROL_TOKEN = re.compile(r"(<\|\w+\|>)")
-# What texts are made of, by kind; every sample must come back as it was.
+# Samples of text by kind; every one must come back as it was.
 SAMPLES: Mapping[str, str] = {
     "the space between words": "two words",
     "a space in front": " word",
@@ -52,7 +52,7 @@ class TokenizerError(SicogError, ValueError):
 
 
 class TokenizerEngine(Protocol):
-    """What is asked of a tokenizer that is judged."""
+    """The methods that a tokenizer must have to be judged."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text."""
@@ -62,7 +62,7 @@ class TokenizerEngine(Protocol):
 
 
 def read_content(text: str, where: str) -> dict[str, Any]:
-    """The object that a tokenizer.json holds.
+    """Parses the object that a tokenizer.json holds.
 
     Raises:
         TokenizerError: it is no JSON object, or it names a thing twice.
@@ -111,6 +111,7 @@ def settle(content: dict[str, Any], where: str) -> list[str]:
         notes.append(f"{where}: {names} not marked as special, so that data could write a turn: taken as special")
         for token in plain:
             token["special"] = True
+    # transformers would take white space beside such a token away; here it is written by its id, and nothing is taken.
     eager = [
         token["content"] for token in added if token.get("special") and (token.get("lstrip") or token.get("rstrip"))
     ]
@@ -139,6 +140,7 @@ def _require_one_meaning(model: Mapping[str, Any], added: Sequence[Any], where: 
         return
     if not all(type(number) is int for number in vocabulary.values()):
         raise TokenizerError(f"{where}: the vocabulary has ids that are no numbers; save the tokenizer again")
+    # Ids and texts must be one to one, in both directions.
     by_id: dict[int, str] = {}
     for token, number in [*vocabulary.items(), *((token["content"], token["id"]) for token in added)]:
         if by_id.setdefault(number, token) != token:
@@ -195,6 +197,8 @@ def judge_text(
     Raises:
         TokenizerError: the text comes back as another one, or not always the same.
     """
+    # Asked first, reported last unless it is a space: a tokenizer that puts one between texts also fails samples below,
+    # and this message names the cause.
     apart = _joined_otherwise(engine, unknown_id, [*JOINED, *(tuple(text.split()[:2]) for text in more.values())])
     for pair, found in apart:
         if found.replace(" ", "") == "".join(pair) and " " in found:
@@ -207,11 +211,14 @@ def judge_text(
     lost: list[str] = []
     composed: list[str] = []
     for kind, text in samples.items():
+        # The normalizer alone is judged before the ids: it changes text even where every letter has a token.
+        # SentencePiece writes a space as U+2581.
         cleaned = normalise(text).replace("\u2581", " ")
         if not _is_same(cleaned, text):
             raise _changed(where, kind, text, cleaned)
         ids = engine.encode(text)
         found = engine.decode(ids, skip_controls=False)
+        # Letters without a token are a limit of the vocabulary. Anything else that comes back changed would be learnt.
         if unknown_id in ids or _is_short_of(found, text):
             lost.append(f"{text!r} as {found!r}")
         elif not _is_same(found, text):
@@ -220,10 +227,12 @@ def judge_text(
             composed.append(f"{text!a} as {found!a}")
     for pair, found in apart:
         raise _changed(where, "texts side by side", "".join(pair), found)
+    # The samples are composed letters, so a tokenizer that composes shows only with decomposed ones.
     decomposed = unicodedata.normalize("NFD", SAMPLES["accents"])
     found = engine.decode(engine.encode(decomposed), skip_controls=False)
     if not lost and not composed and found != decomposed and _is_same(found, decomposed):
         composed.append(f"{decomposed!a} as {found!a}")
+    # Dropout leaves many short texts as they are, but hardly a long one four times.
     long = " ".join(SAMPLES.values()) * 3
     if len({tuple(engine.encode(long)) for _ in range(REPEATS)}) > 1:
         raise TokenizerError(f"{where} writes the same text differently each time; switch off its sampling")
@@ -253,6 +262,7 @@ def _is_short_of(found: str, text: str) -> bool:
     kept = iter(found.replace("\ufffd", ""))
     letter = next(kept, None)
     for expected in text:
+        # Walks both texts at once: a letter that is missing may be skipped only if it is beyond ASCII.
         if letter == expected:
             letter = next(kept, None)
         elif expected.isascii():

@@ -1,4 +1,4 @@
-"""What stands beside a tokenizer for transformers, and where it says otherwise than what a run does.
+"""Compares the files beside a tokenizer, which transformers reads, with what a run does.
 
 In: DataConfig   Out: lines for the user   Next: train/run.py and tools/convert.py show them
 Every key of these files is compared, stands in IRRELEVANT with a reason, or is named.
@@ -54,7 +54,7 @@ OPTIONAL_CONTROLS = re.compile(
 
 
 def tokenizer_notes(data: DataConfig) -> list[str]:
-    """Lines on the tokenizer of a run and on the files beside it, none where all agrees; a long list is cut.
+    """Gives lines on the tokenizer of a run and on the files beside it, none where all agrees; a long list is cut.
 
     Raises:
         TokenizerError: see ``load_tokenizer``.
@@ -72,7 +72,7 @@ def tokenizer_notes(data: DataConfig) -> list[str]:
 
 
 def compare_tokenizers(mine: str, theirs: Path) -> list[str]:
-    """A line if a decoder's own tokenizer, in the folder of its weights, gives other ids than the one of the run.
+    """Gives a line if a decoder's own tokenizer, beside its weights, writes other ids than the one of the run.
 
     Args:
         mine: ``data.tokenizer``.
@@ -100,6 +100,7 @@ def _beside(file: Path, tokenizer: Tokenizer, data: DataConfig) -> Iterator[str]
     config = _read(folder / CONFIG)
     yield from _config(folder / CONFIG, config, data)
     yield from _chat(folder, config, template, data.template)
+    # Both files may name these tokens; tokenizer_config.json, the newer of the two, counts where they differ.
     special = {**_read(folder / SPECIAL), **config}
     eos = _content(special.get("eos_token"))
     if eos and eos != template.answer_end:
@@ -146,10 +147,12 @@ def _chat(folder: Path, config: Mapping[str, Any], template: Template, name: str
         if (folder / file).is_file():
             texts[file] = _text(folder / file)
     for file, text in texts.items():
+        # Templates are not run, so the control tokens are all that can be compared.
         ours = set(CONTROL_TOKEN.findall(template.header + template.prompt_end + template.answer_end))
         theirs = set(CONTROL_TOKEN.findall(text))
         missing = sorted(ours - theirs)
         foreign = sorted(token for token in theirs - set(template.controls) if not OPTIONAL_CONTROLS.fullmatch(token))
+        # A chat template without control tokens is as plain as ours.
         if name == "plain" and not theirs and not missing:
             continue
         if missing or foreign:
@@ -160,6 +163,7 @@ def _chat(folder: Path, config: Mapping[str, Any], template: Template, name: str
 
 def _tokens(folder: Path, special: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
     """Tokens that files beside the tokenizer name with other ids, or that it does not have."""
+    # Token -> the id that a file gives it, None where it only names it.
     expected: dict[str, int | None] = {}
     for token, number in _read(folder / ADDED).items():
         expected[token] = number if isinstance(number, int) else None

@@ -91,7 +91,7 @@ class BatchDistributor:
             return None, error
 
     def _load_while_others_wait(self) -> tuple[PackedBatch | None, DataError | None]:
-        """The same, and the ranks that wait for the batch are told that it takes time."""
+        """Loads a batch, and tells the ranks that wait for it that it takes time."""
         loaded = threading.Event()
         failures: list[RuntimeError] = []
 

@@ -1,7 +1,7 @@
-"""Parts of one tensor, from the ranks that hold them to rank 0, for writing a whole model one tensor at a time.
+"""Gathers the parts of one tensor on rank 0, for writing a whole model one tensor at a time.
 
-Point to point, so no rank ever holds what it does not own, save rank 0 for one tensor.   Used by: checkpoint/export.py
-Here too: work that may fail on one rank, and then fails on all of them, so that none waits for another.
+The parts travel point to point, so no rank holds what it does not own, save rank 0 for one tensor. The file also runs work
+that may fail on one rank and then fails on all of them, so that none waits for another.   Used by: checkpoint/export.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 def gather_cuts(
     own: Tensor | None, owners: Sequence[int], shape: Sequence[int], dtype: torch.dtype, topology: Topology
 ) -> list[Tensor]:
-    """Called by every rank for the same tensors in the same order.
+    """Gathers one tensor's parts; every rank calls it for the same tensors in the same order.
 
     Args:
         own: this rank's part where it is one of the owners.
@@ -38,6 +38,7 @@ def gather_cuts(
     if topology.rank in owners:
         assert own is not None, "an owner must hand in its part"
         own = own.detach().to(dtype).contiguous()
+    # Sends and receives need no tags: both sides go through tensors and owners in one order.
     if topology.rank != WRITER:
         if own is not None and topology.rank in owners:
             dist.send(own, dst=WRITER)
@@ -68,6 +69,7 @@ def on_all(topology: Topology, work: Callable[[], T]) -> T:
     Raises:
         CheckpointError: on every rank, with the text of the lowest rank that met one.
     """
+    # An error raised at once would leave the other ranks waiting in the gathering below.
     failure, results = None, []
     try:
         results.append(work())
@@ -96,6 +98,7 @@ def on_main(topology: Topology, work: Callable[[], object], errors: tuple[type[B
             failure = str(error)
         except errors as error:
             failure = f"it cannot be written: {error}; make room, or choose another folder"
+    # Broadcast also where nothing failed: the other ranks wait in it for the end of the work.
     text = topology.broadcast_object(failure)
     if text is not None:
         raise CheckpointError(str(text))

@@ -1,9 +1,9 @@
-"""Padded gradient buckets in Megatron's description of the optimizer for a checkpoint.
+"""Corrects Megatron's description of the optimizer for a checkpoint where gradient buckets are padded.
 
 Buckets end at multiples of 128 and of the data-parallel size. For a checkpoint Megatron collects the states of a buffer
 without the padding behind its buckets; 0.16 then cuts parameters out of them by their places *with* that padding. So with
 more than one bucket, as in every model of some size, a parameter's state could be written under its neighbour's name, and
-a resumed run went on from wrong masters and moments. Here the places are without padding, and what comes out is checked.
+a resumed run went on from wrong masters and moments. Here the places are without padding, and the result is checked.
 Pull request 5077 of Megatron-LM mends it, which neither megatron-core 0.16.1 nor 0.19.2 has; a test fails with the first
 version that has it, and this file can go when no supported version is without it.
 Used by ddp.py
@@ -38,6 +38,8 @@ def _describe(
 ) -> Any:
     if not any(_has_gaps(buffer) for buffer in optimizer.buffers):
         return original(model_state, is_loading, metadata)
+    # A version that is mended needs no other places, and would cut wrongly with them; the check below is for all
+    # versions.
     is_faulty = FAULT in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
     with _places_without_padding(optimizer.buffers if is_faulty else ()):
         state = original(model_state, is_loading, metadata)
@@ -47,6 +49,7 @@ def _describe(
 
 
 def _has_gaps(buffer: Any) -> bool:
+    # Padding behind the last bucket moves no parameter.
     return any(bucket.numel_unpadded != bucket.grad_data.numel() for bucket in buffer.buckets[:-1])
 
 
@@ -56,8 +59,11 @@ def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
     for buffer, padded in zip(buffers, places, strict=True):
         shifts, end = [], 0
         for bucket in buffer.buckets:
+            # All padding in front of the bucket: its offset in the padded buffer, less the elements of the buckets
+            # before it.
             shifts.append(bucket.offset - end)
             end += bucket.numel_unpadded
+        # Another map for the time of the description only: training finds its gradients by the padded places.
         buffer.param_index_map = {
             parameter: (first - shifts[bucket], last - shifts[bucket], bucket)
             for parameter, (first, last, bucket) in padded.items()
@@ -70,9 +76,10 @@ def _places_without_padding(buffers: Sequence[Any]) -> Iterator[None]:
 
 
 def own_weights(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """This rank's share of every trained matrix; fp32 weights are their own masters, which a load overwrites: copied."""
+    """Gives this rank's share of every trained matrix; fp32 weights are their own masters, so their shares are copied."""
     shares = {}
     for _, parameter, places in _shares(optimizer):
+        # Matrices only: a bias may stand at zero, where any step is a large relative change.
         if parameter.dim() > 1:
             share = parameter.detach().view(-1)[places.start : places.end]
             shares[parameter] = share.clone() if share.dtype is torch.float32 else share
@@ -80,28 +87,33 @@ def own_weights(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
 
 
 def count_strangers(optimizer: Any, weights: dict[torch.nn.Parameter, torch.Tensor]) -> int:
-    """How many of these shares have masters that are not a step away, but the numbers of another tensor."""
+    """Counts the shares whose masters are not a step away, but the numbers of another tensor."""
     count = 0
     for parameter, share in weights.items():
         master = optimizer._get_main_param_and_optimizer_states(parameter)["param"].detach()
+        # A share and its master differ by rounding and at most one step, a small part of their norm. Numbers of another
+        # tensor of this size differ by about sqrt(2) times the norm.
         count += bool((share.float() - master).norm() > OTHER_NUMBERS * share.float().norm())
     return count
 
 
 def _shares(optimizer: Any) -> Iterator[tuple[int, torch.nn.Parameter, Any]]:
-    """Every parameter of which this rank has a share of the masters: its index in a description, and the share."""
+    """Yields each parameter of whose masters this rank has a share: its index in a description, and the share."""
     index = -1
     for buffer, ranges in zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True):
+        # gbuf_ranges: for each buffer {dtypes: [a bucket's ranges]}; "param" is the range within the flattened
+        # parameter.
         buckets = [bucket["param_map"] for per_bucket in ranges.values() for bucket in per_bucket]
         mine = {parameter: places["param"] for bucket in buckets for parameter, places in bucket.items()}
         for parameter in buffer.param_index_map:
+            # A description numbers all parameters of all buffers, also those of which this rank has no share.
             index += 1
             if parameter in mine:
                 yield index, parameter, mine[parameter]
 
 
 def _require_own_masters(optimizer: Any, state: dict[int, Any]) -> None:
-    """This rank's share of the masters must stand where the description says.
+    """Checks that this rank's share of the masters stands where the description says.
 
     Raises:
         CheckpointError: it does not; nothing may be written then.

@@ -1,4 +1,4 @@
-"""Torch's distributed checkpoints, opened without running what is in them: the one place that opens pickles.
+"""Opens torch's distributed checkpoints without running any code in them: the one place that opens pickles.
 
 In: the files of a checkpoint folder   Out: torch's Metadata, or CheckpointError   Used by: checkpoint/trusted_files.py
 A pickle may name any function and have it called. Here only names on two short lists are looked up, those that real saves
@@ -50,7 +50,7 @@ DTYPES: tuple[str, ...] = (
     "uint8",
     "bool",
 )
-# What torch.save writes for tensors and plain containers; of these, only the names are looked at.
+# Names that torch.save writes for tensors and plain containers; nothing is built from them.
 TENSOR_NAMES: tuple[tuple[str, str], ...] = (
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch.storage", "UntypedStorage"),
@@ -60,7 +60,7 @@ TENSOR_NAMES: tuple[tuple[str, str], ...] = (
     *(("torch", name) for name in DTYPES),
     ("collections", "OrderedDict"),
 )
-# What a damaged or hostile pickle makes the machinery of pickles raise.
+# Errors that a damaged or hostile pickle makes the machinery of pickles raise.
 UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError),
     *(ImportError, OverflowError, MemoryError, RecursionError, OSError, NotImplementedError, zipfile.BadZipFile),
@@ -92,20 +92,24 @@ class _ListedUnpickler(pickle._Unpickler):  # the one in Python, where an opcode
         self._known = known
 
     def find_class(self, module: str, name: str) -> Any:
+        # Every opcode that names something comes through here, and a pickle can call only what it has named.
         if (module, name) not in self._known:
             raise pickle.UnpicklingError(f"it names {f'{module}.{name}'[:100]!r}")
         return self._known[module, name]
 
     def load_build(self) -> None:
+        # The stack ends with the object and its state. On a class, BUILD would write into the class itself, for every
+        # later user.
         if isinstance(self.stack[-2], type):  # type: ignore[attr-defined]
             raise pickle.UnpicklingError("it changes a class")
         super().load_build()  # type: ignore[misc]
 
+    # The unpickler looks opcodes up in this table and not among its methods.
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
 
 
 class _NamesOnly(_ListedUnpickler):
-    """The same for what torch.save wrote; nothing is built, every name stands for nothing."""
+    """Reads the names in a pickle of torch.save; nothing is built, every name stands for nothing."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content, dict.fromkeys(TENSOR_NAMES, _nothing))
@@ -119,13 +123,14 @@ def _nothing(*values: Any) -> dict[Any, Any]:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What ``.metadata`` says: names, shapes, and in which file each piece lies. Nothing else of it is kept.
+    """Reads ``.metadata``: names, shapes, and the file of each piece. Nothing else of it is kept.
 
     Raises:
         CheckpointError: it is damaged, or names a class or a function that has no place in it.
     """
     try:
         found = _ListedUnpickler(path.read_bytes(), _known_names()).load()
+        # Exact types here and below, not isinstance; state that BUILD has written into an object may be of any kind.
         _require(type(found) is Metadata, "it is no description of a checkpoint")
         entries, places = dict(found.state_dict_metadata), dict(found.storage_data)
         for name, entry in entries.items():
@@ -135,6 +140,7 @@ def read_metadata(path: Path) -> Metadata:
             _require(is_known and _is_placed(place), f"the place of {str(index)[:80]!r} is odd")
     except UNREADABLE as error:
         raise refused(path, error) from error
+    # A new object of checked parts: the saved plan and whatever else the file holds stays behind.
     return Metadata(entries, storage_data=places, storage_meta=metadata.StorageMeta())
 
 
@@ -160,6 +166,8 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_placed(place: Any) -> bool:
+    # A place outside the file shows when its bytes are read. A transform would be run over the bytes, and no save of
+    # ours has one.
     is_place = type(place) is filesystem._StorageInfo and type(place.relative_path) is str
     is_span = is_place and all(type(value) is int and value >= 0 for value in (place.offset, place.length))
     return is_span and not place.transform_descriptors
@@ -174,6 +182,7 @@ def require_tensors_only(path: Path, offset: int = 0, length: int | None = None)
     try:
         with path.open("rb") as file:
             whole = file.seek(0, io.SEEK_END)
+            # A shard file is several torch.save archives in a row, each a zip file whose directory is at its own end.
             with zipfile.ZipFile(
                 io.BufferedReader(_Part(file, offset, whole if length is None else length))
             ) as archive:
@@ -203,6 +212,7 @@ class _Part(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
+        # Each read states its place: archives of one open file share its position.
         self._file.seek(self._offset + self._at)
         found = self._file.read(max(0, min(len(buffer), self._length - self._at)))
         buffer[: len(found)] = found
@@ -211,7 +221,7 @@ class _Part(io.RawIOBase):
 
 
 def refused(path: Path, error: BaseException) -> CheckpointError:
-    """For a file that holds what it must not."""
+    """Makes the error for a file that holds something it must not."""
     return CheckpointError(
         f"{path} holds something else than a checkpoint's data ({error}), and is not opened: it may be damaged or run a "
         "program; use a checkpoint from a source you trust"
@@ -220,13 +230,14 @@ def refused(path: Path, error: BaseException) -> CheckpointError:
 
 @contextmanager
 def guarded(described: Metadata) -> Iterator[None]:
-    """Inside, whoever reads ``.metadata`` gets what was read before, and torch.load gives tensors, whatever it is asked.
+    """Guards the readers inside: ``.metadata`` is the one read before, and torch.load gives tensors, whatever is asked.
 
-    Megatron and torch read both in several places, some of them with full pickles; this covers all of them.
+    Megatron and torch read both in several places, some of them with full pickles; the guard covers all of them.
     """
     load, read = torch.load, FileSystemReader.read_metadata
 
     def load_tensors(*arguments: Any, **options: Any) -> Any:
+        # Last, so that it wins: Megatron asks for full pickles in places.
         return load(*arguments, **{**options, "weights_only": True})
 
     def give(reader: FileSystemReader, *arguments: Any, **options: Any) -> Metadata:

@@ -102,6 +102,9 @@ class Topology:
     def stages(self) -> tuple[PipelineChunk, ...]:
         """The model chunks of this rank, in the order Megatron's schedules expect."""
         chunks, last = self.config.virtual_pipeline, self.config.pipeline - 1
+        # Interleaved chunks: the decoder is cut into pipeline * chunks pieces, dealt out in rounds, so chunk c of rank
+        # r is piece c * pipeline + r. Only the first piece of all has tower and embedding, and only the last one the
+        # output head.
         return tuple(
             PipelineChunk(c, chunks, self.pipeline_rank == 0 and c == 0, self.pipeline_rank == last and c == chunks - 1)
             for c in range(chunks)
@@ -134,6 +137,7 @@ class Topology:
         """Sends a picklable object from the first rank of each model copy to the others of that copy."""
         if self.groups.mp.size() == 1:
             return value
+        # The first rank of the group is the one with ``loads_data``: tensor rank 0 of the first stage.
         box = [value]
         dist.broadcast_object_list(box, src=dist.get_process_group_ranks(self.groups.mp)[0], group=self.groups.mp)
         self.watch.beat()
@@ -161,9 +165,12 @@ def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_
     """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not init_method and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        # A single process needs no network, and nobody who starts one has set an address.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return None
     try:
+        # The rendezvous is made here and not by init_process_group: the watch needs its store, and a rank that is
+        # missing can be named through it.
         place = (init_method, rank, world_size) if init_method else ("env://", -1, -1)  # the environment knows the rest
         store, rank, world_size = next(dist.rendezvous(*place, timeout=timeout + STARTS_APART))
         _wait_for_all(store, rank, world_size, timeout + STARTS_APART)
@@ -177,6 +184,7 @@ def _join_world(timeout: datetime.timedelta, init_method: str, rank: int, world_
 
 def _wait_for_all(store: Any, rank: int, world_size: int, patience: datetime.timedelta) -> None:
     """Returns as soon as all ranks are here: some import for longer than a collective may take."""
+    # The counter lets everyone wait for a single key; the key of each rank is there to say who is missing.
     store.set(f"here/{rank}", "yes")
     if store.add("here", 1) == world_size:
         store.set("all here", "yes")
@@ -189,7 +197,7 @@ def _wait_for_all(store: Any, rank: int, world_size: int, patience: datetime.tim
 
 
 def _group_timeout(config: ParallelConfig) -> datetime.timedelta:
-    """How long collectives wait. NCCL kills the process where it gives up, so there the watch, which explains, is first."""
+    """Sets how long collectives wait. NCCL kills the process where it gives up, so there the watch speaks first."""
     last_resort_s = 2 * MARGIN_S if torch.cuda.is_available() else 0
     return datetime.timedelta(seconds=config.timeout_s + last_resort_s)
 
@@ -228,6 +236,7 @@ def start_topology(
     timeout = _group_timeout(config)
     store = _join_world(timeout, init_method, rank, world_size)
     watch = _watch_world(store, config.timeout_s, output)
+    # Watched from here on: making the groups is already collective, and so can wait for ever.
     with watch.explaining():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
@@ -236,8 +245,10 @@ def start_topology(
             create_gloo_process_groups=False,
             distributed_timeout_minutes=timeout.total_seconds() / 60,  # it makes a timedelta of them, seconds and all
         )
+    # Megatron's own random state, which differs between tensor-parallel ranks; then torch's, alike on all ranks.
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
+    # Two collections that share all groups, but for the tensor-parallel one of the tower.
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tower_groups = ProcessGroupCollection.use_mpu_process_groups()
     # Only this rank takes part in making the group: no handshake with thousands of others.
@@ -265,6 +276,7 @@ def _watch_world(store: Any, timeout_s: float, output: str) -> RankWatch:
     store = store.clone() if size > 1 else None  # a connection of its own: the main thread may wait on the other
     folder = Path(output) if output else None
     watch = RankWatch(dist.get_rank(), size, timeout_s, store, folder, spins=torch.cuda.is_available())
+    # A process may join one world after another, as tests do: each watch ends with the world it was made for.
     watch.start(lambda: dist.is_initialized() and dist.group.WORLD is world)
     return watch
 

@@ -1,4 +1,4 @@
-"""A rank never waits for ever: it looks after its launcher, and says who is missing when the ranks get no further.
+"""The watch of a rank: it looks after the launcher, and says who is missing when the ranks get no further.
 
 In: the store through which the ranks met   Out: a message, the stacks of the ranks that wait, exit code 75
 Used by: topology.py, launcher.py
@@ -51,7 +51,7 @@ TRANSPORTS = ("gloo", "NCCL", "TCPStore", "socket")
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank says of itself, every second.
+    """A rank's sign of life, written every second.
 
     Attributes:
         count: of signs so far; a rank whose count stands still is stopped, dead, or cut off.
@@ -102,7 +102,7 @@ def _parent_watch() -> ParentWatch | None:
 
 
 def _leave_it_to_parent_watch() -> None:
-    """A launcher takes the ranks' store with it, and collectives fail first: what is wrong is that it has gone."""
+    """Lets the parent watch speak first: a launcher that goes takes the ranks' store along, and collectives fail early."""
     watch, deadline = _parent_watch(), time.monotonic() + LOOK_EVERY_S
     while watch is not None and time.monotonic() < deadline:
         if watch.sees_nobody:
@@ -136,6 +136,7 @@ class RankWatch:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._store, self._folder, self._end = store, folder, end
         self._main = threading.get_ident()
+        # The processor time of the main thread alone: loader and watch threads work on while it waits.
         self._clock = None if spins else time.pthread_getcpuclockid(self._main)
         self._beats, self._phase = 0, "start"
         self._is_active: Callable[[], bool] = lambda: False
@@ -206,13 +207,18 @@ class RankWatch:
         while self._is_active():
             time.sleep(LOOK_EVERY_S)
             now = time.monotonic()
+            # A look that comes late, since the machine slept or the process was stopped, counts little: it is no
+            # waiting.
             silence_s, before = silence_s + min(now - before, LOOKS_COUNT_S), now
             found = (self._beats, self._place()[1])
             work, moves = self._work()
+            # A long computation in C leaves the stack as it is, but uses the processor; a long save moves bytes.
             is_busy = work - worked > BUSY * LOOK_EVERY_S or moves - moved > BUSY_BYTES
             worked, moved = work, moves
             if found != seen or is_busy:
                 seen, silence_s = found, 0.0
+            # Never given back once taken: either the main thread explains a failed collective, or this one ends the
+            # rank, not both.
             elif silence_s >= self.timeout_s + MARGIN_S and self._ends.acquire(blocking=False):
                 if self._is_active():
                     self._give_up(silence_s)
@@ -234,8 +240,10 @@ class RankWatch:
         frame = sys._current_frames().get(self._main)
         place, stack = "", []
         while frame is not None:
+            # Code object and instruction: cheap to take every second, and different as soon as the thread moves.
             stack.append((id(frame.f_code), frame.f_lasti))
             file = frame.f_code.co_filename
+            # The innermost frame of our package, but for this file, is what a person wants to know.
             if not place and f"{os.sep}{PACKAGE}{os.sep}" in file and not file.endswith("watch.py"):
                 place = f"{file.rpartition(PACKAGE + os.sep)[2]}:{frame.f_lineno}, {frame.f_code.co_name}"
             frame = frame.f_back
@@ -269,8 +277,10 @@ class RankWatch:
             return ""
 
     def _ask(self) -> tuple[bool, str]:
-        """Whether this rank is the one that speaks, and what can be known about who is missing."""
+        """Returns whether this rank is the one that speaks, and a text on who is missing."""
         answers: list[tuple[bool, str]] = []
+        # The store lives on one of the ranks. Where that one is stopped, its calls block, so they get a thread and a
+        # deadline.
         asking = threading.Thread(target=lambda: answers.append(self._ask_store()), daemon=True)
         asking.start()
         asking.join(ASKING_S)
@@ -280,9 +290,12 @@ class RankWatch:
 
     def _ask_store(self) -> tuple[bool, str]:
         try:
+            # The first rank to write its number speaks; the others read that number and stay silent: one message, not
+            # one per rank.
             speaks = self._store.compare_set("watch/speaker", "", str(self.rank)) == str(self.rank).encode()
             if not speaks:
                 return False, ""
+            # Two looks, more than two periods apart: a rank that lives has counted on in between.
             before = self._read_signs()
             time.sleep(2 * max(LOOK_EVERY_S, self.world_size / SIGNS_PER_S) + LOOK_EVERY_S / 2)
             return True, describe(before, self._read_signs(), self.rank)
@@ -295,7 +308,7 @@ class RankWatch:
 
 
 def describe(before: Sequence[Sign | None], after: Sequence[Sign | None], own: int) -> str:
-    """Which ranks gave no sign of life between two looks, or how those that live differ.
+    """Describes which ranks gave no sign of life between two looks, or how those that live differ.
 
     Args:
         before, after: the sign of each rank; None where it has given none.
@@ -330,9 +343,11 @@ def _where(sign: Sign | None) -> tuple[str, str]:
 def is_peer_failure(error: BaseException | None) -> bool:
     """Whether an exception, or what caused it, says that a collective failed because of another rank or of the network."""
     while error is not None:
+        # By name, since torch is not imported here.
         if any(parent.__name__ == "DistError" for parent in type(error).__mro__):
             return True
         text = str(error)
+        # Gloo and NCCL raise plain RuntimeErrors. A wording alone would also fit a broken pipe of our own.
         is_told = any(word in text for word in PEER_WORDS) and any(word in text for word in TRANSPORTS)
         if is_told and isinstance(error, RuntimeError | OSError):
             return True

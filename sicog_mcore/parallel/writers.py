@@ -1,4 +1,4 @@
-"""Checkpoints are written by threads of the rank itself: nothing that writes outlives it.
+"""Makes threads of the rank write its checkpoints: nothing that writes outlives the rank.
 
 Megatron 0.16 writes every file in a forked process, and collects the results through a server process of its own (300 MB);
 both go on when the rank is killed. 0.19 writes in threads, keeps the server, and loses the cause of a failure on the way.
@@ -25,6 +25,7 @@ def _write_in_threads(transforms: list, *arguments: Any) -> None:
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+    # The two versions pass different arguments before these.
     *_, buckets, results = arguments
     done: queue.Queue = queue.Queue()
     counter: queue.Queue = queue.Queue()  # each writer takes one out; nobody waits for it
@@ -37,6 +38,7 @@ def _write_in_threads(transforms: list, *arguments: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    # Every writer puts its number and its result once, so after joining there is one entry per file.
     written = dict(done.get_nowait() for _ in buckets)
     failures = [result for result in written.values() if isinstance(result, Exception)]
     results.put(failures[0] if failures else written)
@@ -51,6 +53,7 @@ def install_writers() -> None:
     results_queue = next(name for name in RESULTS if hasattr(module, name))
     if getattr(module.FileSystemWriterAsync, writer) is _write_in_threads:
         return
+    # A rank writes one checkpoint at a time, so one queue serves all of them.
     results: queue.Queue = queue.Queue()
     setattr(module, results_queue, lambda: results)
     setattr(module.FileSystemWriterAsync, writer, staticmethod(_write_in_threads))

@@ -1,4 +1,4 @@
-"""What answers: a small protocol, and our own model behind it, many items at a time.
+"""The native engine: our own model answers many items at a time from one KV cache.
 
 In: Request per item   Out: Result per item, in the order they are done   Next: generate.py (records), parity.py
 An item takes one place; its prompts are read once and all its answers are drawn together. As soon as a quarter of the places
@@ -35,7 +35,7 @@ REFILL = 4  # new items move in when one place of so many is free
 
 
 def encode_request(encoder: Encoder, request: Request) -> list[EncodedSample]:
-    """The prompts of an item as numbers, exactly as training would see them.
+    """Encodes the prompts of an item, exactly as training would.
 
     Raises:
         SampleError: an image cannot be used, or the prompts do not have one placeholder for each.
@@ -77,7 +77,7 @@ Encoded = tuple[Request, PromptTree | SampleError]
 
 
 class NativeEngine:
-    """Our Megatron-Core model with a cache of keys and values.
+    """Answers with our Megatron-Core model and its KV cache.
 
     Args:
         model: the only chunk of a model without pipeline stages, with its weights.
@@ -109,7 +109,7 @@ class NativeEngine:
 
 
 class _Session:
-    """One call of ``generate``: which item has which place, and what its answers have come to."""
+    """The state of one call of ``generate``: the item in each place, and its answers so far."""
 
     def __init__(
         self,
@@ -130,12 +130,15 @@ class _Session:
     def run(self) -> Iterator[Result]:
         while True:
             free = [place for place, item in enumerate(self._items) if item is None]
+            # Reading prompts holds up every answer under way. So new items wait until a quarter of the places is free,
+            # and are then read in one batch.
             if self._has_more and len(free) * REFILL >= len(self._items):
                 yield from self._admit(free)
             elif len(free) == len(self._items):
                 return
             else:
                 self._step()
+            # An item gives its place back with its last answer; nothing in the cache has to be cleared for that.
             for place, item in enumerate(self._items):
                 if item is not None and item.is_done:
                     self._items[place] = None
@@ -151,6 +154,7 @@ class _Session:
             if isinstance(content, SampleError):
                 yield Result(request.id, failure=content.reason, detail=content.detail)
                 continue
+            # An item that cannot be read takes no place, so places are counted by those admitted.
             place = free[len(admitted)]
             self._items[place] = _Item(request, content, self._rows(request))
             admitted.append(place)
@@ -158,6 +162,8 @@ class _Session:
             self._read(admitted)
 
     def _rows(self, request: Request) -> list[_Row]:
+        # All numbers of an answer are drawn before its first token: they then depend on its seed alone, not on its
+        # neighbours.
         count = self._sampling.max_new_tokens if self._sampling.temperature else 0
         return [
             _Row(prompt, random_numbers(seed, count)) for prompt, seeds in enumerate(request.seeds) for seed in seeds
@@ -186,12 +192,16 @@ class _Session:
     def _draw(self, logits: Tensor, rows: Sequence[_Row]) -> None:
         """Adds a token to each of these rows; every tensor-parallel rank adds the same."""
         numbers = [float(row.numbers[len(row.tokens)]) if len(row.numbers) else 0.0 for row in rows]
+        # Rows of the table beyond the vocabulary are padding: a token without a meaning must not be drawn.
         drawn = draw(
             logits[:, : self._vocabulary],
             torch.tensor(numbers, dtype=torch.float64, device=logits.device),
             self._sampling,
         )
+        # The ranks' logits may differ in the last bit. One different token would part their caches for good, so the
+        # first rank's tokens count.
         drawn = self._topology.share_over_tensor(drawn)
+        # Over all rows of the table, padding too, as the training loss has them: parity compares the two.
         found = zip(rows, drawn.tolist(), log_probs(logits, drawn).tolist(), strict=True)
         for row, token, log_prob in found:
             row.tokens.append(token)
@@ -213,7 +223,7 @@ class _Session:
 
 
 class ReadAhead:
-    """Prompts as numbers, some of them read before they are asked for.
+    """Encodes prompts in threads, some of them before they are asked for.
 
     Args:
         pool: threads that read.
@@ -225,7 +235,7 @@ class ReadAhead:
         self._waiting: deque[Future[Encoded]] = deque()
 
     def take(self, count: int) -> list[Encoded]:
-        """The next ``count``, fewer only at the end."""
+        """Returns the next ``count`` items, fewer only at the end."""
         self._fill(count)
         taken = [self._waiting.popleft().result() for _ in range(min(count, len(self._waiting)))]
         self._fill(self._most)  # what is read while the model is busy
@@ -238,5 +248,6 @@ class ReadAhead:
     def _read(self, request: Request) -> Encoded:
         try:
             return request, join_prompts(encode_request(self._encoder, request))
+        # Returned, not raised: the rank that admits the item reports it, and the threads go on.
         except SampleError as error:
             return request, error

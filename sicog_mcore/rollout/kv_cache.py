@@ -1,10 +1,10 @@
-"""Token by token with a cache: what the decoder has read of an item is kept, and all its answers look at it together.
+"""The KV cache of generation: the decoder reads an item's prompts once, and all its answers attend to the same keys.
 
 In: PromptTree of each item, then one token per answer and step   Out: logits of the next tokens
 Next: rollout/engine.py
-An item has one row of keys and values: what its prompts have in common (images, as a rule), the rest of each prompt, then
-the tokens of all its answers in the order they come. A table says which answer sees which entry, so nothing is computed or
-stored twice, and a step reads every key once, whatever the number of answers.
+An item has one row of keys and values: the tokens that its prompts share (images, as a rule), the rest of each prompt, then
+the tokens of all its answers in the order they come. A mask says which answer attends to which entry, so nothing is computed
+or stored twice, and a step reads every key once, whatever the number of answers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 from sicog_mcore.model.attention import CachedPass, PackedAttention
 from sicog_mcore.model.vlm import VisionLanguageModel
 
-ROUNDING = 64  # entries by which a cache grows, and to which the part that is looked at is rounded
+ROUNDING = 64  # the length of a cache, and of the part that is read, is a multiple of so many entries
 
 
 @dataclass(frozen=True)
 class PromptTree:
-    """The prompts of one item: what they begin with in common, once, then the rest of each.
+    """The prompts of one item as a tree: the beginning that they share, once, then the rest of each.
 
     Attributes:
         tokens: int64 [s]; the first ``common`` are shared, the rests follow, one after the other.
@@ -50,14 +50,18 @@ class PromptTree:
 
 
 def join_prompts(prompts: Sequence[EncodedSample]) -> PromptTree:
-    """Finds what the prompts of an item have in common; all of them show the same slices."""
+    """Joins the prompts of an item at their common beginning; all of them show the same slices."""
     first = prompts[0]
+    # Every image slot holds the padding id, whatever it shows. So prompts are compared by token and visual row
+    # together: a shared beginning never mixes two images up.
     contents = [_content(prompt) for prompt in prompts]  # token, and the visual row in its place: [s, 2]
+    # Every prompt keeps at least its last token for itself: the logits of an answer's first token are read there.
     common = min(len(content) for content in contents) - 1
     for content in contents[1:]:
         differs = (content[:common] != contents[0][:common]).any(-1).nonzero()
         common = min(common, int(differs[0])) if len(differs) else common
     joined = torch.cat([contents[0][:common], *(content[common:] for content in contents)])
+    # The slots are searched anew, for joining has moved them.
     slots = (joined[:, 1] >= 0).nonzero().squeeze(-1)
     return PromptTree(
         tokens=joined[:, 0].contiguous(),
@@ -76,7 +80,7 @@ def _content(prompt: EncodedSample) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of one layer: [items, length, g, d] each."""
+    """The KV cache of one layer: keys and values, [items, length, g, d] each."""
 
     def __init__(self) -> None:
         self.key = self.value = torch.empty(0)
@@ -91,6 +95,7 @@ class LayerCache:
             shape: (items, length) of the cache.
         """
         self.key, self.value = self._grown(self.key, key, shape), self._grown(self.value, value, shape)
+        # A view of [items * length, g, d], so that one flat index per token reaches every item's row.
         self.key.flatten(0, 1).index_copy_(0, at, key)
         self.value.flatten(0, 1).index_copy_(0, at, value)
 
@@ -98,9 +103,8 @@ class LayerCache:
     def _grown(old: Tensor, entry: Tensor, shape: tuple[int, int]) -> Tensor:
         if old.shape[:2] == shape:
             return old
-        new = entry.new_zeros(
-            *shape, *entry.shape[1:]
-        )  # zeros: what is hidden is multiplied by zero, and must be finite
+        # Zeros, not empty memory: a masked value is multiplied by the weight 0, and 0 * NaN would be NaN.
+        new = entry.new_zeros(*shape, *entry.shape[1:])
         if old.numel():
             new[:, : old.shape[1]] = old
         return new
@@ -108,14 +112,14 @@ class LayerCache:
 
 @dataclass
 class _CommonPass(CachedPass):
-    """Ordinary packed attention over the common beginnings of some items, whose keys and values are kept."""
+    """Packed attention over the common beginnings of some items; their keys and values go into the KV cache."""
 
     caches: Sequence[LayerCache] = ()
     shape: tuple[int, int] = (0, 0)
     at: Tensor | None = None  # int64 [t] place of each token in the cache
 
     def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[t, n, d] of each sequence by itself, by the back end that training uses."""
+        """Attends within each sequence, by the back end that training uses: [t, n, d]."""
         assert self.at is not None
         self.caches[core.layer_number - 1].write(self.at, key, value, self.shape)
         return core.attend(query, key, value, self)
@@ -123,14 +127,14 @@ class _CommonPass(CachedPass):
 
 @dataclass
 class _TreePass(CachedPass):
-    """Tokens that look at what is in the cache of their item.
+    """Attention of new tokens over the KV cache of their item, with a mask for each query.
 
     Attributes:
         at: int64 [t] place of each token in the cache.
         grid: int64 [t] place of each query among [items, queries].
-        items: int64 [i] items that are looked at; None for all.
-        visible: bool [i, queries, seen].
-        mask: the same for all heads of a key, made by the first layer.
+        items: int64 [i] items whose cache is read; None for all.
+        visible: bool [i, queries, seen], the mask: which entries a query attends to.
+        mask: ``visible`` repeated for the heads that share a key; the first layer makes it for all layers.
     """
 
     caches: Sequence[LayerCache] = ()
@@ -142,16 +146,25 @@ class _TreePass(CachedPass):
     mask: Tensor | None = None
 
     def attend(self, core: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[t, n, d]. Heads that share a key stand beside each other as further queries, so each key is read once."""
+        """Attends to the cache: [t, n, d]. Heads that share a key become further queries, so each key is read once."""
         assert self.at is not None and self.grid is not None and self.visible is not None
         cache = self.caches[core.layer_number - 1]
+        # Written before reading: a new token attends to its own key too.
         cache.write(self.at, key, value, self.shape)
         num_items, queries, seen = self.visible.shape
         groups, heads, d = key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
         if self.mask is None:
-            self.mask = self.visible.repeat(1, heads, 1)[:, None]  # [i, 1, heads * queries, seen]
+            # [i, 1, heads * queries, seen]. Head by head, as in ``grouped`` below; the axis of 1 is broadcast over the
+            # g key heads.
+            self.mask = self.visible.repeat(1, heads, 1)[:, None]
+        # A step reads all items: slicing the cache copies nothing. Reading prompts picks the new items' rows, which
+        # copies them.
         keys, values = (x[:, :seen] if self.items is None else x[self.items, :seen] for x in (cache.key, cache.value))
+        # [t, n, d] -> [items * queries, n, d]. Items have different numbers of tokens; a place without a token stays
+        # zero, and its output is never picked.
         padded = query.new_zeros(num_items * queries, *query.shape[1:]).index_copy(0, self.grid, query)
+        # Grouped-query attention without repeating keys: [i, queries, g, heads, d] -> [i, g, heads * queries, d]. So a
+        # step reads each key from memory once, for all heads of its group and all answers of its item.
         grouped = padded.view(num_items, queries, groups, heads, d).permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = F.scaled_dot_product_attention(
             grouped,  # [i, g, heads * queries, d]
@@ -160,12 +173,13 @@ class _TreePass(CachedPass):
             attn_mask=self.mask,
             scale=core.softmax_scale,
         )
+        # Back to [items * queries, n, d], then only the places that hold a token: [t, n, d].
         out = out.view(num_items, groups, heads, queries, d).permute(0, 3, 1, 2, 4).reshape(padded.shape)
         return out.index_select(0, self.grid)
 
 
 class CachedDecoder:
-    """A model that reads prompts once and then answers token by token.
+    """The model with its KV cache: it reads prompts once, and then answers token by token.
 
     Rows are answers: row ``item * answers + number``. An item's place may be given to another at any time. All
     tensor-parallel ranks must make the same calls.
@@ -213,6 +227,8 @@ class CachedDecoder:
         last, done = [], 0
         for item, tree, prompts in zip(items, trees, uses, strict=True):
             self._admit(item, tree, prompts)
+            # ``hidden`` holds the rests of all items, one after the other; an answer starts at the last token of the
+            # prompt it uses.
             ends = torch.tensor(tree.rests).cumsum(0) - 1 + done
             last.append(ends[list(prompts)])
             done += sum(tree.rests)
@@ -229,17 +245,22 @@ class CachedDecoder:
         Returns:
             fp32 [len(rows), v] logits of the tokens after these.
         """
+        # Room for one more token of every answer of the fullest item.
         self._reserve(max(self._filled[row // self._answers] for row in rows) + self._answers)
         places, positions = [], []
         for row in rows:
+            # A token is appended to its item's row, whichever answer it belongs to. Its position, which rotary
+            # embedding needs, counts along its own answer and not along the row.
             item = row // self._answers
             places.append(self._filled[item])
             positions.append(self._position[row])
             self._filled[item] += 1
             self._position[row] += 1
+        # Entries behind the fullest row are not read. Rounding lets shapes repeat from step to step.
         seen = _rounded(max(places) + 1)
         numbers = torch.tensor([[*rows], places, positions, [*tokens]]).to(self._device)  # one copy to the device
         grid, place, position, token = numbers.unbind(0)
+        # From now on the answer attends to its new token; the other answers of the item never do.
         self._visible.flatten(0, 1).index_put_((grid, place), torch.tensor(True, device=self._device))
         plan = _TreePass(
             qkv_format="sbhd",
@@ -256,11 +277,13 @@ class CachedDecoder:
 
     def _read_common(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> None:
         lengths = [tree.common for tree in trees]
+        # First row of each item among the embeddings [t, 1, h] of all trees.
         starts = torch.tensor([0, *(len(tree.tokens) for tree in trees)]).cumsum(0)[:-1].tolist()
         rows = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         if not len(rows):
             return
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
+        # An item without a common beginning has no sequence in this pass.
         borders = torch.tensor([0, *(n for n in lengths if n)]).cumsum(0).to(torch.int32)
         plan = _CommonPass(
             qkv_format="sbhd",
@@ -279,6 +302,8 @@ class CachedDecoder:
         starts = torch.tensor([0, *(len(tree.tokens) for tree in trees)]).cumsum(0)[:-1].tolist()
         own = [torch.arange(tree.common, len(tree.tokens)) for tree in trees]  # places in the item's cache
         rows = torch.cat([start + places for start, places in zip(starts, own, strict=True)]).to(self._device)
+        # Each rest goes on counting where the common beginning ended, whatever rest stands before it in the row of the
+        # cache.
         positions = torch.cat([tree.common + _restarting(tree.rests) for tree in trees]).to(self._device)
         seen, queries = _rounded(max(len(tree.tokens) for tree in trees)), max(lengths)
         plan = _TreePass(
@@ -287,6 +312,7 @@ class CachedDecoder:
             caches=self._caches,
             shape=(self._items, self._length),
             at=self._places(items, lengths) + torch.cat(own).to(self._device),
+            # [items, queries]: items with fewer tokens leave their last places empty.
             grid=torch.cat([i * queries + torch.arange(n) for i, n in enumerate(lengths)]).to(self._device),
             items=torch.tensor(list(items), device=self._device),
             visible=torch.stack([_visible_to_rests(tree, queries, seen) for tree in trees]).to(self._device),
@@ -294,13 +320,14 @@ class CachedDecoder:
         return self._model.language_model(embeddings[rows], positions, plan)
 
     def _places(self, items: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Where each item's cache begins, once for every token: int64 [sum of lengths]."""
+        """Gives the flat place at which each item's row begins, once for every token: int64 [sum of lengths]."""
         first = torch.tensor(list(items)) * self._length
         return first.repeat_interleave(torch.tensor(list(lengths))).to(self._device)
 
     def _admit(self, item: int, tree: PromptTree, prompts: Sequence[int]) -> None:
-        """What the answers of an item see before their first token."""
+        """Sets the mask of an item's answers, and their positions, as they are before the first token."""
         self._filled[item] = len(tree.tokens)
+        # Keys of the item that had this place before stay in memory; the mask hides them until they are overwritten.
         self._visible[item] = False
         self._visible[item, :, : tree.common] = True
         for number, prompt in enumerate(prompts):
@@ -311,6 +338,8 @@ class CachedDecoder:
     def _reserve(self, length: int) -> None:
         """Makes room for items of this length; each layer's cache follows when it is written to."""
         if length > self._length:
+            # Growing copies the whole cache, so it grows by half at least: copies stay rare however long the answers
+            # become.
             self._length = _rounded(max(length, self._length + self._length // 2))
             added = self._length - self._visible.shape[2]
             self._visible = F.pad(self._visible, (0, added))
@@ -322,7 +351,7 @@ class CachedDecoder:
 
 @torch.no_grad()
 def prompt_embeddings(model: VisionLanguageModel, trees: Sequence[PromptTree]) -> list[list[Tensor]]:
-    """What the decoder reads of every prompt of every item, for another engine: [s, h] each, images encoded once."""
+    """Embeds every prompt of every item for another engine: [s, h] each, images encoded once."""
     device = next(model.parameters()).device
     embeddings = model.embed(_pack(trees, model.model_config.resampler.queries, device))[:, 0]  # [t, h]
     found = []
@@ -341,11 +370,13 @@ def _restarting(lengths: Sequence[int]) -> Tensor:
 
 
 def _visible_to_rests(tree: PromptTree, queries: int, seen: int) -> Tensor:
-    """Each prompt's rest sees what is common and itself, causally: bool [queries, seen]."""
+    """Masks the rests: each attends to the common beginning and, causally, to itself: bool [queries, seen]."""
     visible = torch.zeros(queries, seen, dtype=torch.bool)
+    # The common beginning comes before every rest, so all of it is visible; queries behind the last rest see nothing.
     visible[: sum(tree.rests), : tree.common] = True
     start = 0
     for length in tree.rests:
+        # Blocks on the diagonal, each a lower triangle: a rest never sees the rest of another prompt.
         block = torch.ones(length, length, dtype=torch.bool).tril()
         visible[start : start + length, tree.common + start : tree.common + start + length] = block
         start += length
@@ -353,7 +384,7 @@ def _visible_to_rests(tree: PromptTree, queries: int, seen: int) -> Tensor:
 
 
 def _pack(trees: Sequence[PromptTree], queries: int, device: torch.device) -> PackedBatch:
-    """All trees as one batch, for what ``embed`` needs of it; a slice has ``queries`` visual tokens."""
+    """Packs all trees into one batch, with the fields that ``embed`` needs; a slice has ``queries`` visual tokens."""
     lengths = [len(tree.tokens) for tree in trees]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     slices = torch.tensor([0, *(len(tree.grids) for tree in trees)]).cumsum(0)
@@ -365,6 +396,8 @@ def _pack(trees: Sequence[PromptTree], queries: int, device: torch.device) -> Pa
         cu_seqlens=starts.to(torch.int32),
         patches=torch.cat([tree.patches for tree in trees]),
         grids=torch.cat([tree.grids for tree in trees]),
+        # Both count from the start of their own tree: slots move by the tokens before it, rows by the resampler's
+        # output [k * queries] of the slices before it.
         image_slots=torch.cat([tree.image_slots + starts[i] for i, tree in enumerate(trees)]),
         visual_rows=torch.cat([tree.visual_rows + queries * slices[i] for i, tree in enumerate(trees)]),
         group_sizes=torch.ones(len(trees), dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""A checkpoint as a model that answers, under any layout without pipeline stages.
+"""Loads a checkpoint as a model that answers, under any layout without pipeline stages.
 
 In: the output folder of a run, or one of its ``step_N`` folders   Out: Loaded   Next: engine.py
 Sizes, tokenizer and template come from the checkpoint itself; nothing else of the run that wrote it takes part.
@@ -32,7 +32,7 @@ TIMEOUT_S = 7 * 24 * 3600
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known before any process joins another.
+    """A checkpoint as it is known before any process joins another.
 
     Attributes:
         folder: ``step_N``.
@@ -63,6 +63,7 @@ def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = N
     folder = _find(path)
     fingerprint = commit.fingerprint(folder)
     saved = read_experiment(folder)
+    # No sources: the rows of training may be gone, and generation reads none of them.
     data = replace(saved.data, tokenizer=tokenizer or saved.data.tokenizer, sources=())
     tokenizer_file = find_tokenizer_file(data.tokenizer)
     if tokenizer_file is None:
@@ -71,10 +72,13 @@ def read_checkpoint(path: Path, tensor: int = 1, precision: Precision | None = N
     experiment = replace(
         saved,
         data=data,
+        # All else is 1: the engine needs whole models, and replicas follow from the number of ranks.
         parallel=ParallelConfig(tensor=tensor, timeout_s=TIMEOUT_S),
         train=replace(
             saved.train,
             precision=precision or saved.train.precision,
+            # Nothing is recomputed, for there is no backward pass; attention is chosen anew, for this machine may lack
+            # the run's.
             recompute_decoder="none",
             recompute_tower="none",
             attention="auto",
@@ -123,7 +127,7 @@ def joined(
 
 
 def load_model(build: Build, topology: Topology, notice: Callable[[str], None] = lambda _: None) -> VisionLanguageModel:
-    """This rank's part of the model, with the checkpoint's weights.
+    """Builds this rank's part of the model and loads the checkpoint's weights.
 
     Args:
         notice: is told what is to be said of weights and tokenizer.

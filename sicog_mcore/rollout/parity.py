@@ -1,8 +1,8 @@
-"""Before a run: does the engine see and say what the trainer would? A few samples are asked, and any doubt refuses.
+"""The parity check before a run: a few samples show whether the engine reads and answers as the trainer would.
 
 In: an engine, requests   Out: Parity   Next: generate.py
-Compared are patches and prompt tokens with those of a training sample, byte by byte, and the engine's log-probabilities of
-its own answers with those of the trainer's forward pass over a packed batch.
+The check compares patches and prompt tokens with those of a training sample, byte by byte, and the engine's
+log-probabilities of its own answers with those of the trainer's forward pass over a packed batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ParityError(SicogError):
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared. ``difference`` is the largest one of a token's log-probability."""
+    """The result of a comparison. ``difference`` is the largest one of a token's log-probability."""
 
     items: int
     tokens: int
@@ -116,6 +116,8 @@ def _as_training(prompt: EncodedSample, answer: Answer) -> EncodedSample:
     drawn = torch.tensor(answer.tokens, dtype=torch.int64)
     tokens = torch.cat([prompt.tokens, drawn])
     labels = torch.full_like(tokens, IGNORED_LABEL)
+    # Labels are shifted: the prompt's last position predicts the first drawn token, and the last drawn token predicts
+    # nothing.
     labels[len(prompt.tokens) - 1 : -1] = drawn
     return replace(prompt, tokens=tokens, labels=labels, segments=())
 
@@ -130,9 +132,12 @@ def _compare(model: VisionLanguageModel, encoder: Encoder, cases: Sequence[_Case
         patch_dim=model.model_config.tower.patch_dim,
     )
     parameter = next(model.parameters())
+    # The trainer's forward pass gives -log p of every position with a label, in the order of the cases; the engine's
+    # values are chained in that order too.
     expected = -model(batch.to(parameter.device)).double().cpu()  # [tokens of all answers]
     found = torch.tensor([value for case in cases for value in case.answer.log_probs], dtype=torch.float64)
     difference, limit = float((found - expected).abs().max()), TOLERANCES[parameter.dtype]
+    # Not ``>``: a difference that is NaN must fail as well.
     if not difference <= limit:
         raise ParityError(
             f"log-probabilities of the engine and of the trainer differ by up to {difference:.3g}, at most {limit:g} is "

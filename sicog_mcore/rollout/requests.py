@@ -1,4 +1,4 @@
-"""What a model is asked and what it answers, whatever the engine behind it.
+"""Requests and results: the questions to a model and its answers, whatever the engine behind it.
 
 In: prompts, images, seeds, Sampling   Out: Result per Request   Next: engine.py, vllm_engine.py
 """
@@ -18,7 +18,7 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; nothing else takes part, least of all a checkpoint's generation_config.
+    """The settings of drawing tokens; nothing else takes part, least of all a checkpoint's generation_config.
 
     Attributes:
         temperature: 0 takes the most probable token.
@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One item and what it is asked.
+    """One item with its prompts, and a seed for each answer.
 
     Attributes:
         images: in the order of the placeholders that every prompt begins with.
@@ -51,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was drawn.
+    """One answer as it was drawn.
 
     Attributes:
         tokens: the one that ended the answer counted.
@@ -88,7 +88,7 @@ class Counters:
     """Work done so far by one copy of the model.
 
     Attributes:
-        prefill_tokens: of prompts, what prompts of an item have in common counted once.
+        prefill_tokens: of prompts; a beginning that the prompts of an item share counts once.
         decode_tokens: drawn.
         slices: that went through the tower.
     """
@@ -113,5 +113,5 @@ class Engine(Protocol):
 
 
 def harmless(text: str) -> str:
-    """Text that stands for no image; control tokens in it are text anyway, see chat.py."""
+    """Rewrites placeholders, so that the text stands for no image; control tokens in it are text anyway, see chat.py."""
     return text.replace(IMAGE_PLACEHOLDER, HARMLESS_PLACEHOLDER)

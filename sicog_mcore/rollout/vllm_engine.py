@@ -1,4 +1,4 @@
-"""vLLM as the engine: its continuous batching and prefix cache, fed with embeddings that our tower and resampler compute.
+"""The vLLM engine: continuous batching and a prefix cache, fed with embeddings that our tower and resampler compute.
 
 In: the model, a folder for its decoder   Out: Engine   Next: generate.py
 The decoder is exported as a plain Qwen2, Qwen3 or Llama; vLLM never sees an image, so any slicing works and there is no
@@ -95,6 +95,7 @@ class VllmEngine:
             enable_prompt_embeds=True,
             enable_prefix_caching=True,
             dtype=DTYPES[dtype],
+            # Capturing graphs pays on a GPU only.
             enforce_eager=topology.device.type == "cpu",
             max_model_len=self._longest + max_new_tokens,
             max_num_seqs=places * answers,
@@ -116,6 +117,8 @@ class VllmEngine:
         with ThreadPoolExecutor(READERS) as pool:
             ahead = ReadAhead(pool, self._encoder, requests, 2 * self._places)
             while items or has_more:
+                # Free places are filled at once: vLLM mixes reading and answering by itself, so waiting for more of
+                # them, as the native engine does, would gain nothing.
                 if has_more and items < self._places:
                     taken = ahead.take(self._places - items)
                     has_more = bool(taken)
@@ -137,6 +140,7 @@ class VllmEngine:
                     if output.finished:
                         item, prompt, number = waiting.pop(output.request_id)
                         item.answers[prompt][number] = self._answer(output.outputs[0])
+                        # The answers of an item end in any order; the last one closes it.
                         item.open -= 1
                         if item.open == 0:
                             items -= 1
@@ -144,7 +148,7 @@ class VllmEngine:
                             yield _result(item)
 
     def _admit(self, usable: Sequence[tuple[Request, PromptTree]]) -> Iterator[tuple[_Item, int, int, torch.Tensor]]:
-        """The embeddings of every answer to come, images of all these items encoded in one batch."""
+        """Gives the embeddings of every answer to come; the images of all these items are encoded in one batch."""
         if not usable:
             return
         embedded = prompt_embeddings(self._model, [tree for _, tree in usable])
@@ -166,6 +170,7 @@ class VllmEngine:
             seed=seed,
             stop_token_ids=self._ends,
             ignore_eos=True,  # of the exported configuration; our own ends are named above
+            # No alternatives: the drawn token's own log-probability comes along anyway.
             logprobs=0,
             detokenize=False,
         )

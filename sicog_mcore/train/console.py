@@ -1,4 +1,4 @@
-"""What rank 0 shows: a banner, the progress, notices, a summary. Every other rank is silent.
+"""The screen of rank 0: a banner, the progress, notices, a summary. Every other rank is silent.
 
 In: Experiment, StepStats, Summary   Out: text
 On a terminal the progress is a bar; elsewhere (a log file, a batch job) one plain line per interval.
@@ -34,7 +34,7 @@ RESUME = "resume"
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the configuration does not say about a run.
+    """The facts about a run that its configuration does not say.
 
     Attributes:
         parameters: number of parameters of each part, over all ranks.
@@ -80,6 +80,7 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
         for part, number in facts.parameters.items()
     )
     side = model.slicing.resolution_px
+    # model_size: ranks of one copy of the model.
     replicas = facts.world_size // parallel.model_size
     layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {replicas} on {facts.world_size} ranks"
     extras = [f"virtual stages {parallel.virtual_pipeline}"] if parallel.virtual_pipeline > 1 else []
@@ -115,7 +116,7 @@ def _global_batch(experiment: Experiment) -> str:
 
 
 def resume_text(checkpoint: Path | None, step: int, steps: int, output: str) -> str:
-    """What was found at the start, and what happens now.
+    """Says which checkpoint was found at the start, and how the run goes on.
 
     Args:
         checkpoint: the one that was loaded; None if there was none.
@@ -154,7 +155,7 @@ def step_line(stats: StepStats, steps_total: int, eta_s: float) -> str:
 
 
 def preference_texts(stats: StepStats) -> list[str]:
-    """How the pairs were judged; nothing outside of preference training."""
+    """Says how the pairs were judged; empty outside of preference training."""
     judged = stats.preferences
     return [f"preferred {judged.preference_accuracy:.0%}", f"margin {judged.reward_margin:.3g}"] if judged else []
 
@@ -170,7 +171,7 @@ def held_out_texts(stats: StepStats) -> list[str]:
 
 
 def bar_text(stats: StepStats, eta_s: float) -> str:
-    """What stands behind the progress bar."""
+    """The text behind the progress bar."""
     quarantined = f"  quarantined {stats.quarantined:,}" if stats.quarantined else ""
     mfu = "" if stats.mfu is None else f"  MFU {stats.mfu:.1%}"
     loss = "  ".join([f"loss {stats.loss:.4f}", *preference_texts(stats)])
@@ -244,6 +245,7 @@ class Console:
         if not self._is_main:
             return
         self._recent_step_s.append(stats.step_s)
+        # The median: one step that waited for data or a disk does not move the estimate.
         eta_s = median(self._recent_step_s) * (steps_total - stats.step)
         if self._screen.is_terminal:
             self._move_bar(stats, steps_total, bar_text(stats, eta_s))
@@ -285,6 +287,7 @@ class Console:
             columns = (
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
+                # Without markup: rich would take brackets in a name for a style.
                 TextColumn("{task.fields[text]}", markup=False),
             )
             self._progress = Progress(*columns, console=self._screen, expand=True)

@@ -1,4 +1,4 @@
-"""Whether what was learned may be kept: finite, not exploded; and a word when the loss leaps.
+"""The health of a run: weights are kept only if they are finite and have not exploded; a leap of the loss is reported.
 
 In: a model before a save, the loss of each step   Out: TrainingError, or a line   Used by: trainer.py, reporter.py
 A checkpoint is only worth something if it is good: it replaces older ones, and every later start goes on from it.
@@ -36,7 +36,7 @@ REMEDY = "Lower optim.lr, or look at the samples of this step in consumed-*.json
 
 @dataclass(frozen=True)
 class Soundness:
-    """What the parameters are like, over all ranks.
+    """The soundness of the parameters, over all ranks.
 
     Attributes:
         rms: root mean square of the parameters, by part; a part that is not finite is NaN or infinite.
@@ -48,7 +48,7 @@ class Soundness:
 
     @property
     def not_finite(self) -> str:
-        """What is not, for a message; empty if all is."""
+        """Names the parts that are not finite, for a message; empty if all are."""
         names = [part for part, rms in self.rms.items() if not math.isfinite(rms)]
         return ", ".join([*names, *([] if self.optimizer_is_finite else ["the optimizer's state"])])
 
@@ -60,6 +60,8 @@ def measure(model: TrainableModel) -> Soundness:
     for chunk in model.chunks:
         for index, part in enumerate(PARTS):
             parameters = chunk.parameters_of(part)
+            # [2 * parts + 1]: sum of squares and count of each part, then the optimizer's sum of squares. A NaN or an
+            # infinity anywhere shows in its sum.
             sums[2 * index] += _squares(parameters)
             sums[2 * index + 1] += sum(parameter.numel() for parameter in parameters)
     sums[-1] = _squares(model.optimizer_tensors())
@@ -87,7 +89,7 @@ def require_sound_start(found: Soundness, last_good: str) -> None:
 
 
 def require_sound(model: TrainableModel, before: Soundness, when: str, last_good: str) -> Soundness:
-    """Refuses to commit what is not finite or has exploded. Collective.
+    """Refuses to commit weights that are not finite or have exploded. Collective.
 
     Args:
         before: at the last checkpoint, or at the start.
@@ -124,6 +126,8 @@ class SpikeWatch:
         usual = median(known) if known else loss
         high = known[int(HIGHEST_TENTH * (len(known) - 1))] if len(known) >= HIGH_FROM else 0.0
         limit = max(usual + SPIKE_NATS, SPIKE_FACTOR * usual, SPIKE_OVER_HIGH * high)
+        # A loss is judged against those before it, and then counts itself, so that a lasting new level becomes the
+        # usual one.
         self._losses.append(loss)
         was_high, self._is_high = self._is_high, loss > limit
         if was_high or not self._is_high:

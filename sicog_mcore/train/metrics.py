@@ -1,4 +1,4 @@
-"""What a step reports, where it is written, and what a run adds up to.
+"""The metrics of a step, the files they are written to, and the sums of a run.
 
 In: numbers of one step, equal on all ranks   Out: metrics.jsonl, TensorBoard files, Summary   Next: console.py
 Only rank 0 writes. A number that is not finite becomes null in JSON and is left out of TensorBoard.
@@ -37,13 +37,13 @@ HELD_OUT_GROUP = "held_out"
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceStats:
-    """How the pairs of a global batch were judged.
+    """The judgement of the pairs of a global batch, as means.
 
     Attributes:
         preference_accuracy: share of pairs whose chosen answer has the higher reward.
         reward_margin: mean reward of chosen answers minus that of rejected ones.
         chosen_reward: mean of beta times the log-ratio of chosen answers to the reference model.
-        rejected_reward: the same of rejected answers.
+        rejected_reward: mean of beta times the log-ratio of rejected answers to the reference model.
     """
 
     preference_accuracy: float
@@ -131,9 +131,10 @@ class StepStats:
         return self.slices / self.step_s
 
     def values(self) -> dict[str, int | float | None]:
-        """All fields and rates by name; what is not finite is None."""
+        """Gives all fields and rates by name; a number that is not finite is None."""
         rates = {name: getattr(self, name) for name in ("tokens_per_s", "images_per_s", "slices_per_s")}
         values: dict[str, int | float | None] = {f.name: getattr(self, f.name) for f in fields(self)} | rates
+        # Grouped metrics stand beside the others, by their own names; the fields that group them go.
         for name in ("preferences", "held_out"):
             del values[name]
             values |= asdict(getattr(self, name)) if getattr(self, name) else {}
@@ -145,12 +146,13 @@ class MetricsLog:
 
     Args:
         folder: output folder of the run.
-        first_step: first step that will be written; what an interrupted run wrote from there on is dropped.
+        first_step: first step that will be written; lines of an interrupted run from there on are dropped.
         tensorboard: write TensorBoard files too.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
         path = folder / METRICS_FILE
+        # A run that was killed has written steps after its newest checkpoint; they are trained, and written, again.
         drop_steps_from(path, first_step)
         self._lines = LineFile(path)
         self._board: SummaryWriter | None = None
@@ -159,6 +161,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             with writing(self._board_folder):
+                # purge_step makes TensorBoard hide events of earlier files from that step on.
                 self._board = SummaryWriter(str(self._board_folder), purge_step=first_step)
 
     def write(self, stats: StepStats) -> None:
@@ -187,7 +190,7 @@ class MetricsLog:
                     board.add_scalar(f"{group}/{name}", value, stats.step, walltime=wall_time)
 
     def close(self) -> None:
-        """Ends both; what a full disk did not take is lost, and was reported when it was written."""
+        """Ends both files; lines that a full disk did not take are lost, and were reported when they were written."""
         with suppress(SicogError):
             self._lines.close()
         if self._board is not None:
@@ -208,21 +211,24 @@ def drop_steps_from(path: Path, first_step: int) -> None:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
                 is_before = json.loads(line)["step"] < first_step
+            # A line torn by a kill: the step it tells of comes after the newest checkpoint.
             except (ValueError, TypeError, KeyError):
                 continue
             if is_before:
                 kept.append(line)
+        # Written anew as a whole: a kill at this point leaves the file as it was.
         with whole_file(path) as aside:
             aside.write_text("".join(kept), encoding="utf-8")
 
 
 class Summary:
-    """What the steps of this process add up to; only valid after the first ``add``."""
+    """Sums over the steps of this process; only valid after the first ``add``."""
 
     def __init__(self) -> None:
         self.first: StepStats | None = None
         self.last: StepStats | None = None
         self.samples = self.decoder_tokens = self.images = self.slices = 0
+        # Eight bytes a step, however long the run is; the median needs all of them.
         self._step_s = array("d")
         self._pack_fill = array("d")
 

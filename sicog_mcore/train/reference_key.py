@@ -1,4 +1,4 @@
-"""What reference log-probabilities depend on, as one short text: rows, tokenizer, template, model, first weights.
+"""The key of reference log-probabilities: a hash of rows, tokenizer, template, model and first weights.
 
 In: Experiment, DataMark of its rows   Out: a hash   Next: reference.py
 Rows, shards and tokenizer count as data/fingerprint.py says; weights, which are large, by name, size and time of change.
@@ -18,13 +18,14 @@ from sicog_mcore.data.fingerprint import TOKENIZER, DataMark
 
 
 def fingerprint(experiment: Experiment, mark: DataMark) -> str:
-    """Equal for equal inputs; independent of the layout, the packing and the optimiser.
+    """Hashes the inputs; equal for equal inputs, and independent of the layout, the packing and the optimiser.
 
     Args:
         mark: of the rows.
     """
     data = experiment.data
     content = {
+        # By content and not by path: a data set that was moved keeps its reference.
         "rows": [[file.rows, file.ordered] for file in mark.files],
         "duplicate_ids": data.duplicate_ids,
         "tokenizer": mark.settings[TOKENIZER],
@@ -38,10 +39,11 @@ def fingerprint(experiment: Experiment, mark: DataMark) -> str:
 
 
 def _weights(path: Path) -> Iterator[tuple[str, int, int]]:
-    """The files of a weights folder; of a run's output folder those of its checkpoints."""
+    """Yields the files of a weights folder; of a run's output folder those of its checkpoints."""
     if path.is_file():
         yield _stat(path)
         return
+    # Logs of an output folder grow while the weights stay, and must not count.
     root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     yield from (_stat(file) for file in sorted(root.rglob("*")) if file.is_file())
 

@@ -1,4 +1,4 @@
-"""Numbers of one step, gathered over all ranks, to console, JSONL and TensorBoard.
+"""Gathers the numbers of one step over all ranks, and sends them to console, JSONL and TensorBoard.
 
 In: StepResult, WorkCounts of this model copy   Out: StepStats on rank 0's screen and disk   Next: metrics.py, console.py
 """
@@ -27,7 +27,7 @@ KIB = 2**10
 
 
 class Reporter:
-    """Turns what happened into one line per step.
+    """Turns the events of each step into one line.
 
     Args:
         first_step: first step that this process runs.
@@ -52,14 +52,17 @@ class Reporter:
             held_out: what was measured after the step, on every rank.
         """
         own = feed.take(step)
+        # One reduction for all counts: they are int64, so their sums are exact.
         sums = torch.tensor([*astuple(own), feed.num_quarantined, feed.num_truncated], device=self.topology.device)
         *totals, quarantined, truncated = self.topology.sum_over_world(sums).tolist()
         counts = WorkCounts(*totals[: len(fields(WorkCounts))])
         device = self.topology.device
         peak = self.topology.max_over_world(torch.tensor(_peak_memory_gib(device), device=device)).item()
+        # Taken after the reductions, which wait for the slowest rank: the time is that of the whole job, on any rank.
         now = time.perf_counter()
         paused_s = held_out.held_out_s if held_out else 0.0
         step_s, self._started = now - self._started - paused_s, now
+        # The feed's clock runs through the whole run; a step's share is the difference.
         waited_s, self._waited_s = feed.wait_s - self._waited_s, feed.wait_s
         flops = step_flops(self.experiment.model, self.experiment.optim.freeze, counts)
         tflops = flops / step_s / self.topology.world_size / 1e12
@@ -95,7 +98,7 @@ class Reporter:
         return counts.samples
 
     def restart_clock(self) -> None:
-        """Leaves what happened since the last step (a checkpoint) out of the next step's time."""
+        """Leaves the time since the last step (of a checkpoint) out of the next step's time."""
         self._started = time.perf_counter()
         self.topology.watch.beat(f"step {self._next}")
 

@@ -36,7 +36,7 @@ def build_objective(
     opened: OpenRows | None,
     notice: Callable[[str], None],
 ) -> tuple[Objective, Complete | None]:
-    """What is minimised, and what its batches need beside their samples.
+    """Builds the objective, and the function that completes its batches.
 
     Called while the model has its first weights, before a checkpoint is loaded: they are the reference of preferences.
     """
@@ -69,11 +69,12 @@ def run(experiment: Experiment, command: str, grader: AnswerGrader | None = None
 
 
 def train(build: Build, topology: Topology, command: str, grader: AnswerGrader | None = None) -> Path:
-    """The same on ranks that have already joined each other."""
+    """Trains on ranks that have already joined each other, until the last step; returns the newest checkpoint."""
     experiment = build.experiment
     doubts = _fit(experiment, topology)
     console = Console(topology.is_main, experiment.train.log_every)
     store = CheckpointStore(experiment, topology)
+    # Data is opened before the model is built: a wrong path ends the run in seconds, not after loading weights.
     found = store.find()
     saved = store.saved_state(found.step) if found.step is not None else None
     place, held = (saved.loader, saved.data) if saved else (None, None)
@@ -99,6 +100,7 @@ def train(build: Build, topology: Topology, command: str, grader: AnswerGrader |
         console.notice(resume_text(checkpoint, state.step, experiment.train.steps, str(store.root)))
         newest = trainer.fit()
         console.finish(finish_lines(reporter.summary, experiment, newest, command))
+    # The launcher prints this text, and cannot know how far the run has come.
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"after step {trainer.state.step:,}") from interrupt
     finally:
@@ -108,7 +110,7 @@ def train(build: Build, topology: Topology, command: str, grader: AnswerGrader |
 
 
 def _fit(experiment: Experiment, topology: Topology) -> list[str]:
-    """Whether the run fits its device; nothing is known of memory that is shared with other programs, as a CPU's is."""
+    """Estimates whether the run fits its device; a CPU shares its memory with other programs, so nothing is said there."""
     if topology.device.type != "cuda":
         return []
     return fitting(experiment, topology.world_size, torch.cuda.get_device_properties(topology.device).total_memory)

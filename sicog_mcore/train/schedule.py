@@ -26,6 +26,7 @@ def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
     warmup = warmup_steps(config, steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
+    # One step ahead, so that the last step, number steps - 1, has a progress of 1.
     progress = min(1.0, (step + 1 - warmup) / (steps - warmup))
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * cosine)

@@ -57,8 +57,10 @@ class Trainer:
             step = self.state.step + 1
             held_out = self.held_out.measure() if self.held_out and self._is_measured(step, result) else None
             samples = self.reporter.report(step, lr, result, self.feed, held_out)
+            # Reported before it is refused, so that the last line of the log shows the number that ended the run.
             self._require_finite(result, step)
             self.state = RunState(step, self.feed.state(), self.state.samples + samples, self.feed.data_state())
+            # Looked at before saving: a checkpoint replaces an older one, so bad weights must not become one.
             if step % self.experiment.checkpoint.every_steps == 0 or step == steps:
                 sound = require_sound(self.model, sound, f"step {step}", self._last_good())
                 self.store.save(self.model, self.state)

@@ -29,6 +29,7 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/cognition/annotation/annotated_rows.py": ("cognition/annotation/test_annotator.py",),
     "sicog_mcore/cognition/annotation/endpoint.py": ("cognition/annotation/test_annotator.py",),
     "sicog_mcore/cognition/annotation/ledger.py": ("cognition/annotation/test_annotator.py",),
+    "sicog_mcore/cognition/answer_cues.py": ("cognition/test_answer_grammar.py",),
     "sicog_mcore/cognition/curation/conversations.py": ("cognition/curation/test_curated_round.py",),
     "sicog_mcore/cognition/curation/datasets.py": ("cognition/curation/test_curated_round.py",),
     "sicog_mcore/cognition/curation/funnel.py": ("cognition/curation/test_curated_round.py",),

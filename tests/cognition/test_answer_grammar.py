@@ -1,4 +1,7 @@
-"""The grammar of answers against its table of examples: what is read, by which rule, and what must not be read."""
+"""The grammar of answers against its table of examples: what is read, by which rule, and what must not be read.
+
+The patterns of answer_cues.py are tested here too, through the rules that use them.
+"""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_fingerprint_changes_with_what_scores_depend_on_and_with_nothing_else(tm
     weights.write_bytes(b"1")
     experiment = pair_experiment(tmp_path, init={"checkpoint": str(tmp_path / "weights")})
     first = _fingerprint(experiment)
-    same = replace(experiment, output=str(tmp_path / "x"), parallel=replace(experiment.parallel, tensor=2))
+    same = replace(experiment, output=str(tmp_path), parallel=replace(experiment.parallel, tensor=2))
     assert _fingerprint(replace(same, optim=replace(experiment.optim, lr=1.0))) == first
     found = {first, _fingerprint(replace(experiment, data=replace(experiment.data, system_prompt="Be kind.")))}
     path.write_text(path.read_text().replace("No.", "Yes."))

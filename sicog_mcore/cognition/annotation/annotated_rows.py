@@ -1,7 +1,7 @@
-"""Rows that are to be annotated, and the training rows that come of it.
+"""Reads rows that are to be annotated, and writes the training rows made of them.
 
 In: ALLaVA, LLaVA or LLaVA-CoT rows   Out: Samples; rows in LLaVA form   Next: annotator.py, llava_cot.py
-Ids of training rows carry what they are ("<id>#cod"), so files made of the same items can be trained on together.
+Ids of training rows carry their form ("<id>#cod"), so files made of the same items can be trained on together.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def choose(items: Sequence[tuple[str, Choice]], take: int | None, seed: int) -> 
     if take > len(items):
         fix = f"take at most {len(items)}, or give more rows"
         raise ConfigError([ConfigProblem("take", take, f"only {len(items)} rows are usable", fix)])
+    # The smallest hashes are taken: a larger subset then holds every smaller one, whatever order the rows are in.
     order = (xxhash.xxh3_128_intdigest(f"{seed}/{name}".encode()) for name, _ in items)
     chosen = heapq.nsmallest(take, zip(order, range(len(items)), strict=True))
     return [items[number][1] for number in sorted(number for _, number in chosen)]
@@ -127,6 +128,7 @@ def asked_row(
     paths = relative_paths(sample, root)
     images = {} if not paths else {"image": paths[0] if len(paths) == 1 else paths}
     row = {"id": f"{sample.id}#{prompt_id}"} | images | {"conversations": turns}
+    # Checked as the loader will check it, so that no row is written that training would refuse.
     build_sample(row, sample.images, sample.id, sample.origin)
     return row
 

@@ -1,4 +1,4 @@
-"""Chain-of-Description by a stronger model: every item asked until it has a usable answer, none lost and none paid twice.
+"""Lets a stronger model write Chains of Description: each item is asked until it is usable, none lost, none paid twice.
 
 In: captioned rows, an endpoint   Out: a ledger of answers; cod.jsonl, caption.jsonl, items.jsonl   Next: data/sources.py
 The ledger is the state: a run that was stopped, killed, or out of money goes on where it was, and the files are
@@ -57,7 +57,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class AnnotationLimits:
-    """How hard to try, and when to stop.
+    """The limits of annotation: how hard to try, and when to stop.
 
     Attributes:
         concurrency: items asked about at the same time.
@@ -107,7 +107,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the open items will cost.
+    """The estimated cost of the open items.
 
     Attributes:
         items: open ones.
@@ -144,13 +144,14 @@ def survey(
         except SampleError as error:
             refused.append(Refusal("", origin, error.reason, error.detail))
             continue
+        # The key covers all that the annotator sees: an item that changed under its id is asked about again.
         shown = repr((sample.id, relative_paths(sample, images), _shown(sample)))
         usable.append((sample.id, AnnotationItem(row, sample.id, origin, hash_bytes(shown.encode()))))
     return choose(usable, take, seed), refused
 
 
 def open_items(items: Iterable[AnnotationItem], ledger: Ledger, retry_failed: bool) -> list[AnnotationItem]:
-    """Those that still need an answer.
+    """Selects the items that still need an answer.
 
     Args:
         retry_failed: ask also about items that failed. While an endpoint has not answered at all, nothing speaks against
@@ -210,11 +211,13 @@ class Annotator:
         Raises:
             MachineError: the ledger cannot be written; calls under way are ended.
         """
+        # One iterator for all workers, which take turns on one thread: each item goes to exactly one of them.
         queue, failure = iter(items), None
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._limits.concurrency):
                     group.create_task(self._work(queue, endpoint, ledger))
+        # A task group wraps errors, and ends the other workers when one fails.
         except* MachineError as failures:
             failure = _first(failures)  # every worker may have met the full disk
         if failure:
@@ -231,11 +234,13 @@ class Annotator:
         completion_tokens = len(items) * min(TYPICAL_ANSWER_TOKENS, self._decoding.max_tokens)
         cost = self._prices.cost(prompt_tokens, completion_tokens)
         measured = ledger.totals.priced_answers if ledger else 0
+        # Answers that were paid tell more than assumptions on lengths.
         if ledger and measured:
             totals = ledger.totals
             prompt_tokens = len(items) * totals.prompt_tokens // measured
             completion_tokens = len(items) * totals.completion_tokens // measured
             cost = len(items) * totals.cost / measured
+        # A token holds one byte at least, so bytes bound the tokens of a text from above.
         longest = text_bytes + images * self._limits.image_tokens, len(items) * self._decoding.max_tokens
         return Estimate(len(items), prompt_tokens, completion_tokens, cost, measured, self._prices.cost(*longest))
 
@@ -245,6 +250,7 @@ class Annotator:
                 return
             sample = self._samples.read(item.row)
             try:
+                # Decoding and encoding a picture takes longer than sending it; the other workers go on meanwhile.
                 messages = await asyncio.to_thread(self._messages, sample)
             except SampleError as error:
                 self.refused.append(Refusal(item.id, item.origin, error.reason, error.detail))
@@ -273,6 +279,7 @@ class Annotator:
         try:
             async for trial in retrying:
                 with trial:
+                    # The last try settles the item, even by a fault.
                     last_call = trial.retry_state.attempt_number == self._limits.calls
                     return await self._call(attempt, last_call, endpoint, ledger)
         except EndpointFault as fault:
@@ -288,6 +295,7 @@ class Annotator:
         try:
             reply = await endpoint.ask(attempt.messages)
         except EndpointFault as fault:
+            # A fault that stops the run says nothing about the item, which is asked about again next time.
             final = not fault.stop and (last_call or not fault.retry)
             cost = None if fault.maybe_paid else Decimal(0)
             ledger.end(number, Call("fault", fault.reason, fault.detail, final, cost=cost))
@@ -305,6 +313,8 @@ class Annotator:
         """Waits until a call fits into the budget; False if it never will, or the run halted."""
         budget = self._limits.max_cost
         async with self._call_ended:
+            # ``committed`` counts calls under way at their bound. As they end cheaper than feared, money comes free
+            # again.
             while not self._halt.is_set() and budget is not None and ledger.committed + at_most > budget:
                 if not self._under_way:  # nothing can become cheaper than feared
                     self.halt(f"the next call may cost {at_most:.4f} USD, {budget - ledger.committed:.4f} are left")
@@ -376,9 +386,11 @@ def picture(ref: ImageRef, max_side_px: int) -> str:
     Raises:
         SampleError: as ``decode_image``.
     """
+    # Decoded by the trainer's own code, so upright as in training, and encoded anew, so without metadata.
     image = Image.fromarray(decode_image(read_bytes(ref), DataConfig()))
     image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
+    # Without chroma subsampling, which blurs small coloured text.
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -421,7 +433,7 @@ def _training_row(
 
 
 def _states(items: Iterable[AnnotationItem], refused: Iterable[Refusal], ledger: Ledger) -> Iterator[dict[str, str]]:
-    """What became of every row; those that cannot be asked about stand last."""
+    """Yields the state of every row; rows that cannot be asked about stand last."""
     nameless = [refusal for refusal in refused if not refusal.id]  # a list in one line has all its rows in line 1
     unusable = {(refusal.id, refusal.origin): refusal for refusal in refused if refusal.id}
     for item in items:

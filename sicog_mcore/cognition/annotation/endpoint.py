@@ -1,4 +1,4 @@
-"""One question to an OpenAI-compatible endpoint: a text with its token counts, or a fault that says what to do next.
+"""Asks an OpenAI-compatible endpoint: a question gets a text with its token counts, or a fault that says what to do next.
 
 In: messages of a chat   Out: Reply; raises EndpointFault   Next: annotator.py
 Faults that pass (busy, server error, broken connection, too slow) may be tried again; wrong keys and models stop the run.
@@ -32,7 +32,7 @@ ChatMessage = dict[str, Any]
 
 @dataclass(frozen=True)
 class Decoding:
-    """What an answer depends on besides its messages.
+    """The settings that an answer depends on besides its messages.
 
     Attributes:
         temperature: of sampling; the endpoint's own default is never used.
@@ -46,7 +46,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer.
+    """An answer of the endpoint.
 
     Attributes:
         text: empty if the endpoint sent none.
@@ -136,6 +136,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(self._timeout_s):  # httpx limits the pauses, not the whole
                 response = await self._client.post(self._url, json=body)
+        # Nothing was sent, so nothing can be charged; in the cases below the endpoint may have worked.
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise EndpointFault("no_connection", self._quote(str(error) or type(error).__name__)) from error
         except (TimeoutError, httpx.TimeoutException) as error:
@@ -154,6 +155,7 @@ class Endpoint:
 
     def _http_fault(self, response: httpx.Response) -> EndpointFault:
         status = response.status_code
+        # An empty account answers 429 like a busy server, but waiting does not help.
         broke = NO_MONEY in response.text
         return EndpointFault(
             f"http_{status}",
@@ -191,6 +193,7 @@ def _reply(answer: Any) -> Reply:
     text = choice["message"].get("content")
     usage = answer.get("usage") or {}
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    # Counts are money: anything but a whole number from 0 on counts as not told.
     prompt, completion = (count if type(count) is int and count >= 0 else None for count in counts)
     return Reply(text if isinstance(text, str) else "", str(choice.get("finish_reason")), prompt, completion)
 

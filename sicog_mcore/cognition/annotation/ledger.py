@@ -1,4 +1,4 @@
-"""What an annotator was asked, what it answered, and what that cost: one file that only grows.
+"""The ledger of an annotator: its calls, its answers and their cost, in one file that only grows.
 
 In: calls begun and ended   Out: JSON lines; which items are done; tokens and costs   Next: annotator.py
 A call is written down before it starts and again when it ends, so one that a kill cut off is known and counted as paid at
@@ -67,11 +67,11 @@ class Totals:
 
 
 class Ledger:
-    """The file, and what follows from it. Only one process can have it open.
+    """The ledger's file, and the sums over its lines. Only one process can have it open.
 
     Args:
         path: file; made if it does not exist.
-        settings: what the answers depend on; a ledger that was begun with others is refused.
+        settings: those that the answers depend on; a ledger that was begun with others is refused.
 
     Raises:
         RecordError: a damaged line, other settings, or another process that writes.
@@ -93,6 +93,7 @@ class Ledger:
             except BaseException:
                 with suppress(SicogError):  # it has been said
                     self._file.close()
+                # A file that was made just now, and holds nothing, goes again.
                 if not path.stat().st_size:
                     path.unlink()
                 raise
@@ -115,6 +116,7 @@ class Ledger:
     def begin(self, item: str, at_most: Decimal) -> int:
         """Writes down that a call starts; returns its number."""
         number = self._next
+        # Not synced: a killed process loses nothing that it has written, and the end of the call is synced anyway.
         self._write({"call": number, "item": item, "at_most": str(at_most)})
         self._start(number, item, at_most)
         return number
@@ -139,6 +141,7 @@ class Ledger:
 
     def _lock(self) -> None:
         try:
+            # The kernel takes this lock back however the process ends, so no stale one is left.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RecordError(
@@ -146,10 +149,13 @@ class Ledger:
             ) from error
 
     def _load(self, settings: dict[str, Any]) -> None:
+        # A line without its end was being written when the process was killed: its call stays without an end, and so
+        # counts at its bound.
         cut_torn_line(self._path)
         lines = self._path.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             try:
+                # Lines go through the same two functions as live calls, so sums after a restart are those before it.
                 self._replay(json.loads(line), settings, first=number == 1)
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 found = f"{self._path}:{number}: {line[:60]!r} is no line of a ledger ({error!r})"
@@ -182,6 +188,7 @@ class Ledger:
         totals.prompt_tokens += call.prompt_tokens
         totals.completion_tokens += call.completion_tokens
         if call.cost is None:
+            # The endpoint may have charged up to the bound that was written when the call began.
             totals.unpriced += 1
             totals.at_most += at_most
         else:

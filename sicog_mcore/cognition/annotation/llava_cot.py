@@ -1,4 +1,4 @@
-"""LLaVA-CoT-100k to training rows, without a model: the same questions once with four steps, once with the answer alone.
+"""Converts LLaVA-CoT-100k to training rows, without a model: each question once with four steps, once with the answer.
 
 In: rows whose answers carry four tags   Out: two files that share nothing, and a list of refused rows   Next: sources.py
 """
@@ -35,7 +35,7 @@ REFUSED_FILE = "refused.jsonl"
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of a file.
+    """The result of converting a file.
 
     Attributes:
         written: rows in each of the two files.
@@ -85,6 +85,7 @@ def convert_row(sample: Sample, images: Path, form: CotForm) -> JsonRow:
     answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
     has_steps = any(map(has_tags, answers))
     for answer in answers:
+        # A conversation in steps may hold plain answers; these are asked for plainly as well.
         if has_steps and not has_tags(answer):
             texts.append(answer)
             prompts.append("direct")
@@ -103,6 +104,7 @@ def _survey(samples: SampleIndex, images: Path) -> tuple[list[tuple[str, _Usable
         try:
             sample = samples.read(number)
             name = sample.id
+            # The weaker form first: where only the steps fail, the row is refused in cot.jsonl alone.
             convert_row(sample, images, "direct")
             forms.append("direct")
             convert_row(sample, images, "cot")

@@ -1,1 +1,1 @@
-"""What is kept, and as which training rows. Start: curated_round.py."""
+"""Curation decides which items are kept, and as which training rows. Start: curated_round.py."""

@@ -1,4 +1,4 @@
-"""What a kept item teaches: its winner as rows of training data, and as the better side of a preference pair.
+"""Turns a kept item into training data: its winner as rows, and as the better side of a preference pair.
 
 In: Generation, Scores   Out: TrainingRow in LLaVA form, pair rows of sicog_mcore/data/pairs.py   Next: datasets.py
 Answers in steps are written as codec.py writes them, whole, whatever markup the model chose: one form is learnt, and neither
@@ -64,7 +64,7 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class PairBounds:
-    """What makes a candidate the worse side of a pair.
+    """The bounds within which a candidate is the worse side of a pair.
 
     Attributes:
         margin: score by which it must lie below the winner; above 0.
@@ -98,6 +98,7 @@ def make_rows(generation: Generation, winner: Candidate, forms: Sequence[RowForm
             form,
             f"{prompt.id}@{prompt.version}",
         )
+        # Checked as the loader will check it: a row that training would refuse drops the item here, with a reason.
         build_sample(row.fields(), _images(generation), row.id, generation.id)
         rows.append(row)
     return rows
@@ -137,6 +138,7 @@ def find_rejected(generation: Generation, scores: Scores, bounds: PairBounds, se
     """
     winner = generation.candidates[scores.winner]
     style = find_prompt(winner.prompt).style
+    # Each condition narrows the last, so the first that leaves none is the reason.
     left = [i for i, other in enumerate(generation.candidates) if i != scores.winner and _style(other) == style]
     if not left:
         return -1, "pair_alone"
@@ -151,6 +153,7 @@ def find_rejected(generation: Generation, scores: Scores, bounds: PairBounds, se
     if not left:
         return -1, "pair_length"
     left.sort(key=lambda i: (scores.scores[i], i))
+    # Not always the worst: one of the lower half, drawn by the item.
     lower = left[: (len(left) + 1) // 2]
     return lower[chance(seed, generation.id) % len(lower)], ""
 

@@ -1,4 +1,4 @@
-"""What the model made is turned into what it will learn: every item is kept, or dropped for a reason that is counted.
+"""Curates a round: every generated item is kept for training, or dropped for a reason that is counted.
 
 In: generations and scores of one or several sources, images, maybe rows of text and evaluation images
 Out: decisions.jsonl, curated/, pairs.jsonl, funnel.json in one folder   Next: launch/pretrain_stage15.py, tools/why.py
@@ -50,6 +50,7 @@ def curate(curation: Curation, out: Path) -> Funnel:
     texts = _open_text(curation)
     funnel = Funnel(settings=_settings(curation), inputs=_inputs(curation))
     text_ids = _usable_text(texts, funnel)
+    # First pass over the records: it decides and keeps little of each. The second, in ``_write``, writes what is kept.
     selection = select(curation, text_ids)
     funnel.evaluation = selection.evaluation
     for task, drop in zip(selection.tasks, selection.drops, strict=True):
@@ -57,6 +58,7 @@ def curate(curation: Curation, out: Path) -> Funnel:
     funnel.text["kept"] = len(selection.text_rows)
     funnel.text["mix"] = len(text_ids) - len(selection.text_rows)
     _require_enough(curation, selection, funnel)
+    # Written beside the final place, on the same file system, so that moving it is a rename.
     aside = out / ASIDE
     with whole_folder(aside):
         (aside / CURATED).mkdir()
@@ -194,6 +196,7 @@ def _keep(
         funnel.rows[row.form] += 1
         for writer in writers:
             writer.write(row)
+    # An item is kept for its rows; a pair is made if it has one.
     rejected, missing = find_rejected(generation, scores, curation.pairs, curation.seed)
     if not missing:
         try:
@@ -202,6 +205,7 @@ def _keep(
             rejected, missing = -1, error.reason
     funnel.pairs[missing or "written"] += 1
     if not missing:
+        # The mean of this logarithm tells whether the better answers are simply the longer ones.
         funnel.length_ratios += log(winner.tokens / max(generation.candidates[rejected].tokens, 1))
     score = f"score {scores.scores[scores.winner]:.4f} by {scores.scorer}"
     detail = f"{score}; no pair: {missing}" if missing else score
@@ -210,10 +214,12 @@ def _keep(
 
 def _commit(aside: Path, out: Path) -> None:
     """Moves finished files to their places. Cut off anywhere, it leaves no funnel.json, and the next run starts anew."""
+    # Without its funnel the folder counts as unfinished; the folder's entry is synced before anything else moves.
     (out / FUNNEL).unlink(missing_ok=True)
     sync(out)
     if (out / CURATED).exists():
         move(out / CURATED, aside / "old")
+    # The funnel is last: it vouches for the others.
     for name in (CURATED, DECISIONS, PAIRS, FUNNEL):
         move(aside / name, out / name)
     shutil.rmtree(aside)

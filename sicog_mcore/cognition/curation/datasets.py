@@ -1,4 +1,4 @@
-"""Rows of training data to files, in the forms that trainers read; equal rows give equal bytes.
+"""Writes rows of training data to files, in the forms that trainers read; equal rows give equal bytes.
 
 In: TrainingRow, folder of images   Out: train.json, train.jsonl, train.parquet, train-N.tar   Next: data/sources.py
 Files are streamed. A tar shard holds the images too: bytes as they are for JPEG, PNG and WebP, pixels as PNG for the rest.
@@ -102,6 +102,7 @@ class _ParquetWriter:
         self._rows: list[dict[str, Any]] = []
 
     def write(self, row: TrainingRow) -> None:
+        # Row groups have a fixed number of rows, so equal rows give equal bytes.
         self._rows.append(row.fields())
         if len(self._rows) == PARQUET_ROWS:
             self._flush()
@@ -134,6 +135,7 @@ class _ShardWriter:
         self._shards = self._rows = 0
 
     def write(self, row: TrainingRow) -> None:
+        # A shard ends between two rows, never between a row and its image.
         if self._archive is None or self._archive.offset >= self._shard_bytes:
             self.close()
             path = self._folder / f"{NAME}-{self._shards:06d}.tar"

@@ -1,4 +1,4 @@
-"""Which items are worth learning from, judged one by one.
+"""Judges items one by one: which are worth learning from.
 
 In: Generation, Scores   Out: None, or the Drop that says why not   Next: curated_round.py (what needs all items: duplicates)
 Reasons, in this order, the first that applies: the failure code of the item, no_image, no_candidates, no_clause, cut,
@@ -36,13 +36,14 @@ class PerPrompt:
     special: tuple[tuple[str, float], ...] = ()
 
     def of(self, prompt: Prompt) -> float:
+        # The narrower rule wins: a prompt's own number before that of its style.
         special = dict(self.special)
         return special.get(prompt.id, special.get(prompt.style, self.general))
 
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """What a winner must keep to.
+    """The limits of a winner's length and repetition.
 
     Attributes:
         min_tokens, max_tokens: of its length, the token that ended it counted; a maximum of 0 is none.
@@ -93,7 +94,7 @@ def _finite(text: str) -> float:
 def judge(
     generation: Generation, scores: Sequence[Scores], thresholds: Sequence[PerPrompt], limits: LengthLimits
 ) -> Drop | None:
-    """What speaks against an item, or None.
+    """Finds the first reason against an item; None without one.
 
     Args:
         scores: of this item, from each scorer; the first names the winner, each must find it good enough.
@@ -113,6 +114,7 @@ def judge(
         return Drop("item", "no_clause", f"candidate {winner} has no part that could be compared")
     if candidate.finish == "length":
         return Drop("form", "cut", f"candidate {winner} was cut after {candidate.tokens} tokens")
+    # The first scorer named the winner; the others may only object to it.
     for row, threshold in zip(scores, thresholds, strict=True):
         if row.scores[winner] < threshold.of(prompt):
             found = f"{row.scores[winner]:.4f} by {row.scorer}"
@@ -121,12 +123,13 @@ def judge(
 
 
 def _judge_form(text: str, tokens: int, prompt: Prompt, limits: LengthLimits) -> Drop | None:
-    """What speaks against a winner by its length and wording."""
+    """Finds the first reason against a winner in its length and wording."""
     shortest, longest = limits.min_tokens.of(prompt), limits.max_tokens.of(prompt)
     if tokens < shortest:
         return Drop("form", "too_short", f"{tokens} tokens, at least {shortest:g} expected")
     if longest and tokens > longest:
         return Drop("form", "too_long", f"{tokens} tokens, at most {longest:g} allowed")
+    # Step by step: the last step of a chain says again what the others said, and may.
     share = max(repetition(part) for part in parts(text, prompt))
     if share > limits.max_repetition:
         return Drop(
@@ -144,5 +147,6 @@ def parts(text: str, prompt: Prompt) -> tuple[str, ...]:
 def repetition(text: str) -> float:
     """Share of runs of four words that occurred before; 0 for a text that is shorter."""
     found = words(text)
+    # Runs of four words: shorter ones occur again in any good text.
     runs = [tuple(found[start : start + REPETITION_WORDS]) for start in range(len(found) - REPETITION_WORDS + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -1,4 +1,4 @@
-"""How many items went in, what dropped them, how many came out; and whether too few did.
+"""Counts the items that went in, were dropped, and came out; refuses a result of too few.
 
 In: what became of every item   Out: funnel.json, a table for people, StarvedFunnel   Next: tools/curate.py
 in = dropped + kept, in all and for each task. No path stands in it: equal inputs give equal bytes wherever they lie.
@@ -36,7 +36,7 @@ class Funnel:
         pairs: items kept by what became of their pair: "written", or a reason of find_rejected.
         length_ratios: sum over pairs of the logarithm of chosen over rejected tokens.
         evaluation: evaluation images, and those of them known by their bytes alone.
-        settings, inputs: what the result depends on: all options; hashes of the files.
+        settings, inputs: on which the result depends: all options; hashes of the files.
     """
 
     items: Counter[Task] = field(default_factory=Counter)
@@ -66,12 +66,13 @@ class Funnel:
 
     def steps(self) -> list[tuple[FilterStage, str, Mapping[Task, int]]]:
         """Stage, reason and number of dropped items by task, in the order of the filters."""
+        # One row for each reason, whatever the tasks it met.
         keys = {(stage, reason) for stage, reason, _ in self.dropped}
         order = sorted(keys, key=lambda key: (STAGES.index(key[0]), key[1]))
         return [(stage, reason, {task: self.dropped[stage, reason, task] for task in TASKS}) for stage, reason in order]
 
     def to_json(self) -> str:
-        """What funnel.json holds."""
+        """Gives the content of funnel.json."""
         steps = [
             {"stage": stage, "reason": reason, "count": sum(counts.values()), **counts}
             for stage, reason, counts in self.steps()
@@ -95,7 +96,7 @@ class Funnel:
         return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
     def table(self) -> Table:
-        """The same for people."""
+        """Lays the counts out as a table for people."""
         table = Table(title="Funnel", title_justify="left")
         for column in ("stage", "reason"):
             table.add_column(column)

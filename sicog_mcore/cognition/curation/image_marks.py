@@ -1,4 +1,4 @@
-"""Images on disk to what they are recognised by: those of the items, and those that evaluation owns.
+"""Marks images on disk, so that they are recognised: those of the items, and those that evaluation owns.
 
 In: paths inside the folder of images; files, folders or TSV files of evaluation images   Out: ImageMark
 Next: curated_round.py
@@ -43,6 +43,7 @@ def mark_items(paths: Iterable[str], images: Path, workers: int) -> Mapping[str,
         except SampleError as error:
             return error
 
+    # An image with many questions is decoded once.
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(distinct, pool.map(mark, distinct), strict=True))
@@ -79,6 +80,7 @@ def _read(source: Path) -> Iterator[tuple[str, bytes]]:
         return
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     for file in files:
+        # A file that was named itself is taken whatever its ending; in a folder only images are.
         if file == source or (file.suffix.lower() in ENDINGS and file.is_file()):
             yield file.name, file.read_bytes()
 
@@ -88,5 +90,6 @@ def _read_tsv(source: Path) -> Iterator[tuple[str, bytes]]:
     with source.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file, delimiter="\t"), 2):
             entry = row.get(TSV_IMAGE) or ""
+            # The row that the number names has the image itself, so nothing is lost here.
             if len(entry) >= SHORTEST_IMAGE:
                 yield f"{source.name}:{number}", base64.b64decode(entry)

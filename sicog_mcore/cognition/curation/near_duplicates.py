@@ -1,4 +1,4 @@
-"""Near-duplicates of texts and of images, found exactly: of all that is alike, the first stays.
+"""Finds near-duplicates of texts and of images, exactly: of items that are alike, the first stays.
 
 In: texts, or bytes of images, best first   Out: for each None, or the number of the kept one that it repeats
 Next: curated_round.py
@@ -40,7 +40,7 @@ Shingles = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class ImageMark:
-    """What an image is recognised by.
+    """The mark by which an image is recognised.
 
     Attributes:
         content: xxh128 of the file's bytes, in hexadecimal.
@@ -62,8 +62,11 @@ def mark_image(data: bytes, limits: DataConfig) -> ImageMark:
     """
     height, width = GRID
     image = Image.fromarray(decode_image(data, limits))
+    # The mean of each cell: fine noise, which compression changes, is averaged away.
     cells = np.asarray(image.resize((width, height), Image.Resampling.BOX))
+    # Luma in whole numbers, so that a machine's rounding decides no bit.
     grey = cells.astype(np.int32) @ np.array([299, 587, 114]) // 1000
+    # [8, 8]: signs of differences between neighbours, which brightness and contrast hardly change.
     bits = (grey[:, 1:] - grey[:, :-1] > EDGE).ravel()
     return ImageMark(content_hash(data), int.from_bytes(np.packbits(bits).tobytes(), "big"), cells.tobytes())
 
@@ -102,6 +105,8 @@ class ImageIndex:
 
     def __init__(self, radius: int) -> None:
         self._radius = radius
+        # r + 1 parts of the 64 bits, nearly equal in length: r differences cannot reach all of them, so one part is
+        # equal.
         borders = np.linspace(0, BITS, radius + 2).astype(int).tolist() if radius >= 0 else []
         self._parts = [(low, (1 << (high - low)) - 1) for low, high in zip(borders, borders[1:], strict=False)]
         self._marks: dict[int, ImageMark] = {}
@@ -119,12 +124,14 @@ class ImageIndex:
         """The one with equal bytes, else the first one within the radius, else None."""
         if (same := self._same.get((group, mark.content))) is not None or mark.gradient is None:
             return same
+        # Bits first, from numbers in memory; colours are compared only for those few.
         near = {
             number
             for key in self._keys(mark, group)
             for number, gradient in self._alike.get(key, ())
             if (gradient ^ mark.gradient).bit_count() <= self._radius
         }
+        # The smallest number is the best item, since the best are added first.
         return next((number for number in sorted(near) if distance(mark, self._marks[number]) <= self._radius), None)
 
     def _keys(self, mark: ImageMark, group: Hashable) -> list[Hashable]:
@@ -139,6 +146,8 @@ def repeated_images(marks: Sequence[ImageMark], groups: Sequence[Hashable], radi
     repeats: list[int | None] = []
     for number, (mark, group) in enumerate(zip(marks, groups, strict=True)):
         repeats.append(index.find(mark, group))
+        # Only kept ones are compared with: a chain of small differences must not drop an image that is like none of
+        # them.
         if repeats[-1] is None:
             index.add(number, mark, group)
     return repeats
@@ -154,6 +163,7 @@ def shingles(text: str, min_words: int) -> Shingles:
     found = words(text)
     if len(found) < max(min_words, SHINGLE):
         return np.empty(0, np.uint64)
+    # A set: a phrase that a text repeats counts once.
     runs = {" ".join(found[start : start + SHINGLE]) for start in range(len(found) - SHINGLE + 1)}
     return np.array(sorted(xxhash.xxh3_64_intdigest(run.encode("utf-8", "surrogatepass")) for run in runs), np.uint64)
 
@@ -177,6 +187,9 @@ def repeated_texts(texts: Sequence[Shingles], threshold: float) -> list[int | No
     holders: defaultdict[int, list[int]] = defaultdict(list)
     repeats: list[int | None] = []
     for number, text in enumerate(texts):
+        # Jaccard >= t needs t * n shared shingles at least. Were none of the rarest n - ceil(t * n) + 1 of one text
+        # among those of the other, too few would be left to share. The small term keeps ceil from rounding up an exact
+        # product.
         prefix = rarest[number][: len(text) - math.ceil(threshold * len(text) - 1e-9) + 1].tolist()
         near = sorted({holder for shingle in prefix for holder in holders.get(shingle, ())})
         found = next((holder for holder in near if similarity(text, texts[holder]) >= threshold - 1e-9), None)
@@ -189,5 +202,7 @@ def repeated_texts(texts: Sequence[Shingles], threshold: float) -> list[int | No
 
 def _by_rarity(texts: Sequence[Shingles]) -> list[Shingles]:
     """The shingles of each text, those in the fewest texts first."""
+    # One order of all shingles, rarest first and then by hash: prefixes can be compared only if all texts are sorted
+    # alike.
     known, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *texts]), return_counts=True)
     return [text[np.lexsort((text, counts[np.searchsorted(known, text)]))] for text in texts]

@@ -1,4 +1,4 @@
-"""Which items are kept: first each by itself, then with a view to the evaluation images, to each other, and to the mix.
+"""Selects the items that are kept: first each by itself, then against evaluation images, each other, and the mix.
 
 In: Curation   Out: Selection: for every item None, or the Drop that says why not
 Next: curated_round.py (writes what is kept)
@@ -90,7 +90,7 @@ class Curation:
 
 @dataclass(frozen=True)
 class Selection:
-    """What becomes of each item, in their order, and which rows of text are taken."""
+    """The decision on each item, in their order, and the rows of text that are taken."""
 
     tasks: list[Task]
     drops: list[Drop | None]
@@ -101,7 +101,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class _Survivor:
-    """What is kept in memory of an item that passed all filters that look at one item."""
+    """An item in memory that passed all filters which look at one item alone."""
 
     number: int
     id: str
@@ -124,6 +124,7 @@ def read_source(source: CandidateSource) -> Iterator[tuple[Generation, tuple[Sco
     generations = read_records(source.generations, Generation)
     for row, (generation, found) in enumerate(zip_longest(generations, scores), 1):
         for file, of_file in zip(source.scores, found or [None] * len(source.scores), strict=True):
+            # Files are joined by position: one row missing would give each later item the scores of its neighbour.
             if generation is None or of_file is None or generation.id != of_file.id:
                 ids = [record.id if record else None for record in (generation, of_file)]
                 raise RecordError(
@@ -138,7 +139,7 @@ def read_source(source: CandidateSource) -> Iterator[tuple[Generation, tuple[Sco
 
 
 def _check_versions(generation: Generation, origin: str) -> None:
-    """What is learnt must be the answer to what was asked, so the wording may not have changed since."""
+    """Checks the wording of every prompt: if it has changed since, the answer is one to another question."""
     for use in generation.prompts:
         known = find_prompt(use.id).version
         if use.version != known:
@@ -217,7 +218,9 @@ def _drop_images(
     names, excluded = [name for name, _ in evaluation], ImageIndex(curation.evaluation_radius)
     for number, (_, foreign) in enumerate(evaluation):
         excluded.add(number, foreign)
+    # Per path, not per item: an image with many questions is looked up once.
     matches = {path: excluded.find(own) for path, own in marks.items() if isinstance(own, ImageMark)}
+    # Survivors stand best first here, so of equal images the best item's stays.
     left: list[tuple[_Survivor, ImageMark]] = []
     without: list[_Survivor] = []
     for survivor in survivors:
@@ -226,6 +229,7 @@ def _drop_images(
             without.append(survivor)
         elif isinstance(mark, SampleError):
             drops[survivor.number] = Drop("image", mark.reason, f"{survivor.image} cannot be used")
+        # Answers to another picture than the one that is now under this name would be learnt for it.
         elif survivor.image_hash != mark.content:
             found = f"{survivor.image} has the hash {mark.content}, its answers were made from {survivor.image_hash}"
             drops[survivor.number] = Drop("image", "image_changed", found)
@@ -235,6 +239,7 @@ def _drop_images(
         else:
             left.append((survivor, mark))
     kept: list[_Survivor] = []
+    # Grouped by what was asked: the same picture may be learnt from with another question.
     repeats = repeated_images([mark for _, mark in left], [s.asked for s, _ in left], curation.image_radius)
     for (survivor, own), repeat in zip(left, repeats, strict=True):
         if repeat is None:
@@ -282,6 +287,7 @@ def _mix(
         "answer": {s.number: (s.id, s.num_rows) for s in survivors if s.task == "answer"},
         "text": {number: (name, 1) for number, name in text_ids.items()},
     }
+    # The scarcest kind is taken whole and sets the scale for the others.
     totals = {kind: sum(size for _, size in pool.values()) for kind, pool in pools.items()}
     scale = min(totals[kind] / part for kind, part in curation.mix if part)
     taken = {kind: _draw(pool, scale * parts.get(kind, 0.0), curation.seed) for kind, pool in pools.items()}
@@ -296,6 +302,7 @@ def _draw(pool: Mapping[int, tuple[str, int]], quota: float, seed: int) -> set[i
     taken: set[int] = set()
     rows = 0
     for number in sorted(pool, key=lambda number: (chance(seed, pool[number][0]), pool[number][0])):
+        # Items that do not fit are passed over, not cut: smaller ones behind them may still fit.
         if rows + pool[number][1] <= quota + 1e-9:
             taken.add(number)
             rows += pool[number][1]

@@ -1,4 +1,4 @@
-"""Benchmarks to items: question, options, reference answers, pictures. Cells are data; nothing in them is ever evaluated.
+"""Reads benchmarks as items: question, options, reference answers, pictures. No cell is ever evaluated.
 
 In: TSV with VLMEvalKit's columns, JSONL, or easy-vqa from its wheel   Out: BenchmarkItem; LLaVA rows and images
 Next: launch/generate.py (answers the rows), judging.py (judges the answers)
@@ -63,7 +63,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class BenchmarkItem:
-    """One question.
+    """One question of a benchmark.
 
     Attributes:
         question: without hint and options.
@@ -106,7 +106,7 @@ def content_hash(path: Path) -> str:
 
 
 def prompt_text(item: BenchmarkItem) -> str:
-    """What is asked: hint, question, options, and for these the request for a letter."""
+    """Writes the prompt: hint, question, options, and for these the request for a letter."""
     options = [f"{letter}. {text}" for letter, text in item.options.items()]
     lines = [item.hint, item.question, *options, LETTER_REQUEST if options else ""]
     return "\n".join(line for line in lines if line)
@@ -126,12 +126,14 @@ def write_rows(benchmark: str, images: Path | None, out: Path, unread: UnreadCel
     Raises:
         RecordError: as ``read_items``; an image that is missing, unsafe, no image, or not base64.
     """
-    for _ in _checked(benchmark, unread):  # before anything is written
+    # The whole benchmark is read twice: a bad row must be known before the first file is written.
+    for _ in _checked(benchmark, unread):
         pass
     root = os.path.realpath(_easy_vqa_images(benchmark) if benchmark.startswith(EASY_VQA) else images or ".")
     names: dict[str, list[str]] = {}  # by id of the item
     problems, count = [], 0
     (out / "images").mkdir(parents=True, exist_ok=True)
+    # Images first, each under the hash of its content; rows appear last, so that none points at a missing image.
     with whole_file(out / "rows.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
         for item in _checked(benchmark):
             try:
@@ -163,7 +165,9 @@ def _place(picture: Picture, root: str, folder: Path, names: Mapping[str, Sequen
             raise SampleError("image_missing", f"no row before has the index {picture.value!r:.80} and one image")
         return names[picture.value][0]
     data = _decode(picture.value) if picture.kind == "base64" else read_bytes(locate_image(picture.value, root))
+    # Refuses bytes that are no image before they get a name.
     read_size(data, DataConfig())
+    # The suffix follows the content too: benchmarks name pictures wrongly.
     suffix = next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), ".img")
     path = folder / (hash_bytes(data) + suffix)
     if not path.exists() or path.stat().st_size != len(data):
@@ -238,6 +242,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[str, JsonRow | SampleError]]:
         reader = csv.reader(_decoded(file, path), delimiter="\t", strict=True)
         header: list[str] = []
         while True:
+            # A cell may hold line ends, so lines are counted by the reader and not by rows.
             origin = f"{path}:{reader.line_num + 1}"  # of the row's first line
             try:
                 cells = next(reader, None)
@@ -286,6 +291,7 @@ def _item(row: JsonRow, origin: str) -> tuple[BenchmarkItem, bool]:
         raise SampleError(
             "answer_empty", f"found {row.get('answer')!r:.80}, no reference answer; use a split that has answers"
         )
+    # Open questions keep their answers as texts; with options the answer becomes a letter.
     by_index = False
     if options:
         letter, by_index = read_letter(row["answer"], options, keys)
@@ -312,6 +318,7 @@ def _pictures(row: JsonRow) -> tuple[Picture, ...]:
     """Pixels or the index of another row, else paths."""
     found = {key: [] if is_missing(row.get(key)) else texts(row[key]) for key in ("pixels", "image", "image_path")}
     if pixels := found["pixels"]:
+        # A short cell is no picture but the index of the row that has the same one.
         return tuple(Picture("base64" if len(cell) >= MIN_BASE64 else "same_as", cell) for cell in pixels)
     return tuple(Picture("path", path) for path in [*found["image"], *found["image_path"]])
 

@@ -1,4 +1,4 @@
-"""Cells of a benchmark's row: texts, options, the letter of the reference, and the keys that nothing reads.
+"""Reads the cells of a benchmark's row: texts, options, the letter of the reference, and the keys that nothing reads.
 
 In: a row of JSON or TSV   Out: texts and letters; UnreadCells, which names and counts the other keys   Next: benchmark.py
 An empty cell is "", null, or what pandas writes for it: nan. "None", "null" and "N/A" are texts like any other.
@@ -77,14 +77,14 @@ class UnreadCells:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell is empty, or what pandas makes of an empty one."""
+    """Whether a cell is empty, or holds what pandas writes for an empty one."""
     if isinstance(value, float):
         return value != value
     return value is None or (isinstance(value, str) and value.strip() in MISSING)
 
 
 def texts(value: object) -> list[str]:
-    """One text, several, or none. A cell of a TSV file may hold a list, in JSON's form or in Python's.
+    """Reads one text, several, or none. A cell of a TSV file may hold a list, in the form of JSON or of Python.
 
     Raises:
         SampleError: field_type.
@@ -92,6 +92,7 @@ def texts(value: object) -> list[str]:
     if value is None or value == "":
         return []
     if isinstance(value, str):
+        # Only what begins like a list of texts: "[1] is larger" is a question.
         listed = _literal(value) if value.startswith(("['", '["')) else None
         return (
             listed
@@ -110,6 +111,7 @@ def unread_keys(row: Mapping[str, Any]) -> list[str]:
     Raises:
         SampleError: field_unknown; without the key the question would be another one: it holds options or pictures.
     """
+    # With a list of options, columns A, B, ... are ordinary keys; without one they are the options.
     letters = [] if any(not is_missing(row.get(key)) for key in OPTION_KEYS) else list(LETTERS)
     known = USED | IRRELEVANT | set(letters)
     keys = [key for key, value in row.items() if key not in known and not is_missing(value) and value not in ([], {})]
@@ -142,6 +144,7 @@ def read_options(row: JsonRow) -> tuple[dict[str, str], dict[str, str]]:
         raise SampleError("options", f"found {next(iter(given))} beside {', '.join(columns)}; keep one of them")
     keyed = _keyed(next(iter(given.values()))) if given else columns
     names = [str(key).strip().upper() for key in keyed]
+    # Keys 0, 1, 2 or 1, 2, 3 number the options; anything else must be letters already.
     if all(name.isdecimal() for name in names) and [int(name) for name in names] in _runs(len(names)):
         letters = list(LETTERS[: len(names)])
     else:
@@ -175,9 +178,11 @@ def read_letter(answer: object, options: Mapping[str, str], keys: Mapping[str, s
     (text,) = given
     if (letter := lone_letter(text, options).value) is not None:
         return letter, False
+    # The option's exact words first: normalise would make "10" and "ten" one.
     named = {letter for letter, words in options.items() if words == text}
     named = named or {letter for letter, words in options.items() if normalise(words) == normalise(text)}
     index = re.fullmatch(r"\d{1,2}(?:\.0)?", text)
+    # An index is read by the row's own numbering where it has one; otherwise it counts from 0.
     if index and not named and keys.get(text):
         return keys[text], False
     places = {
@@ -223,7 +228,7 @@ def _runs(length: int) -> tuple[list[int], list[int]]:
 
 
 def _literal(cell: str) -> Any:
-    """What a literal in a cell says; None if it is none. Literals only: nothing is called or looked up."""
+    """Parses a literal in a cell; None if it is none. Literals only: nothing is called or looked up."""
     if len(cell) > MAX_LIST:
         return None
     for parse in (json.loads, ast.literal_eval):

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals of means and of paired differences, and McNemar's exact test.
+"""Measures how sure a number is: bootstrap intervals of means and of paired differences, and McNemar's exact test.
 
 In: a value per item, maybe a weight   Out: bounds, p   Used by: judging.py
 Items are what is drawn: an interval says how the number would vary over items of the same kind, not over seeds of training.
@@ -50,10 +50,12 @@ def bootstrap_interval(
 def mcnemar_p(wins: int, losses: int) -> float:
     """Exact two-sided p of McNemar's test: how likely so uneven a split is if a win were as likely as a loss."""
     n = wins + losses
-    tail = term = 1  # whole numbers, so n may be large
+    # Binomial coefficients C(n, 0), C(n, 1), ... up to the smaller count, in whole numbers: exact for any n.
+    tail = term = 1
     for k in range(min(wins, losses)):
         term = term * (n - k) // (k + 1)  # of n items k + 1
         tail += term
+    # Both tails; they share the middle where wins equal losses, which would give more than 1.
     return min(1.0, 2 * tail / 2**n)
 
 
@@ -65,13 +67,16 @@ def _resampled_means(
     if not len(values) or heavy.shape != values.shape or not (heavy > 0).all():
         found = f"{len(values)} values and {len(heavy)} weights"
         raise ValueError(f"found {found}, expected equally many, at least one, and weights above 0")
+    # Numerator and denominator are resampled together: a weighted mean is their ratio, and an item brings both.
     pairs = np.stack([values * heavy, heavy], axis=1)  # [n, 2]
     columns = np.ascontiguousarray(pairs.T)
+    # Items are mostly right or wrong, so there are few kinds of them. How often each kind occurs among n draws is
+    # multinomial: k numbers a resample instead of n, with the same distribution.
     distinct, counts = np.unique(pairs, axis=0, return_counts=True)  # [k, 2], [k]
     random, n, k = np.random.default_rng(seed), len(pairs), len(distinct)
     sums = []
     for size in _blocks(resamples, k if k <= FEW else n):
-        if k <= FEW:  # how often each distinct item occurs in a resample is multinomial
+        if k <= FEW:
             sums.append(random.multinomial(n, counts / n, size=size) @ distinct)
         else:
             drawn = random.integers(n, size=(size, n), dtype=np.int32)

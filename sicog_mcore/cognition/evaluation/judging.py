@@ -1,4 +1,4 @@
-"""Answers against references: one outcome per item, means with intervals, and two checkpoints compared item by item.
+"""Judges answers by references: one outcome per item, means with intervals, and two checkpoints compared by item.
 
 In: items of benchmark.py, generations   Out: ItemOutcomes (results.jsonl), a summary (results.json), Comparisons
 Every item of the benchmark counts: one without an answer, or whose answer cannot be read, is judged wrong and says why.
@@ -49,7 +49,7 @@ AttributeVocabulary = Mapping[str, Sequence[str]]
 
 
 class Judged(NamedTuple):
-    """What an answer is worth, what was found in it, by which rule, or why nothing was."""
+    """The worth of an answer, the text found in it and its rule, or why nothing was found."""
 
     value: float
     found: str = ""
@@ -62,7 +62,7 @@ Judge = Callable[[str, BenchmarkItem], Judged]  # of a clause and its item
 
 @dataclass(frozen=True)
 class Judging:
-    """How answers are judged.
+    """The settings of judging.
 
     Attributes:
         metric: "auto" takes choice for items with options, yes_no where all references are that, and exact for all others.
@@ -78,12 +78,12 @@ class Judging:
 
 @dataclass(frozen=True)
 class ItemOutcome:
-    """How one item went.
+    """The outcome of one item.
 
     Attributes:
         value: between 0 and 1; for the metric "loss" the mean over the answer's tokens, in nats.
-        weight: what it counts: 1, or the answer's tokens. 0 for an item that could not be measured.
-        found: what was taken from the answer.
+        weight: of the item: 1, or the answer's tokens. 0 for an item that could not be measured.
+        found: text that was taken from the answer.
         expected: the references.
         failure: why there was nothing to judge; empty otherwise.
         rule: that read the answer (answer_grammar.py); empty where nothing was read, and in files of format 1.
@@ -137,9 +137,11 @@ def judge(
     Raises:
         RecordError: generations of other items, or not one candidate; a metric that does not fit an item.
     """
+    # Answers to other items would be left out without a word.
     if strangers := sorted(generations.keys() - {item.id for item in items}):
         raise RecordError(f"{_some(strangers)} are no items of this benchmark; generate from its own rows")
     prompt = find_prompt(prompt_id)
+    # Over the items of the benchmark, not over the generations: a missing answer counts as wrong.
     return [_outcome(item, generations.get(item.id), prompt, judging) for item in items]
 
 
@@ -156,7 +158,7 @@ def only_prompt(generations: Iterable[Generation]) -> str:
 
 
 def provenance(generations: Iterable[Generation], prompt_id: str) -> dict[str, Any]:
-    """What the generations have in common, and how many answers were cut at the longest length, for the summary.
+    """Gives the origin that all generations share, and how many answers were cut at the longest length.
 
     Raises:
         RecordError: they come from several checkpoints, engines, ways of sampling or versions of the prompt.
@@ -217,7 +219,7 @@ def read_outcomes(path: Path) -> list[ItemOutcome]:
 
 
 def compare(before: Sequence[ItemOutcome], after: Sequence[ItemOutcome], seed: int = 0) -> list[Comparison]:
-    """The second against the first: all items, then each category by name. Intervals are of paired differences.
+    """Compares the second with the first: all items, then each category by name. Intervals are of paired differences.
 
     Raises:
         RecordError: the items differ, or were measured differently.
@@ -235,6 +237,7 @@ def compare(before: Sequence[ItemOutcome], after: Sequence[ItemOutcome], seed: i
         )
     if len({outcome.metric == "loss" for outcome in before}) > 1:
         raise RecordError("losses stand beside other metrics; compare files that one command wrote")
+    # Weights were just found equal, so an item counts in both or in neither.
     measured = [(a, b) for a, b in pairs if a.weight > 0]
     second = {a.id: b for a, b in measured}
     groups = _groups([a for a, _ in measured])
@@ -293,6 +296,7 @@ def _exact(clause: str, item: BenchmarkItem) -> Judged:
     if stated.value is None:
         return Judged(0.0, "", "", stated.failure)
     wanted = {normalise(answer) for answer in item.answers}
+    # Both spellings count: normalise alone keeps LaTeX, which plain form takes out.
     if {normalise(stated.value), normalise(plain(stated.value))} & wanted:
         return Judged(1.0, stated.value, stated.rule)
     if normalise(clause) in wanted:
@@ -304,6 +308,7 @@ def _exact(clause: str, item: BenchmarkItem) -> Judged:
 
 def _numeric(clause: str, item: BenchmarkItem, tolerance: float) -> Judged:
     exact = _exact(clause, item)
+    # A text that is equal needs no tolerance; equal numbers are judged anew, to name the rule that read them.
     by_text = exact.value and exact.rule != "bare_number"
     if by_text or exact.failure or all(read_number(answer) is None for answer in item.answers):
         return exact
@@ -326,7 +331,7 @@ def _yes_no(clause: str, item: BenchmarkItem) -> Judged:
 
 
 def _plain_yes_no(reference: str) -> str | None:
-    """What a reference says if it is nothing but a yes or a no."""
+    """Reads a reference that is nothing but a yes or a no."""
     plain = normalise(reference)
     return next((answer for answer, words in YES_NO.items() if plain in words), None)
 
@@ -375,10 +380,13 @@ def _comparison(name: str, pairs: Sequence[tuple[ItemOutcome, ItemOutcome]], see
     weights = [a.weight for a, _ in pairs]
     first, second = [a.value for a, _ in pairs], [b.value for _, b in pairs]
     differences = [b - a for a, b in zip(first, second, strict=True)]
+    # Of the differences, pair by pair: items that are hard for both then widen no interval.
     low, high = bootstrap_interval(differences, weights, seed=seed)
     metric = ", ".join(sorted({a.metric for a, _ in pairs}))
     rises, falls = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    # A loss is better when it falls.
     wins, losses = (falls, rises) if metric == "loss" else (rises, falls)
+    # McNemar's test is about items that are right or wrong, nothing between.
     binary = all(value in (0.0, 1.0) for value in first + second) and metric != "loss"
     return Comparison(
         category=name,

@@ -27,7 +27,7 @@ USED_KEYS = ("id", "image", "conversations")
 
 @dataclass(frozen=True)
 class GenerationItem:
-    """One row.
+    """One row to generate answers for.
 
     Attributes:
         id: of the row; where it stands (``file:line``) if the row cannot be read.

@@ -36,7 +36,7 @@ def prompt_count_word(prompt: tuple[str, int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """One run.
+    """The options of one generation run.
 
     Attributes:
         checkpoint: output folder of a training run, or one of its ``step_N`` folders.

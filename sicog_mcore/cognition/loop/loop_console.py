@@ -109,7 +109,7 @@ def ledger_rows(planned: Sequence[Planned]) -> list[dict[str, Any]]:
 
 
 def ledger_table(rows: Sequence[dict[str, Any]], device: str) -> Table:
-    """The same for people, with sums.
+    """Lays the ledger's rows out as a table for people, with sums.
 
     Args:
         device: what a device-second is counted of, e.g. "GPU".

@@ -129,7 +129,7 @@ class ContentHashes:
         return self._folder(path, ()) if path.is_dir() else ""
 
     def of_images(self, folder: Path) -> str:
-        """The same of the images below a folder; what else lies there does not count."""
+        """Digests the images below a folder; other files there do not count."""
         return self._folder(folder, IMAGE_SUFFIXES) if folder.is_dir() else ""
 
     def save(self) -> None:

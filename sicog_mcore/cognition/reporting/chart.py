@@ -1,4 +1,4 @@
-"""Where the parts of a histogram stand: agreement to pixels.
+"""Lays out a histogram of agreement in pixels.
 
 In: bars, thresholds   Out: Chart   Next: report.html.j2, which draws it
 """
@@ -40,7 +40,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything that is drawn, in the pixels of a WIDTH x HEIGHT picture."""
+    """All parts of the drawing, in the pixels of a WIDTH x HEIGHT picture."""
 
     columns: tuple[Column, ...]
     ticks: tuple[Mark, ...]
@@ -79,6 +79,7 @@ def lay_out_chart(bars: Sequence[Bar], thresholds: Sequence[Threshold]) -> Chart
                 dropped_height=round(dropped, 2),
             )
         )
+    # The small term keeps 0.3 * 10, which is a little more than 3, from losing its tick.
     ticks = [tick / 10 for tick in range(math.ceil(low * 10 - 1e-9), 11)]
     return Chart(
         columns=tuple(columns),

@@ -1,4 +1,4 @@
-"""Numbers of a round that show where the loop drifts, and an alarm for a model that collapses onto few words.
+"""Measures the drift of the loop from round to round, with an alarm for a model that collapses onto few words.
 
 In: items of several rounds   Out: Drift per task   Next: page.py
 A model trained on its own answers can come to agree with itself because it has less to say: agreement then rises while the
@@ -43,7 +43,7 @@ Level = Literal["alarm", "watch", "steady"]
 
 @dataclass(frozen=True)
 class RoundText:
-    """What is kept of a round's items of one task.
+    """The texts and counts of a round's items of one task.
 
     Attributes:
         texts: words of the best candidates, of at most TEXT_ITEMS items, in the order of the hashes of their ids.
@@ -87,7 +87,7 @@ class RoundNumbers:
 
 @dataclass(frozen=True)
 class DriftVerdict:
-    """What a round's numbers say against the first round's.
+    """The verdict on a round's numbers, compared with those of the first round.
 
     Attributes:
         signs: a sentence for each number that moved too far.
@@ -161,6 +161,7 @@ class Gatherer:
         sums[1] += fmean(candidate.tokens for candidate in generation.candidates)
         # A heap of the smallest hashes: the same ids in every round, whatever its size and order.
         rank = xxhash.xxh64_intdigest(generation.id.encode("utf-8", "surrogatepass"))
+        # heapq keeps the smallest entry on top, so ranks are negated: the largest hash is the one that leaves.
         entry = (-rank, generation.id, words(_best_text(item)))
         if len(texts) < TEXT_ITEMS:
             heapq.heappush(texts, entry)
@@ -202,6 +203,8 @@ def find_drift(rounds: Sequence[tuple[str, Mapping[Task, RoundText]]]) -> tuple[
 def _drift(task: Task, rounds: Sequence[tuple[str, RoundText]]) -> Drift:
     # A round without any text has no say in how much of the others is measured.
     amounts = [sum(map(len, content.texts)) for _, content in rounds if content.texts]
+    # Distinct n-grams over all n-grams falls with the length of a text, so all rounds are cut to the words of the
+    # smallest.
     budget = min(amounts, default=0)
     numbers = tuple(_numbers(content, budget) for _, content in rounds)
     verdicts = tuple(judge(numbers[0], later) for later in numbers[1:])
@@ -226,12 +229,14 @@ def _numbers(content: RoundText, budget: int) -> RoundNumbers:
 
 
 def judge(first: RoundNumbers, later: RoundNumbers) -> DriftVerdict:
-    """What RULE says about a later round."""
+    """Judges a later round by RULE."""
+    # Signs of poverty can raise an alarm; a change in length alone is only worth a look.
     poorer = list(_signs_of_poverty(first, later))
     length = later.words / first.words if first.words else 1.0
     signs = list(poorer)
     if not 1 / LENGTH_RATIO <= length <= LENGTH_RATIO:
         signs.append(f"the best answer has {later.words:.0f} words on average, it had {first.words:.0f}")
+    # Poorer wording at a lower agreement may be a model that got worse; with agreement held it is a collapse.
     has_held = later.agreement >= first.agreement - AGREEMENT_SLACK
     level: Level = "alarm" if poorer and has_held else "watch" if signs else "steady"
     return DriftVerdict(level, tuple(signs))

@@ -22,7 +22,7 @@ BIN = 0.02
 
 @dataclass(frozen=True)
 class Overview:
-    """What the first look at all items of a round gives.
+    """The overview of a round, from a first look at all its items.
 
     Attributes:
         facts: label and the distinct values found; more than one means that the round was made in different ways.
@@ -67,7 +67,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Threshold:
-    """What a threshold means: items at or above it, and mean similarity to the other candidates that it asks for.
+    """The meaning of a threshold: items at or above it, and the mean similarity to the other candidates it asks for.
 
     Attributes:
         is_used: the round was curated with it, for some prompt at least.
@@ -100,6 +100,7 @@ def survey(items: Iterable[RoundItem], seed: int) -> Overview:
             candidates.setdefault(task, Counter())[len(item.generation.candidates)] += 1
         rows += len(item.decision.rows)
         key = f"{seed}:{item.generation.id}".encode("utf-8", "surrogatepass")
+        # By hash and not by place, so that a draw of few is a draw from the whole round.
         order.setdefault(item.decision.reason, []).append((xxhash.xxh64_intdigest(key), row))
         gatherer.add(item)
     return Overview(
@@ -141,6 +142,7 @@ def choose_rows(order: Mapping[str, Sequence[tuple[int, int]]], most: int) -> fr
         most: rows in all.
     """
     chosen: list[int] = []
+    # The rarest reasons choose first, and what they cannot use is shared by the rest.
     strata = sorted(order, key=lambda reason: (len(order[reason]), reason))
     for number, reason in enumerate(strata):
         share = (most - len(chosen)) // (len(strata) - number)  # what a rare reason leaves goes to the others

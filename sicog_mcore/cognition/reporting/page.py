@@ -42,7 +42,7 @@ SHOWN_CONTROLS = "\n\t\u200c\u200d"  # joiners belong to the spelling of some sc
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What a report needs beside the files of the round.
+    """The options of a report beside the files of the round.
 
     Attributes:
         images: folder that the records' image paths are relative to; nothing outside it is read.
@@ -107,7 +107,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the candidates of a task agree."""
+    """The agreement of a task's candidates."""
 
     task: str
     items: int
@@ -130,7 +130,7 @@ class FunnelRow:
 
 @dataclass(frozen=True)
 class ShownFunnel:
-    """What tools/curate.py counted, filter by filter.
+    """The counts of tools/curate.py, filter by filter.
 
     Attributes:
         tasks: items in and kept, by task.
@@ -163,6 +163,7 @@ def build_report(
     found = survey(read_round(folder, sources), options.seed)
     if not found.items:
         raise RecordError(f"{folder} has no items; generate, score and curate first")
+    # The round is read twice: once to count all its items, once for the few that are shown.
     rounds = [*previous, folder]
     names = _names(rounds)
     contents = [survey(read_round(earlier), options.seed).content for earlier in previous] + [found.content]
@@ -191,6 +192,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve() for folder in folders]
     for depth in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-depth:]) for path in paths]
+        # Folders of rounds are often called alike; as many parents as needed tell them apart.
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
@@ -205,6 +207,7 @@ def read_funnel(path: Path) -> ShownFunnel:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tasks = {task: (counts["in"], counts["kept"]) for task, counts in content["tasks"].items() if counts["in"]}
+        # Summed up anew, and held against the number kept below.
         left, steps = content["in"], []
         for step in content["dropped"]:
             left -= step["count"]
@@ -271,11 +274,13 @@ def _answer(item: RoundItem, index: int) -> ShownAnswer:
     marks = tuple(mark for mark, place in places.items() if place == index)
     score = scores.scores[index] if scores.scores else None
     clause = scores.clauses[index] if scores.clauses else None
+    # Cut before it is searched: a page stays small whatever a model wrote.
     text, left_out = candidate.text[:LONGEST_TEXT], len(candidate.text) - LONGEST_TEXT
     note = f"{left_out} more characters in the records" if left_out > 0 else ""
     if clause is None or clause == text:
         missing = "" if clause == text or not scores.clauses else "has no part that could be compared"
         return ShownAnswer(candidate, score, marks, text, "", "", "; ".join(filter(None, (missing, note))))
+    # The last occurrence: the compared clause is the end of an answer, and may be said before.
     before, compared, after = text.rpartition(clause)
     if not compared:  # the clause was normalised, or stands behind the cut
         before, after = text, ""
@@ -300,7 +305,7 @@ def _shown(character: str) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    """What Jinja asks about every value before it escapes it: nothing gets into the page around this."""
+    """Shows every value that Jinja is about to escape with its odd characters by number; no value gets around it."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
@@ -311,6 +316,7 @@ def _render(values: Mapping[str, Any]) -> str:
     )
     environment.filters["heat"] = heat
     template = environment.from_string(_asset("report.html.j2"))
+    # Only our own style and script run, known by hash: text that got past escaping could still run nothing.
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"

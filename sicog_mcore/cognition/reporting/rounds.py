@@ -1,4 +1,4 @@
-"""The files of one round, joined row by row.
+"""Joins the files of one round row by row.
 
 In: folder with generations, scores and decisions   Out: RoundItems in the order of the files   Next: drift.py, page.py
 Every step writes one row per item in the order of the items, so joining needs no memory and a gap is found at once.
@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class RoundItem:
-    """All that a round wrote about one item."""
+    """The three records that a round wrote about one item."""
 
     generation: Generation
     scores: Scores
@@ -62,12 +62,13 @@ def read_round(folder: Path, sources: Sequence[RoundSource] = ()) -> Iterator[Ro
 
 
 def _require_fit(item: RoundItem, where: str) -> None:
-    """That the three rows are of one item, and that what points at candidates points at one."""
+    """Checks that the three rows are of one item, and that indices of candidates point at one."""
     ids = (item.generation.id, item.scores.id, item.decision.id)
     if len(set(ids)) > 1:
         raise RecordError(f"{where} is of {', '.join(map(repr, ids))}; score and curate again")
     count = len(item.generation.candidates)
     scores = item.scores
+    # Clauses, scores, and both sides of the matrix have one entry for each candidate.
     sizes = {len(scores.clauses), len(scores.scores), len(scores.matrix), *map(len, scores.matrix)}
     if not scores.failure and sizes != {count}:
         raise RecordError(f"{where} ({ids[0]!r}) has {count} candidates but scores for {sorted(sizes)}; score again")

@@ -1,7 +1,7 @@
-"""Small pictures for a page that loads nothing: pixels encoded anew, and where the slices of the image lie.
+"""Makes small pictures for a page that loads nothing: pixels are encoded anew, and slices get their borders.
 
 In: path of a record's image   Out: Thumbnail, or SampleError   Next: page.py
-Nothing of the file itself gets into the page: neither its metadata, nor bytes that a browser would read in another way.
+No byte of the file itself gets into the page: neither its metadata, nor one that a browser would read in another way.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def make_thumbnail(path: str, root: str, limits: DataConfig) -> Thumbnail:
     Raises:
         SampleError: the file cannot be used; the reasons of data/decode.py and image_path_unsafe.
     """
+    # The path comes from a record, so it is held inside the folder of images.
     data = read_bytes(locate_image(path, root))
     pixels = decode_image(data, limits)
     uri = "data:image/webp;base64," + base64.b64encode(_encode(pixels)).decode("ascii")
@@ -82,6 +83,7 @@ def _encode(pixels: NDArray[np.uint8]) -> bytes:
             image.save(buffer, "WEBP", quality=quality)
             if buffer.tell() <= MAX_BYTES:
                 return buffer.getvalue()
+        # Noise defeats every quality; halving the side always ends, for four times fewer pixels fit sooner or later.
         side //= 2
 
 

@@ -1,1 +1,1 @@
-"""How far the candidates of an item agree. Start: agreement.py."""
+"""Scoring measures how far the candidates of an item agree. Start: agreement.py."""

@@ -1,4 +1,4 @@
-"""Which candidate the others agree with most (minimum Bayes risk), and how far they agree.
+"""Finds the candidate that the others agree with most (minimum Bayes risk), and how far they agree.
 
 In: Generation per item, maybe of further views of its image   Out: Scores per item, in the same order
 Next: curated_round.py
@@ -34,7 +34,7 @@ BARS = 10  # of the histogram, from 0 to 1
 
 
 class Voter(NamedTuple):
-    """What one candidate says in the end, and in which style it was asked.
+    """The final clause of one candidate, and the style in which it was asked.
 
     Attributes:
         clause: None if its steps cannot be read, or it was cut before its end.
@@ -46,7 +46,7 @@ class Voter(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringItem:
-    """An item and all that are asked about it.
+    """An item and all candidates that vote on it.
 
     Attributes:
         voters: its own candidates, then those of the other views in the order in which the views were given.
@@ -88,7 +88,7 @@ def read_items(generations: Path, views: Mapping[str, Path]) -> Iterator[Scoring
 
 
 def _voters(row: Generation) -> Iterator[Voter]:
-    """Its candidates; those that a failed row should have had count as silent, so that n stays what it was."""
+    """Yields a row's candidates; a failed row counts as so many silent ones, so that n stays as it was."""
     if row.failure:
         yield from (Voter(None, find_prompt(use.id).style) for use in row.prompts for _ in range(use.count))
         return
@@ -124,6 +124,7 @@ def judge(item: ScoringItem, similarity: Similarity, across: Across, scorer: str
     if item.generation.failure:
         return ScoredItem(Scores(item.generation.id, scorer, failure=item.generation.failure), 0)
     clauses = tuple(voter.clause for voter in item.voters)
+    # [n, v]: own candidates in rows, all voters in columns. The further views vote, but cannot win.
     units = _units(clauses, similarity)[: len(own)]  # [n, v]: own candidates against all voters
     styles = np.array([voter.style for voter in item.voters])
     asked = (
@@ -137,7 +138,10 @@ def judge(item: ScoringItem, similarity: Similarity, across: Across, scorer: str
         )
     totals = [int(total) for total in (units * asked).sum(1)]
     scores = tuple(total / (count * UNITS) for total, count in zip(totals, counts, strict=True))
+    # The diagonal is 0 for a clause that says nothing; such a one cannot win.
     able = [i for i in range(len(own)) if units[i, i] > 0]
+    # By the mean over the others: within styles of different sizes, the share of oneself in a mean differs. Fractions
+    # compare exactly, and of equals max takes the first.
     winner = max(able, key=lambda i: Fraction(totals[i] - int(units[i, i]), max(counts[i] - 1, 1)), default=-1)
     found = Scores(
         id=item.generation.id,
@@ -155,6 +159,7 @@ def judge(item: ScoringItem, similarity: Similarity, across: Across, scorer: str
 def _units(clauses: Sequence[str | None], similarity: Similarity) -> np.ndarray:
     """Similarities in whole millionths, int64 [v, v]; equal clauses are compared once."""
     distinct = list(dict.fromkeys(clause for clause in clauses if clause and clause.strip()))
+    # Row and column of the last place stay 0: silence is like nothing, not even like itself.
     units = np.zeros((len(distinct) + 1, len(distinct) + 1), np.int64)  # the last row and column is silence
     if distinct:
         values = similarity.matrix(distinct)
@@ -192,7 +197,7 @@ class Tally:
             yield scores
 
     def lines(self) -> Iterator[str]:
-        """What the thresholds mean and how many items pass them, and a histogram of agreement."""
+        """Gives the meaning of the thresholds, how many items pass them, and a histogram of agreement."""
         if not self.items:
             return
         yield "voters    items  " + "  ".join(f"agreement >= {tau:.2f}            " for tau in THRESHOLDS).rstrip()

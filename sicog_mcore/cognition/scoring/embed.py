@@ -1,4 +1,4 @@
-"""Texts as vectors whose inner products say how alike they are: by words, by a sentence encoder, by a pooled decoder.
+"""Embeds texts as vectors whose inner products say how alike they are: by words, a sentence encoder, a pooled decoder.
 
 In: texts   Out: [n, d] of unit norm   Next: vectors.py (each text once), similarity.py
 Nothing is downloaded, and no code of a model folder is run. Models are read at the first text, so naming one costs nothing.
@@ -66,6 +66,8 @@ class ModelEmbedder:
             self._encoder = self._load()
         encoder = self._encoder
         parts = [piece for i, text in enumerate(texts) for piece in split(i, text, encoder)]
+        # By length, so that a batch holds little padding; then by text, so that batches do not depend on the order of
+        # the texts.
         order = sorted(range(len(parts)), key=lambda place: (parts[place].tokens, parts[place].text))
         rows = []
         for start in range(0, len(order), self._batch):
@@ -73,6 +75,7 @@ class ModelEmbedder:
         vectors = unit(np.concatenate(rows))
         pooled = np.zeros((len(texts), vectors.shape[1]), np.float32)
         for row, place in enumerate(order):
+            # A long piece says more about its text than a short one.
             pooled[parts[place].source] += vectors[row] * max(parts[place].tokens, 1)
         return unit(pooled)
 
@@ -94,6 +97,7 @@ class TfIdf:
             holding.update(set(analyse(text)))
             count += 1
         words = sorted(holding)
+        # The usual smoothed weight: ln((1 + n) / (1 + holding)) + 1.
         weights = [math.log((1 + count) / (1 + holding[word])) + 1 for word in words]
         fitted = xxhash.xxh3_64_hexdigest(json.dumps([count, [(word, holding[word]) for word in words]]).encode())
         self.name = f"tfidf-{fitted[:8]} of {count} clauses"
@@ -104,6 +108,7 @@ class TfIdf:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors as float32 [n, d], d the number of words in these texts: compare within a call only."""
         weights = self._vectorizer.transform(texts)
+        # All other columns are zero in each of these texts, and would only take memory.
         present = np.unique(weights.indices)
         return unit(weights[:, present].toarray().astype(np.float32))
 
@@ -114,6 +119,7 @@ def split(source: int, text: str, encoder: TextEncoder) -> Iterator[TextPiece]:
     start = 0
     while len(places) - start > encoder.limit:
         end = start + encoder.limit
+        # From the limit backwards to the last place where a blank lies between two tokens.
         blanks = (i for i in range(end, start, -1) if any(map(str.isspace, text[places[i - 1][1] : places[i][0] + 1])))
         cut = next(blanks, end)
         yield TextPiece(source, text[places[start][0] : places[cut - 1][1]].strip(), cut - start)

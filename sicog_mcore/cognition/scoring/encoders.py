@@ -1,4 +1,4 @@
-"""Models that turn a batch of texts into vectors, and the settings by which a decoder is made to.
+"""Encoders: models that turn a batch of texts into vectors, and the settings of pooling a decoder.
 
 In: a folder on disk   Out: TextEncoder   Next: embed.py (pieces, batches, unit norm)
 Everything is read from the folder, nothing downloaded, and no code in it is run.
@@ -39,7 +39,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a decoder's hidden states become one vector.
+    """The settings by which a decoder's hidden states become one vector.
 
     Attributes:
         append_eos: end each text with the tokenizer's end-of-sequence token.
@@ -63,6 +63,7 @@ class SentenceEncoder:
         with _loading(folder):
             self._model = SentenceTransformer(str(folder), device=find_device(device), local_files_only=True).eval()
         self._tokenizer = self._model.tokenizer
+        # Special tokens are added to every piece, so they are taken from its room.
         longest = self._model.max_seq_length or self._tokenizer.model_max_length
         self.limit = longest - self._tokenizer.num_special_tokens_to_add()
 
@@ -105,6 +106,7 @@ class DecoderEncoder:
         import torch
 
         end = [self._tokenizer.eos_token_id] if self._settings.append_eos else []
+        # Cut once more: a piece that was cut out of a text may have a token more by itself than it had there.
         rows = [row[: self._settings.max_tokens - len(end)] + end for row in self._tokenizer(list(texts))["input_ids"]]
         longest = max(1, max(map(len, rows)))
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self._device)  # [n, s]
@@ -125,6 +127,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, how: Literal["mean", "last"])
         mask: [n, s], 1 for tokens and 0 for padding.
     """
     counts = mask.sum(1, keepdim=True)  # [n, 1]
+    # Padding is multiplied by zero; a row without tokens is divided by one and stays zero.
     if how == "mean":
         return (states * mask[..., None]).sum(1) / counts.clamp(min=1)
     last = (counts - 1).clamp(min=0)[..., None].expand(-1, 1, states.shape[2])  # [n, 1, h]

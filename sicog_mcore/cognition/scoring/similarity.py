@@ -1,4 +1,4 @@
-"""How alike two clauses are, on one scale from 0 to 1: by vectors, by votes, by the attributes they name.
+"""Measures how alike two clauses are, on one scale from 0 to 1: by vectors, by votes, by the attributes they name.
 
 In: distinct clauses   Out: [n, n] similarities   Next: agreement.py
 A clause that is not like itself (0 on the diagonal) has nothing that could be compared, and wins nothing. None of these
@@ -22,7 +22,7 @@ from sicog_mcore.errors import ConfigError, ConfigProblem
 
 
 class Similarity(Protocol):
-    """Compares texts."""
+    """Compares texts with each other."""
 
     @property
     def name(self) -> str:
@@ -42,11 +42,12 @@ class Cosine:
 
     @property
     def name(self) -> str:
-        """The embedder's."""
+        """Name of the embedder."""
         return self._embedder.name
 
     def matrix(self, texts: Sequence[str]) -> np.ndarray:
         """Cosines; normalised again, so that fp32 norms do not show."""
+        # In fp64, so that equal texts come to 1 within a millionth, which is the unit of scores.
         vectors = self._embedder.embed(texts).astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors /= np.where(norms > 0, norms, 1)
@@ -73,6 +74,7 @@ class Vote:
     def _same(a: str, b: str, plain_a: str, plain_b: str) -> bool:
         if plain_a == plain_b:
             return plain_a != ""
+        # Two answers with words are compared by these alone: "3 apples" and "3 pears" share a number, and nothing else.
         bare = not (any(map(str.isalpha, plain_a)) and any(map(str.isalpha, plain_b)))
         return bare and (same_number(a, b) or same_number(b, a))
 

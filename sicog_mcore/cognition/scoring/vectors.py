@@ -1,9 +1,9 @@
-"""The vectors of all distinct texts of a run, each made once and kept in files.
+"""Keeps the vectors of all distinct texts of a run in files, each made once.
 
 In: texts in the order of the items   Out: part files of BLOCK vectors   Next: similarity.py
 A part holds the next BLOCK texts that did not occur before, and its name is a hash of these texts and of the embedder. So
-parts are the same whoever makes them, finished ones are found again, and stale ones are never taken. In memory are one
-block, a few mapped parts, and 16 bytes per distinct text to know it by.
+any process makes equal parts, finished ones are found again, and stale ones are never taken. In memory are one block, a few
+mapped parts, and 16 bytes per distinct text to know it by.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPEN_PARTS = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of ``count`` processes this one is."""
+    """The number of this process among ``count``."""
 
     index: int
     count: int
@@ -56,6 +56,7 @@ class VectorStore:
         self._folder = folder
         self._embedder = embedder
         self._block = block
+        # Hash of a text -> its number in the order of first occurrence, which gives part and row.
         self._places: dict[bytes, int] = {}
         self._paths: list[Path] = []
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -63,7 +64,7 @@ class VectorStore:
 
     @property
     def name(self) -> str:
-        """The embedder's."""
+        """Name of the embedder."""
         return self._embedder.name
 
     def __len__(self) -> int:
@@ -77,6 +78,7 @@ class VectorStore:
             Number of texts embedded so far, after each part.
         """
         for part in self._parts(texts):
+            # Every process walks through all texts, so that all number the parts alike, and embeds only its own.
             if part.number % shard.count != shard.index or part.path.exists():
                 continue
             vectors = self._embedder.embed(part.texts)
@@ -118,6 +120,8 @@ class VectorStore:
             yield self._new_part(block)
 
     def _new_part(self, texts: list[str]) -> VectorBlock:
+        # Names by content: another scorer, or one text more in front, gives other names, and no old vector is ever
+        # mistaken.
         content = hash_chunks([self.name.encode(), *(b"\0" + _key(text) for text in texts)])
         path = self._folder / f"{content}.npy"
         self._paths.append(path)
@@ -128,6 +132,7 @@ class VectorStore:
             self._open.move_to_end(number)
             return self._open[number]
         path = self._paths[number]
+        # Every part is full but the last.
         expected = min(self._block, len(self) - number * self._block)
         try:
             vectors: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -137,6 +142,7 @@ class VectorStore:
             raise RecordError(
                 f"{path}: found shape {vectors.shape}, expected {expected} vectors; delete it and run again"
             )
+        # The parts used last stay mapped; the texts of an item mostly lie in one.
         self._open[number] = vectors
         if len(self._open) > OPEN_PARTS:
             self._open.popitem(last=False)

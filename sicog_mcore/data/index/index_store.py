@@ -125,7 +125,7 @@ class IndexStore:
         return self.opened(file, spans)
 
     def opened(self, file: DataFile, spans: tuple[BlockSpan, ...]) -> FileBlocks | None:
-        """The same for a file that was just cut into these blocks."""
+        """Gives the tables of a file that was just cut into these blocks; None while one is missing."""
         tables = tuple(table for span in spans if (table := self.table(file, span)) is not None)
         return FileBlocks(spans, tables) if len(tables) == len(spans) else None
 
