@@ -1,4 +1,7 @@
-"""The size of a stored image is read from its header: the same as decoding gives, from a few kilobytes."""
+"""The size of a stored image is read from its header: the same as decoding gives, from a few kilobytes.
+
+Tested with it: image_range.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rows of every format become the same Samples, by random access; what is wrong is said with its place."""
+"""Rows of every format become the same Samples, by random access; what is wrong is said with its place.
+
+Tested with it: row_spans.py.
+"""
 
 from __future__ import annotations
 

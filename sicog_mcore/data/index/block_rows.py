@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from sicog_mcore.config import Experiment
@@ -37,6 +36,7 @@ from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.shards import IMAGE, ShardFile, index_shard
 from sicog_mcore.data.sources import DataFile, new_survey
 from sicog_mcore.errors import SampleError
+from sicog_mcore.files import hash_chunks
 
 SHARD_PATH = "\0shard\0"  # stands for the shard's path in details: the same shard may lie elsewhere
 SIZED = ("num_tokens", "num_slices", "attention", "truncated", "reason")
@@ -223,12 +223,14 @@ def shard_digest(shard: ShardFile, contents: Hashes) -> str:
     Raises:
         OSError: the shard cannot be read.
     """
-    state = xxhash.xxh3_128()
+    return hash_chunks(_shard_parts(shard, contents))
+
+
+def _shard_parts(shard: ShardFile, contents: Hashes) -> Iterator[bytes]:
     for part in (contents, shard.states, shard.borders, shard.members):
-        state.update(np.ascontiguousarray(part).tobytes())
-    state.update(repr((shard.keys.tolist(), shard.types)).encode("utf-8", "surrogatepass"))
+        yield np.ascontiguousarray(part).tobytes()
+    yield repr((shard.keys.tolist(), shard.types)).encode("utf-8", "surrogatepass")
     with open(shard.path, "rb", buffering=0) as file:
         for kind, offset, length, _ in shard.members.tolist():
             if kind == IMAGE:
-                state.update(os.pread(file.fileno(), min(length, FIRST_BYTES), offset))
-    return state.hexdigest()
+                yield os.pread(file.fileno(), min(length, FIRST_BYTES), offset)

@@ -7,6 +7,7 @@ appended somewhere change the blocks around them, and the others keep their byte
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import xxhash
 
 from sicog_mcore.data.row_spans import ListElement, ListMalformed, RowLine, find_elements, find_lines, read_latin
 from sicog_mcore.data.sources import FILE_ERRORS, DataFile
+from sicog_mcore.files import hash_bytes
 
 BLOCK_ROWS = 8192  # a block has at least so many rows, or so many bytes; none has twice as many
 BLOCK_BYTES = 16 << 20
@@ -29,7 +31,7 @@ class BlockSpan(NamedTuple):
         line: number of the first line, which is 1 at the beginning of the file.
         first_row: number of the first row in the file.
         rows: number of rows.
-        digest: hash of the bytes; of a shard see ``block_rows.shard_digest``.
+        digest: hash of the rows' bytes and places; of a shard see ``block_rows.shard_digest``.
     """
 
     start: int
@@ -134,7 +136,7 @@ class _Cut:
     def __init__(self) -> None:
         self.start = self.line = self.rows = 0
         self._stop = 0
-        self._hash = xxhash.xxh3_128()
+        self._hashes = array("Q")
         self._last = b""
 
     def add(self, row: RowLine | ListElement) -> None:
@@ -142,8 +144,8 @@ class _Cut:
             self.start, self.line = row.offset, row.number
         self._last = row.start if isinstance(row, RowLine) else row.raw
         # Where rows stand in their block is part of what is hashed: blank lines between them move the others.
-        self._hash.update(b"%d %d %d\n" % (row.offset - self.start, row.length, row.number - self.line))
-        self._hash.update(self._last)
+        place = b"%d %d %d\n" % (row.offset - self.start, row.length, row.number - self.line)
+        self._hashes.append(xxhash.xxh3_64_intdigest(place + self._last))
         self._stop = row.offset + row.length
         self.rows += 1
 
@@ -156,4 +158,4 @@ class _Cut:
 
     def span(self, first_row: int) -> BlockSpan:
         size = self._stop - self.start
-        return BlockSpan(self.start, size, self.line, first_row, self.rows, self._hash.hexdigest())
+        return BlockSpan(self.start, size, self.line, first_row, self.rows, hash_bytes(self._hashes.tobytes()))

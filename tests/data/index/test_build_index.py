@@ -1,4 +1,7 @@
-"""An index is built block by block, goes on where it was killed, and what did not change is not indexed again."""
+"""An index is built block by block, goes on where it was killed, and what did not change is not indexed again.
+
+Tested with it: block_jobs.py, block_rows.py, image_recheck.py, index_settings.py, index_store.py, row_blocks.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What an index says of the rows is what reading and measuring each of them says, and opening it reads none."""
+"""What an index says of the rows is what reading and measuring each of them says, and opening it reads none.
+
+Tested with it: block_rows.py, block_table.py.
+"""
 
 from __future__ import annotations
 
