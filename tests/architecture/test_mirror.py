@@ -92,7 +92,6 @@ COVERED_BY: Mapping[str, tuple[str, ...]] = {
     "sicog_mcore/train/reference_key.py": ("train/test_dpo.py",),
     "sicog_mcore/train/reporter.py": ("e2e/test_fields.py",),
     "sicog_mcore/train/run.py": ("train/test_health.py", "e2e/test_stages.py"),
-    "sicog_mcore/train/step.py": ("train/test_health.py", "parallel/test_ddp.py"),
     "sicog_mcore/train/trainer.py": ("e2e/test_fields.py",),
 }
 
