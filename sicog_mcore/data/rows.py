@@ -149,7 +149,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     """
     check_length(length)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:  # a buffer would read on beyond the row
             file.seek(offset)
             return file.read(length)
     except OSError as error:
