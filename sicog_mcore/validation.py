@@ -35,6 +35,7 @@ AT_LEAST_ONE = (
     *("model.decoder.head_dim", "model.decoder.ffn", "model.decoder.vocab_size", "model.decoder.rope_base"),
     *("model.decoder.rope_scaling_factor", "data.token_budget", "data.slice_budget", "data.window_samples"),
     *("data.worker_timeout_s", "data.max_image_px", "data.max_aspect", "data.bad_window"),
+    "data.index_limit_s",
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.timeout_s"),
     *("train.steps", "train.packs_per_step", "train.log_every", "checkpoint.every_steps", "checkpoint.keep_last"),
     *("held_out.max_new_tokens", "held_out.batch"),

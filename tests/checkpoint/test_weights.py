@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from tests.checkpoint.foreign import DECODERS, experiment_for, write_clip, write
 
 pytestmark = pytest.mark.slow  # transformers and Megatron take seconds to import
 LOGITS = 1e-5  # largest absolute difference, fp32
-CONVERT = Path(__file__).parents[2] / "tools" / "convert.py"
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +25,6 @@ def topology() -> Iterator[Any]:
 
     yield start_topology(ParallelConfig(), seed=0)
     stop_topology()
-
-
-@pytest.fixture(scope="module")
-def convert() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert", CONVERT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -84,21 +72,23 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_logits_equal_those_of_transformers(name: str, topology: Any, convert: ModuleType, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(name: str, topology: Any, tmp_path: Path) -> None:
     folder = write_decoder(tmp_path, name)
     chunk, _ = build(topology, name, decoder=str(folder))
-    ours, theirs = convert.compare_decoder(chunk, folder)
+    from sicog_mcore.commands.weight_parity import compare_decoder
+
+    ours, theirs = compare_decoder(chunk, folder)
     assert theirs.abs().max() > 0.1  # the bound means something
     torch.testing.assert_close(ours, theirs, rtol=0, atol=LOGITS)
 
 
 @torch.no_grad()
-def test_features_equal_those_of_transformers_on_square_and_other_grids(
-    topology: Any, convert: ModuleType, tmp_path: Path
-) -> None:
+def test_features_equal_those_of_transformers_on_square_and_other_grids(topology: Any, tmp_path: Path) -> None:
     folder = write_clip(tmp_path)
     chunk, _ = build(topology, tower=str(folder))
-    ours, theirs = convert.compare_tower(chunk, folder)
+    from sicog_mcore.commands.weight_parity import compare_tower
+
+    ours, theirs = compare_tower(chunk, folder)
     assert theirs.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=LOGITS)
 
