@@ -89,7 +89,12 @@ def test_greedy_tokens_equal_the_native_engines(
 
 def test_seeds_decide_what_is_drawn(engines: tuple[VllmEngine, NativeEngine], requests: list[Request]) -> None:
     first, again = (by_id(engines[0].generate(asked, DRAWN)) for asked in (requests[:6], requests[5::-1]))
-    assert {name: result.answers for name, result in first.items()} == {n: r.answers for n, r in again.items()}
+    assert first.keys() == again.keys()
+    for name, result in first.items():
+        for left, right in zip(result.answers, again[name].answers, strict=True):
+            assert [(a.tokens, a.text, a.finish) for a in left] == [(a.tokens, a.text, a.finish) for a in right]
+            # vLLM chooses by the clock what it computes together, which moves the last bits.
+            assert left[0].log_probs == pytest.approx(right[0].log_probs, abs=LOG_PROB)
     tokens = {answer.tokens for result in first.values() for prompt in result.answers for answer in prompt}
     assert len(tokens) > 6
 
