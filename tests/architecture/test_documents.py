@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sicog_mcore.commands.registry import find_verb
+from sicog_mcore.commands.verb import VerbFamily
 from tests.architecture.source import ROOT, TOP, python_files, read
 
 README = ROOT / "README.md"
@@ -22,6 +24,8 @@ AUTOMATION = (".github/workflows/ci.yml", ".ci/run", ".pre-commit-config.yaml")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A command in backticks, at the start of a line, of a list's item or of a table's cell.
 MAKE = re.compile(r"(?:^[-\s]*(?:run: |entry: )?|`)(?:[A-Z]+=\S+ )?make ([a-z][a-z-]*)", flags=re.MULTILINE)
+# The one command likewise, or behind -m; the word after the verb counts where the verb is a family.
+VERB = re.compile(r"(?:^[-\s]*|`|-m )sicog(?:_mcore)? ([a-z][a-z-]*)(?: ([a-z][a-z-]*))?", flags=re.MULTILINE)
 # A path below one of our folders, up to what cannot belong to it; `a/{b,c}.py` and globs are left to the reader.
 PATH = re.compile(rf"(?<![\w./-])((?:{'|'.join((*TOP, '.ci'))})/[\w./-]*\w/?)(?!/?[\w{{*<])")
 TRIVIAL_STATEMENTS = 2  # a function this short says everything with its name
@@ -42,6 +46,18 @@ def missing_targets(text: str) -> list[str]:
     """Targets of make that a text names and that the Makefile lacks."""
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     return sorted(set(MAKE.findall(text)) - known)
+
+
+def missing_verbs(text: str) -> list[str]:
+    """Verbs of the one command that a text names and that the registry lacks, with the word below where that is wrong."""
+    found = set()
+    for name, word in VERB.findall(text):
+        entry = find_verb(name)
+        if entry is None:
+            found.add(name)
+        elif word and isinstance(family := entry.load(), VerbFamily) and word not in family.verbs:
+            found.add(f"{name} {word}")
+    return sorted(found)
 
 
 def repeated_terms(text: str) -> list[str]:
@@ -72,6 +88,11 @@ def test_every_path_in_a_document_exists(document: Path) -> None:
 @pytest.mark.parametrize("document", [*DOCUMENTS, *map(Path, AUTOMATION)], ids=str)
 def test_every_make_target_in_a_document_exists(document: Path) -> None:
     assert missing_targets((ROOT / document).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *map(Path, AUTOMATION)], ids=str)
+def test_every_verb_in_a_document_exists(document: Path) -> None:
+    assert document.name == HISTORY or missing_verbs((ROOT / document).read_text(encoding="utf-8")) == []
 
 
 def test_the_readme_is_short() -> None:
@@ -137,4 +158,6 @@ def test_the_checks_of_documents_see_a_violation() -> None:
     assert missing_links(Path("docs/limits.md"), text) == ["nowhere.md"]
     text = "`make test`, `PYTHON=python3.12 make none`\nmake gone  # x\n      - run: make lost\nto make peace"
     assert missing_targets(text) == ["gone", "lost", "none"]
+    text = "`sicog demo`, `sicog lost x`\nsicog gone  # x\n`sicog recipes list`, `sicog bench none`, `sicog VERB`"
+    assert missing_verbs(f"{text}\ntorchrun -m sicog_mcore wrong") == ["bench none", "gone", "lost", "wrong"]
     assert repeated_terms("| word | meaning |\n|---|---|\n| pack, row | x |\n| row | y |") == ["row"]
