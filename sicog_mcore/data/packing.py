@@ -11,7 +11,7 @@ the sum says little about the number of packs, best fit decreasing alone packs t
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +68,9 @@ def best_fit(num_tokens: Integers, num_slices: Integers, budgets: PackBudgets) -
     Returns:
         int64 [n]: as ``pack_samples``.
     """
-    gaps = _Gaps(budgets)
     share = np.maximum(num_tokens * budgets.slices, num_slices * budgets.tokens)
     packs = np.empty(len(num_tokens), np.int64)
-    _place(np.argsort(-share, kind="stable"), num_tokens, num_slices, gaps, packs)
+    _place(np.argsort(-share, kind="stable"), num_tokens, num_slices, budgets, (), packs)
     return packs
 
 
@@ -98,49 +97,63 @@ def _trade(
             lost.append(sample)
     if lost:
         order = np.array(lost)
-        gaps = _Gaps(budgets, zip((budgets.tokens - tokens).tolist(), (budgets.slices - slices).tolist(), strict=True))
-        _place(order[np.argsort(-num_tokens[order], kind="stable")], num_tokens, num_slices, gaps, packs)
+        left = zip((budgets.tokens - tokens).tolist(), (budgets.slices - slices).tolist(), strict=True)
+        order = order[np.argsort(-num_tokens[order], kind="stable")]
+        _place(order, num_tokens, num_slices, budgets, list(left), packs)
     # A pack that was dealt no sample, or lost them all, is none.
     return np.unique(packs, return_inverse=True)[1].astype(np.int64)
 
 
 class _Gaps:
-    """What the open packs have left, ordered by tokens.
+    """What the open packs have left, ordered by the size that fills them first.
 
-    A gap and its pack are one integer, the tokens in the high bits: a sorted list of plain integers is searched and
+    A gap and its pack are one integer, the gap in the high bits: a sorted list of plain integers is searched and
     changed faster than any structure of objects.
     """
 
-    def __init__(self, budgets: PackBudgets, left: Iterable[tuple[int, int]] = ()) -> None:
-        self._budgets = budgets
-        self._slices: list[int] = []
+    def __init__(self, budget: int, other_budget: int) -> None:
+        self._budget, self._other_budget = budget, other_budget
+        self._others: list[int] = []
         self._gaps: list[int] = []
-        for tokens, slices in left:
-            self._gaps.append(tokens << PACK_BITS | len(self._slices))
-            self._slices.append(slices)
-        self._gaps.sort()
 
-    def take(self, tokens: int, slices: int) -> int:
+    def add(self, left: int, other_left: int) -> None:
+        """Adds a pack with so much left of both budgets."""
+        insort(self._gaps, left << PACK_BITS | len(self._others))
+        self._others.append(other_left)
+
+    def take(self, size: int, other: int) -> int:
         """Puts a sample into the pack with the smallest gap that takes it, or into a new one; returns the pack."""
-        at = bisect_left(self._gaps, tokens << PACK_BITS)
+        at = bisect_left(self._gaps, size << PACK_BITS)
         while at < len(self._gaps):
             gap = self._gaps[at]
             pack = gap & ((1 << PACK_BITS) - 1)
-            if self._slices[pack] >= slices:
+            if self._others[pack] >= other:
                 del self._gaps[at]
-                insort(self._gaps, gap - (tokens << PACK_BITS))
-                self._slices[pack] -= slices
+                insort(self._gaps, gap - (size << PACK_BITS))
+                self._others[pack] -= other
                 return pack
             at += 1
-        pack = len(self._slices)
-        insort(self._gaps, self._budgets.tokens - tokens << PACK_BITS | pack)
-        self._slices.append(self._budgets.slices - slices)
-        return pack
+        self.add(self._budget - size, self._other_budget - other)
+        return len(self._others) - 1
 
 
-def _place(order: Integers, num_tokens: Integers, num_slices: Integers, gaps: _Gaps, packs: Integers) -> None:
+def _place(
+    order: Integers,
+    num_tokens: Integers,
+    num_slices: Integers,
+    budgets: PackBudgets,
+    left: Sequence[tuple[int, int]],
+    packs: Integers,
+) -> None:
+    """Puts samples into the packs that have (tokens, slices) left, and into new ones; notes in ``packs`` which."""
     tokens, slices = num_tokens[order].tolist(), num_slices[order].tolist()
-    packs[order] = [gaps.take(*size) for size in zip(tokens, slices, strict=True)]
+    # Ordered by the size that hardly matters, every search would walk over all the packs that the other one has filled.
+    by_slices = int(num_slices.sum()) * budgets.tokens > int(num_tokens.sum()) * budgets.slices
+    gaps = _Gaps(budgets.slices, budgets.tokens) if by_slices else _Gaps(budgets.tokens, budgets.slices)
+    for tokens_left, slices_left in left:
+        gaps.add(*((slices_left, tokens_left) if by_slices else (tokens_left, slices_left)))
+    sizes = zip(slices, tokens, strict=True) if by_slices else zip(tokens, slices, strict=True)
+    packs[order] = [gaps.take(*size) for size in sizes]
 
 
 def _count(packs: Integers) -> int:
