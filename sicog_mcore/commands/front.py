@@ -6,6 +6,8 @@ In: command line, environment   Out: exit code   Next: registry.py
 from __future__ import annotations
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from sicog_mcore.commands.registry import VERBS, VerbGroup, find_verb
 from sicog_mcore.commands.verb import usage_error
 from sicog_mcore.errors import EXIT_CONFIG, EXIT_OK
 
+EXIT_PIPE = 128 + signal.SIGPIPE  # as a shell reports it
 TITLES: Mapping[VerbGroup, str] = {
     "train": "train a model",
     "improve": "let it improve itself",
@@ -32,9 +35,21 @@ def main(arguments: Sequence[str] | None = None, environment: MutableMapping[str
         environment: None for that of this process.
 
     Returns:
-        exit code of the verb; 2 where there is none of that name.
+        exit code of the verb; 2 where there is none of that name; 141 where whoever reads the output has gone, as in
+        ``sicog recipes list | head -1``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _start(words, environment)
+        sys.stdout.flush()  # here, where a closed pipe can still be met
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain of the same pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    return code
+
+
+def _start(words: Sequence[str], environment: MutableMapping[str, str] | None) -> int:
     if not words or words[0] in ("--help", "-h"):
         print(overview())
         return EXIT_OK if words else EXIT_CONFIG

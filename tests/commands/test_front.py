@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -41,3 +43,10 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_knows_how_it_was_started(word: str, program: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [word, "join-records"])
     assert own_program() == program
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    command = f"{shlex.quote(sys.executable)} -m sicog_mcore recipes list | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, 141)  # the whole list may fit into the pipe before head has gone
+    assert done.stdout.startswith("demo ") and done.stderr == ""

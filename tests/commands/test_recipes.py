@@ -49,3 +49,9 @@ def test_a_recipe_is_shown_and_copied(
     assert "exists; give another --out" in capsys.readouterr().err
     assert VERB.start(["show", "dmeo"], {}) == 2
     assert "is no recipe; use one of demo, dpo_" in capsys.readouterr().err
+
+
+def test_a_folder_hides_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert resolve("demo").endswith("recipes/demo.yaml")
