@@ -240,7 +240,7 @@ class ParallelConfig:
 
     @property
     def model_size(self) -> int:
-        """Ranks that share one copy of the model."""
+        """Ranks that share one replica of the model."""
         return self.tensor * self.pipeline
 
 

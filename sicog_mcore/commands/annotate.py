@@ -31,7 +31,7 @@ from sicog_mcore.cognition.annotation.annotator import (
 from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, is_passing
 from sicog_mcore.cognition.annotation.ledger import Ledger
 from sicog_mcore.cognition.annotation.llava_cot import REFUSED_FILE, Converted, convert
-from sicog_mcore.cognition.item_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyCounter
 from sicog_mcore.cognition.prompts import load_annotator_prompt
 from sicog_mcore.commands.verb import Verb, VerbCall, VerbFamily
 from sicog_mcore.errors import (
@@ -211,10 +211,10 @@ def describe(
     decoding = Decoding(options.model, options.temperature, options.max_tokens)
     limits = options.limits()
     prices = Prices(options.price_prompt, options.price_completion)
-    tally = KeyTally()
-    samples = open_rows(options.rows, options.images, tally.watch(build_captioned, CAPTIONED_KEYS))
+    counter = KeyCounter()
+    samples = open_rows(options.rows, options.images, counter.watch(build_captioned, CAPTIONED_KEYS))
     items, refused = survey(samples, options.images, options.take, options.seed)
-    for line in tally.lines():
+    for line in counter.lines():
         say(line)
     settings = {
         "model": decoding.model,

@@ -81,8 +81,8 @@ def _write(path: Path, figures: list[dict[str, object]]) -> None:
 
     from sicog_mcore.files import whole_file
 
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 VERB = VerbFamily(

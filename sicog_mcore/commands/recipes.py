@@ -71,8 +71,8 @@ def copy_recipe(options: CopyOptions) -> Path:
     path = options.out or Path(f"{options.name.removesuffix('.yaml')}.yaml")
     if path.exists():
         raise ConfigError([ConfigProblem("out", str(path), "exists", "give another --out, or remove it")])
-    with whole_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sicog_mcore.build import build_chunks, plan_build
-from sicog_mcore.checkpoint.commit import aside, write_tensors
+from sicog_mcore.checkpoint.commit import temporary_folder, write_tensors
 from sicog_mcore.checkpoint.export import ExportOptions, export_hf
 from sicog_mcore.checkpoint.hf import WeightFiles, require_free
 from sicog_mcore.checkpoint.hf_folder import write_decoder_files, write_model_files
@@ -152,7 +152,7 @@ def import_weights(options: ImportOptions, voice: RankVoice) -> WrittenWeights:
     except CheckpointError as error:
         free = shutil.disk_usage(flags.out.absolute().parent).free
         if topology.is_main:
-            shutil.rmtree(aside(flags.out), ignore_errors=True)
+            shutil.rmtree(temporary_folder(flags.out), ignore_errors=True)
         if free < FULL_BYTES:  # what writes the tensors does not tell
             found = f"{flags.out} cannot be written: no space left on device"
             raise MachineError(f"{found}; make room, then give the same command again") from error

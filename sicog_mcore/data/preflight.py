@@ -1,4 +1,4 @@
-"""Is everything that data loading needs in place? Asked before processes start, with a glance at each file.
+"""Is everything that data loading needs in place? Asked before processes start, with a quick check of each file.
 
 In: Experiment   Out: every ConfigProblem found   Next: sources.py (opens the data sets), chat.py
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from sicog_mcore.config import Experiment, HeldOutConfig, InitConfig, SourceConfig
 from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators
 from sicog_mcore.data.rows import MAX_ROW_BYTES
-from sicog_mcore.data.shards import compression, glance
+from sicog_mcore.data.shards import compression, quick_check
 from sicog_mcore.data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from sicog_mcore.errors import ConfigProblem
 
@@ -88,7 +88,7 @@ def check_content(number: int, source: SourceConfig, group: str = "data.sources"
     path, problems = Path(source.path), []
     for file in sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]:
         try:
-            found = glance(file) if file.suffix == SHARD else _emptiness(file)
+            found = quick_check(file) if file.suffix == SHARD else _emptiness(file)
         except OSError as error:
             found = str(error)
         if found:

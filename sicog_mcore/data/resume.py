@@ -16,8 +16,8 @@ import numpy as np
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.fingerprint import (
     ORDER_SETTINGS,
-    DataMark,
-    FileMark,
+    DataFingerprint,
+    FileFingerprint,
     describe_appended,
     describe_files,
     describe_settings,
@@ -122,8 +122,8 @@ class OpenRows:
     """
 
     rows: EpochRows
-    mark: DataMark
-    begun_with: tuple[FileMark, ...] = ()
+    mark: DataFingerprint
+    begun_with: tuple[FileFingerprint, ...] = ()
     start: LoaderState = START
     bad: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = field(default=())
@@ -165,7 +165,9 @@ def open_rows(experiment: Experiment, index: OpenIndex | None = None) -> OpenRow
         ConfigError: they cannot be opened.
     """
     index = index or prepare_index(experiment)
-    return OpenRows(_all_rows(index, experiment), DataMark.of(experiment, [file.indexed for file in index.files]))
+    return OpenRows(
+        _all_rows(index, experiment), DataFingerprint.of(experiment, [file.indexed for file in index.files])
+    )
 
 
 def reopen_rows(
@@ -184,7 +186,7 @@ def reopen_rows(
     """
     index = index or prepare_index(experiment)
     files = [file.indexed for file in index.files]
-    now = DataMark.of(experiment, files)
+    now = DataFingerprint.of(experiment, files)
     opened = OpenRows(_all_rows(index, experiment), now, start=position)
     if not saved:
         return replace(opened, notes=(NOT_COMPARED,))
@@ -217,7 +219,7 @@ def reopen_rows(
     return replace(opened, notes=notes)
 
 
-def _joining(position: LoaderState, begun_with: Sequence[FileMark]) -> str:
+def _joining(position: LoaderState, begun_with: Sequence[FileFingerprint]) -> str:
     if not position.is_inside:
         return f"they belong to epoch {position.epoch}, which begins now"
     rows = _num_rows(begun_with)
@@ -265,7 +267,7 @@ def _all_rows(index: OpenIndex, experiment: Experiment) -> EpochRows:
 
 
 def _first_rows(
-    files: Sequence[MeasuredFile], experiment: Experiment, marks: Sequence[FileMark]
+    files: Sequence[MeasuredFile], experiment: Experiment, marks: Sequence[FileFingerprint]
 ) -> tuple[SampleIndex, RowSizes]:
     """The rows that the marks stand for, and what they measure."""
     places = find_prefixes(marks, [file.indexed for file in files])
@@ -286,9 +288,9 @@ def _hash_shards(sizes: RowSizes) -> str:
     return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
 
 
-def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileMark, ...]:
-    return tuple(FileMark(*mark) for mark in saved)
+def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileFingerprint, ...]:
+    return tuple(FileFingerprint(*mark) for mark in saved)
 
 
-def _num_rows(marks: Sequence[FileMark]) -> int:
+def _num_rows(marks: Sequence[FileFingerprint]) -> int:
     return sum(mark.rows for mark in marks)

@@ -68,7 +68,7 @@ class ShardDamaged(Exception):
     """A shard of which a part cannot be read, as far as that is known; the text says where it begins."""
 
 
-def glance(path: Path) -> str:
+def quick_check(path: Path) -> str:
     """What is wrong with a shard, as far as its first and last bytes tell; empty if they look sound.
 
     Raises:

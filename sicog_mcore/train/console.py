@@ -80,7 +80,7 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
         for part, number in facts.parameters.items()
     )
     side = model.slicing.resolution_px
-    # model_size: ranks of one copy of the model.
+    # model_size: ranks of one replica of the model.
     replicas = facts.world_size // parallel.model_size
     layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {replicas} on {facts.world_size} ranks"
     extras = [f"virtual stages {parallel.virtual_pipeline}"] if parallel.virtual_pipeline > 1 else []

@@ -113,7 +113,7 @@ class Preferences:
         if self.config.sft_weight == 0:
             return 0.0
         counts = torch.zeros(2, dtype=torch.float64, device=topology.device)
-        if topology.loads_data:  # all ranks of a model copy have the same batches
+        if topology.loads_data:  # all ranks of a replica have the same batches
             for batch in batches:
                 of_chosen = owners(batch, supervised_rows(batch.labels)) % 2 == 0
                 counts += torch.tensor([len(batch.group_sizes), int(of_chosen.sum())]).to(counts)

@@ -37,7 +37,7 @@ Complete = Callable[[PackedBatch], PackedBatch]
 
 
 class CountingLoader:
-    """A loader that remembers what it handed out since ``take``; one per model copy.
+    """A loader that remembers what it handed out since ``take``; one per replica.
 
     Args:
         opened: the data sets, and where to begin in the stream of packs.
@@ -147,7 +147,7 @@ def open_data(
 
 
 class Feed:
-    """Batches of one optimiser step for this rank, equal on all ranks of a model copy.
+    """Batches of one optimiser step for this rank, equal on all ranks of a replica.
 
     Args:
         opened: of ``open_data``; None on ranks that do not load.
@@ -175,7 +175,7 @@ class Feed:
         self._batches = BatchDistributor(topology, BatchSpec.of(experiment), self.source)
 
     def next_step(self) -> list[PackedBatch]:
-        """This model copy's share of the next global batch, one packed sequence per micro-batch. Collective.
+        """This replica's share of the next global batch, one packed sequence per micro-batch. Collective.
 
         The batches are in host memory; step.py brings each to the device while the one before runs.
 
@@ -212,7 +212,7 @@ class Feed:
             raise DataError("\n".join(messages)) if topology.is_main else PeerError("another rank reports why")
 
     def take(self, step: int) -> WorkCounts:
-        """What this model copy consumed since the last call; zeros on ranks that do not load."""
+        """What this replica consumed since the last call; zeros on ranks that do not load."""
         return self.source.take(step) if self.source else WorkCounts()
 
     @property

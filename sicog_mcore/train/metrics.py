@@ -217,8 +217,8 @@ def drop_steps_from(path: Path, first_step: int) -> None:
             if is_before:
                 kept.append(line)
         # Written anew as a whole: a kill at this point leaves the file as it was.
-        with whole_file(path) as aside:
-            aside.write_text("".join(kept), encoding="utf-8")
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class Summary:

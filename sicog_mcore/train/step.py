@@ -1,6 +1,6 @@
 """One optimiser step over Megatron's pipeline schedules, whatever is minimised.
 
-In: the PackedBatches of this model copy, an Objective   Out: StepResult, equal on all ranks   Next: trainer.py, dpo.py
+In: the PackedBatches of this replica, an Objective   Out: StepResult, equal on all ranks   Next: trainer.py, dpo.py
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def run_schedule(
 
 
 def sum_logs(topology: Topology, logs: Sequence[Log], num_sums: int) -> list[float]:
-    """Adds up what the micro-batches of all model copies logged."""
+    """Adds up what the micro-batches of all replicas logged."""
     total = torch.zeros(num_sums, dtype=torch.float64, device=topology.device)
     if topology.tensor_rank == 0:  # all tensor-parallel ranks know the same
         for log in logs:
@@ -158,7 +158,7 @@ def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float,
     """Trains on one global batch, unless its loss or its gradient is not finite.
 
     Args:
-        batches: this model copy's share of the global batch, one packed sequence per micro-batch.
+        batches: this replica's share of the global batch, one packed sequence per micro-batch.
         lr: scheduled learning rate.
         objective: what is minimised.
     """

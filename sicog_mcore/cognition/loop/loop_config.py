@@ -76,8 +76,8 @@ class GenerationConfig:
     Attributes:
         captions, answers: prompts and their candidates, e.g. {cod: 2, caption: 1}.
         temperature, top_p, top_k, max_new_tokens: see records.Sampling.
-        batch: items that a copy of the model answers at the same time.
-        tensor: ranks that share a copy of the model.
+        batch: items that a replica of the model answers at the same time.
+        tensor: ranks that share a replica of the model.
     """
 
     captions: Mapping[str, int] = field(default_factory=lambda: {"cod": 2, "caption": 1})
