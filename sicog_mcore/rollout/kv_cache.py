@@ -3,8 +3,8 @@
 In: PromptTree of each item, then one token per answer and step   Out: logits of the next tokens
 Next: rollout/engine.py
 An item has one row of keys and values: the tokens that its prompts share (images, as a rule), the suffix of each prompt,
-then the tokens of all its answers in the order they come. A mask says which answer attends to which entry, so nothing is computed
-or stored twice, and a step reads every key once, whatever the number of answers.
+then the tokens of all its answers in the order they come. A mask says which answer attends to which entry, so nothing is
+computed or stored twice, and a step reads every key once, whatever the number of answers.
 """
 
 from __future__ import annotations

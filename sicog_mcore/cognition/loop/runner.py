@@ -1,4 +1,4 @@
-"""Runs steps as processes of their own, one after the other: with a log, one live line, and build records that survive any end.
+"""Runs steps as processes, one after the other: with a log, one live line, and build records that survive any end.
 
 In: WorkflowSteps   Out: exit code, logs/STEP.log, steps/STEP.json   Next: loop_console.py (plan and ledger as tables)
 A step is locked while its process lives, even if this one is gone, so that no two write to the same place.

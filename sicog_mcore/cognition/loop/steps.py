@@ -2,9 +2,9 @@
 
 In: WorkflowStep (verb, options, files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
 Next: workflow.py (the steps of the self-improvement loop), runner.py (runs them)
-A step is done if its build record was written after success, with the fingerprint that it would have now, and its outputs are
-what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the
-matter there.
+A step is done if its build record was written after success, with the fingerprint that it would have now, and its outputs
+are what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the matter
+there.
 """
 
 from __future__ import annotations
