@@ -319,7 +319,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept, and where a run starts.
+    """Checkpoints that a run keeps, and the one it starts from.
 
     Args:
         every_steps: steps between checkpoints; the last step is always saved.

@@ -1,4 +1,4 @@
-"""What the loop writes down: one typed row per item and step, joined by the item's id.
+"""Records are the rows that the loop writes: one typed row per item and step, joined by the item's id.
 
 In: JSONL or Parquet files   Out: Generation, Scores, Decision   Next: generate.py, agreement.py, curated_round.py
 A row holds all that its step depended on, so everything downstream is a pure function of files. A file is written under a
@@ -119,7 +119,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one item.
+    """The decision that curation made on one item.
 
     Attributes:
         reason: "kept", or the code of the filter that dropped it.

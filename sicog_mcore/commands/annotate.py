@@ -80,7 +80,7 @@ def usd(text: str) -> Decimal:
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeOptions:
-    """What ``annotate cod`` is asked to do.
+    """Options that ``annotate cod`` takes.
 
     Attributes:
         endpoint: base address, such as https://api.openai.com/v1.
@@ -153,7 +153,7 @@ class DescribeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonOptions:
-    """What ``annotate cot`` is asked to do.
+    """Options that ``annotate cot`` takes.
 
     Attributes:
         rows: rows, .json or .jsonl.
@@ -172,7 +172,7 @@ class ReasonOptions:
 
 @dataclass(frozen=True)
 class DescriptionRun:
-    """What a run has asked, what became of it, and what it cost.
+    """Requests that a run has made, their results, and their cost.
 
     Attributes:
         outcomes: items by outcome (answer, failed, unusable, open) and reason.

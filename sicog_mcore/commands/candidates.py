@@ -26,7 +26,7 @@ RECORDS = "generations.jsonl"
 
 @dataclass(frozen=True)
 class GeneratedCandidates:
-    """What generation left.
+    """Candidates that generation left in files.
 
     Attributes:
         records: the file, of rank 0; empty path after a dry run.

@@ -37,7 +37,7 @@ SHOWN_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class IndexingOptions:
-    """What ``index`` is asked to do.
+    """Options that ``index`` takes.
 
     Attributes:
         experiment: the run whose data sets are indexed.

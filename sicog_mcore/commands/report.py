@@ -37,7 +37,7 @@ class WrittenReport:
 
 
 def find_experiment(options: RoundReportOptions) -> Experiment:
-    """What the model was configured with."""
+    """Finds the experiment that configured the model."""
     if options.preset:
         return PRESETS[options.preset]()
     from sicog_mcore.checkpoint.locate import find_folder

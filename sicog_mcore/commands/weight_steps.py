@@ -61,7 +61,7 @@ class RankVoice:
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """What a step wrote, and how it compares with transformers.
+    """Weights that a step wrote, and how they compare with transformers.
 
     Attributes:
         out: folder that was written; None where a comparison failed before, or nothing was to be written.
@@ -79,7 +79,7 @@ class WrittenWeights:
 
 @dataclass(frozen=True)
 class WeightListing:
-    """What stands in a checkpoint, or in a file or folder of weights.
+    """Tensors that a checkpoint, or a file or folder of weights, holds.
 
     Attributes:
         title: path and family.

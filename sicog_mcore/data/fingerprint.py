@@ -35,7 +35,7 @@ SYSTEM_PROMPT = "data.system_prompt"
 
 
 class FileFingerprint(NamedTuple):
-    """What a file of rows is recognised by, whatever its path.
+    """The fingerprint that recognises a file of rows, whatever its path.
 
     Attributes:
         path: as it was configured, for messages.
@@ -52,7 +52,7 @@ class FileFingerprint(NamedTuple):
 
 @dataclass(frozen=True)
 class DataFingerprint:
-    """What a place in the stream of packs depends on.
+    """The fingerprint of the data and settings that a position in the stream of packs depends on.
 
     Attributes:
         settings: values by name.
@@ -136,7 +136,7 @@ def describe_appended(
 
 
 def describe_files(old: Sequence[FileFingerprint], files: Sequence[IndexedFile]) -> list[str]:
-    """What became of the files, in words; empty if they are the same in the same order."""
+    """Describes how the files changed; empty if they are the same in the same order."""
     new = mark_files(files)
     if [_content(mark) for mark in old] == [_content(mark) for mark in new]:
         return []

@@ -105,7 +105,7 @@ def _trade(
 
 
 class _Gaps:
-    """What the open packs have left, ordered by tokens.
+    """The room that open packs have left, ordered by tokens.
 
     A gap and its pack are one integer, the tokens in the high bits: a sorted list of plain integers is searched and
     changed faster than any structure of objects.

@@ -46,7 +46,7 @@ def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
 
 
 def check_source(number: int, source: SourceConfig, group: str = "data.sources") -> list[ConfigProblem]:
-    """What keeps data set ``number`` of a field from being opened: its path, its image folder."""
+    """Finds the problems that keep data set ``number`` of a field from being opened: its path, its image folder."""
     problems: list[ConfigProblem] = []
 
     def report(field: str, value: str, problem: str, fix: str) -> None:
@@ -84,7 +84,7 @@ def check_source(number: int, source: SourceConfig, group: str = "data.sources")
 
 
 def check_content(number: int, source: SourceConfig, group: str = "data.sources") -> list[ConfigProblem]:
-    """What the first and last bytes of a data set say against it: no row at all, shards that are cut off."""
+    """Checks the first and last bytes of a data set: it may have no row at all, or shards that are cut off."""
     path, problems = Path(source.path), []
     for file in sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]:
         try:
@@ -109,7 +109,7 @@ def is_lines(path: Path) -> bool:
 
 
 def _foreign_format(path: Path) -> tuple[str, str] | None:
-    """What a file of rows is instead, and what to do about it."""
+    """Names the format that a file of rows has instead, and the remedy."""
     with path.open("rb") as file:
         start = file.read(PEEK_BYTES)
     if packed := compression(start):

@@ -98,7 +98,7 @@ class EpochRows:
         return self.earlier if self.earlier is not None and epoch == self.epoch else self.all
 
     def sizes_of(self, epoch: int) -> RowSizes:
-        """What the rows of an epoch measure."""
+        """Gives the sizes that the rows of an epoch have."""
         sizes = self.earlier_sizes if self.earlier is not None and epoch == self.epoch else self.all_sizes
         assert sizes is not None, "these rows were opened without their index"
         return sizes
@@ -130,7 +130,7 @@ class OpenRows:
 
     @property
     def sizes(self) -> RowSizes:
-        """What all rows measure."""
+        """Gives the sizes that all rows have."""
         return self.rows.sizes_of(self.rows.epoch + 1)
 
     def from_the_start(self) -> OpenRows:
@@ -138,7 +138,7 @@ class OpenRows:
         return OpenRows(EpochRows(self.rows.all, all_sizes=self.sizes), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
+        """Gives the state that a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
 
         Args:
             rows_left: of the epoch.
@@ -284,7 +284,7 @@ def _join_sizes(parts: Sequence[tuple[RowSizes, int]], rows: SampleIndex, experi
 
 
 def _hash_shards(sizes: RowSizes) -> str:
-    """What the order of an epoch depends on beside the rows themselves."""
+    """Hashes the shards, on which the order of an epoch depends beside the rows themselves."""
     return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
 
 

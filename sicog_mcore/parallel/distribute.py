@@ -31,7 +31,7 @@ NOT_YET_EVERY_S = 5.0  # or more often, where collectives may not take long
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a receiving rank must know beforehand: the budgets, which bound every size of a batch."""
+    """Budgets that a receiving rank must know beforehand, since they bound every size of a batch."""
 
     token_budget: int
     slice_budget: int

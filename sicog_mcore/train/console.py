@@ -161,7 +161,7 @@ def preference_texts(stats: StepStats) -> list[str]:
 
 
 def held_out_texts(stats: StepStats) -> list[str]:
-    """What held-out rows and questions gave; nothing after a step that was not measured."""
+    """Renders the results of held-out rows and questions; nothing after a step that was not measured."""
     found, texts = stats.held_out, []
     if found and found.held_out_loss is not None and found.held_out_perplexity is not None:
         texts.append(f"held-out loss {found.held_out_loss:.4f}, perplexity {found.held_out_perplexity:.4g}")

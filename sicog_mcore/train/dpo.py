@@ -29,7 +29,7 @@ from sicog_mcore.train.step import SUMS, Log, LossFunction, run_schedule, sum_lo
 
 @dataclass(frozen=True)
 class GlobalTerms:
-    """What the loss of one pair must know of the whole global batch.
+    """Terms of the whole global batch that the loss of one pair depends on.
 
     Attributes:
         sft_factor: on the summed cross entropy of chosen answers, so that dividing by pairs makes it a mean over tokens.

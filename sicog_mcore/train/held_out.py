@@ -41,7 +41,7 @@ SUMS = "segment_sums"
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """What a sample costs.
+    """The loss that one sample has.
 
     Attributes:
         loss_sum: cross entropy summed over the tokens of its answers, in nats.

@@ -54,7 +54,7 @@ class PreferenceStats:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutStats:
-    """What was measured after a step on what is not trained on; None stands for what was not measured.
+    """Losses and answers measured after a step on held-out data; None stands for a number that was not measured.
 
     Attributes:
         held_out_loss: mean over the supervised tokens of all held-out rows (nats).

@@ -214,7 +214,7 @@ def _fits(path: Path, stamp: str) -> bool:
 
 
 def _read(path: Path, stamp: str) -> dict[str, tuple[float, float]]:
-    """What a file that fits holds; nothing of any other. A torn last line is left out."""
+    """Reads the entries of a file that fits; of any other none. A torn last line is left out."""
     entries: dict[str, tuple[float, float]] = {}
     if not _fits(path, stamp):
         return entries

@@ -32,7 +32,7 @@ SUMS = "sums"  # in the log: fp64 [num_sums], the loss and the count first
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """The result that one optimizer step returns.
 
     Attributes:
         loss: mean over what the objective counts in the global batch; NaN if there was nothing.
@@ -50,7 +50,7 @@ class StepResult:
 
 
 class Objective(Protocol):
-    """What is minimised: a sum of losses and its total weight, divided once, over the global batch."""
+    """The loss that is minimised: a sum and its total weight, divided once, over the global batch."""
 
     @property
     def num_sums(self) -> int:
@@ -64,10 +64,10 @@ class Objective(Protocol):
         """
 
     def total_weight(self, sums: Sequence[float]) -> float:
-        """What the sum of losses is divided by; the count, unless the global batch is weighted."""
+        """Gives the divisor of the sum of losses: the count, unless the global batch is weighted."""
 
     def describe(self, sums: Sequence[float]) -> PreferenceStats | None:
-        """What the sums over the global batch say beside the loss."""
+        """Derives the statistics beside the loss from the sums over the global batch."""
 
 
 class NextToken:

@@ -1,4 +1,4 @@
-"""What a generation run would take, before any weight is read: counts, and a time and a price where speeds are known.
+"""A dry run estimates generation before any weight is read: counts, and a time and a price where speeds are known.
 
 In: GenerationOptions   Out: lines for the user   Next: generate.py (the run itself)
 """
@@ -21,7 +21,7 @@ MEASURED_ITEMS = 200  # items that the estimate of a dry run looks at
 
 
 def estimate(options: GenerationOptions, world_size: int) -> list[str]:
-    """What a run would take, as lines for the user; no weight is read and nothing is written."""
+    """Estimates the cost of a run, as lines for the user; no weight is read and nothing is written."""
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
     facts = record_facts(options, checkpoint)

@@ -1,4 +1,4 @@
-"""What a generation run is asked to do, checked before anything heavy is imported.
+"""Options of a generation run are checked here before anything heavy is imported.
 
 In: a command line, or a loop   Out: GenerationOptions   Next: generate.py
 """

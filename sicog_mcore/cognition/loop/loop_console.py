@@ -32,7 +32,7 @@ class LiveLine:
 
     @contextmanager
     def follow(self, title: str) -> Iterator[Callable[[str], None]]:
-        """What is given to the function is shown behind title and time."""
+        """Yields a function that shows its text behind title and time."""
         start = said = time.monotonic()
         self.say(f"{title} ...")
 
@@ -68,7 +68,7 @@ class LiveLine:
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
-    """What will happen to each step."""
+    """Renders the plan as a table: one row tells what will happen to each step."""
     table = Table(title="Plan", title_justify="left")
     for column in ("step", "state", "size", "took", "needs"):
         table.add_column(column, overflow="fold")
@@ -95,7 +95,7 @@ def plan_summary(planned: Sequence[Planned]) -> str:
 
 
 def ledger_rows(planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    """What each finished step took, as JSON has it."""
+    """Lists the cost that each finished step had, as values of JSON."""
     return [
         {
             "step": entry.step.name,

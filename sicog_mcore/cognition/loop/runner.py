@@ -70,7 +70,7 @@ class StepRunner:
         self.contents = ContentHashes(folder / FOLDER / HASHES)
 
     def plan(self, steps: Sequence[WorkflowStep]) -> list[Planned]:
-        """What has to be done.
+        """Plans the steps that have to run.
 
         Raises:
             ConfigError: files stand where a step would write, and none of them has written these.
@@ -243,7 +243,7 @@ def _tail(log: Path, start: int) -> list[str]:
 
 
 def _count_tokens(step: WorkflowStep) -> int:
-    """What the command itself has counted, over all its attempts."""
+    """Adds up the tokens that the command itself has counted, over all its attempts."""
     if step.usage is None or not step.usage.is_file():
         return 0
     return sum(_tokens_of(line) for line in step.usage.read_text(encoding="utf-8", errors="replace").splitlines())

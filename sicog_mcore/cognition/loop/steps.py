@@ -69,7 +69,7 @@ class WorkflowStep:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRecord:
-    """What is left of a run of a step.
+    """The build record that a run of a step leaves.
 
     Attributes:
         is_finished: False while it runs, and for ever if it was killed.
@@ -92,7 +92,7 @@ class BuildRecord:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to become of a step.
+    """The state that the plan gives a step.
 
     Attributes:
         state: "open" if it depends on what a step before it will write.
@@ -232,7 +232,7 @@ def fingerprint(step: WorkflowStep, inputs: Mapping[str, str]) -> str:
 
 
 def plan(steps: Sequence[WorkflowStep], records: BuildRecords, contents: ContentHashes) -> list[Planned]:
-    """What would happen now, step by step."""
+    """Plans each step in turn: done, to run, or open."""
     planned: list[Planned] = []
     ahead: dict[str, str] = {}  # names of steps that will run or may run
     for step in in_order(steps):

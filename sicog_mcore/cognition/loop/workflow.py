@@ -61,7 +61,7 @@ NOT_IN_WEIGHTS = (
 
 @dataclass(frozen=True)
 class _Made:
-    """What a step makes of value to others: the step's name, empty if the user brought it, and where it is."""
+    """An output that other steps use: the name of its step, empty if the user brought it, and its path."""
 
     step: str
     path: Path

@@ -46,7 +46,7 @@ DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class BlockHeader:
-    """What a block's file says of all its rows.
+    """The header that a block's file holds for all its rows.
 
     Attributes:
         rows: number of rows.
