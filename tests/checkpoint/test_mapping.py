@@ -58,7 +58,7 @@ def filled(transfer: Transfer, sources: dict[str, Tensor]) -> Iterator[Tensor]:
         yield parameter
 
 
-@pytest.mark.parametrize("cuts", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("mapping, shape, axis", CASES)
 def test_every_number_arrives_once_and_comes_back(
     mapping: Mapping, shape: tuple[int, ...], axis: int, shards: int
