@@ -1,6 +1,6 @@
 """`sicog generate` as a script: candidates for unlabelled items; see sicog_mcore/commands/candidates.py.
 
-torchrun --nproc-per-node 8 launch/generate.py --tensor 2 ...     four copies of the model, two ranks each
+torchrun --nproc-per-node 8 launch/generate.py --tensor 2 ...     four replicas of the model, two ranks each
 """
 
 import sys

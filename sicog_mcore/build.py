@@ -23,7 +23,7 @@ from sicog_mcore.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Build:
-    """What is decided before any process group exists, so that a mistake is still one clear message."""
+    """Decisions that are made before any process group exists, so that a mistake is still one clear message."""
 
     experiment: Experiment
     layers: LayerChoice

@@ -110,7 +110,7 @@ def experiment_from_dict(values: Mapping[str, Any]) -> Experiment:
 
 
 def _today(path: str, value: Any) -> Any:
-    """What a value that an earlier version saved is called now, and so all values of a group."""
+    """Renames a value that an earlier version saved to its name of today, and so all values of a group."""
     if isinstance(value, Mapping):
         return {name: _today(f"{path}.{name}" if path else name, one) for name, one in value.items()}
     return EARLIER.get((path, value), value) if isinstance(value, str) else value
@@ -150,7 +150,7 @@ def known_groups(cls: type = Experiment, prefix: str = "") -> Mapping[str, str]:
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """What the docstring's Args say, each on one line."""
+    """Reads the Args of a class's docstring, each as one line."""
     documented = parse_docstring(cls.__doc__ or "").params
     return {item.arg_name: " ".join((item.description or "").split()) for item in documented}
 

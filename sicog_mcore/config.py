@@ -240,7 +240,7 @@ class ParallelConfig:
 
     @property
     def model_size(self) -> int:
-        """Ranks that share one copy of the model."""
+        """Ranks that share one replica of the model."""
         return self.tensor * self.pipeline
 
 
@@ -319,7 +319,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept, and where a run starts.
+    """Checkpoints that a run keeps, and the one it starts from.
 
     Args:
         every_steps: steps between checkpoints; the last step is always saved.

@@ -125,7 +125,7 @@ def _optional(kind: type) -> frozenset[str]:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """What a user may have meant by an unknown name, or all the names there are."""
+    """Suggests the name that a user may have meant by an unknown one, or all the names there are."""
     near = difflib.get_close_matches(name, known, 1, SAME_WORD)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
 

@@ -90,7 +90,7 @@ class DataError(SicogError):
 
 
 class PeerError(DataError):
-    """Another rank of this model copy met the error and reports it; this one only stops with it."""
+    """Another rank of this replica met the error and reports it; this one only stops with it."""
 
     same_on_all_ranks = True
 

@@ -78,30 +78,30 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
         MachineError: as ``disk_faults``.
     """
     with disk_faults(path), made_folder(path.parent):
-        aside = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
         try:
-            yield aside
-            sync(aside)
-            os.replace(aside, path)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 @contextmanager
-def whole_folder(aside: Path) -> Iterator[None]:
+def whole_folder(temporary: Path) -> Iterator[None]:
     """Makes an empty temporary folder, and removes it with all that it holds if the block fails.
 
     Raises:
         MachineError: as ``disk_faults``.
     """
-    with disk_faults(aside), made_folder(aside.parent):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+    with disk_faults(temporary), made_folder(temporary.parent):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         try:
             yield
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -155,10 +155,10 @@ def move(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def commit_folder(aside: Path, folder: Path) -> None:
+def commit_folder(temporary: Path, folder: Path) -> None:
     """Shows a temporary folder under its final name, once all that it holds is on disk."""
-    sync_tree(aside)
-    move(aside, folder)
+    sync_tree(temporary)
+    move(temporary, folder)
 
 
 def write_json(path: Path, value: Any, shared: bool = False) -> None:
@@ -167,8 +167,8 @@ def write_json(path: Path, value: Any, shared: bool = False) -> None:
     Raises:
         MachineError: as ``disk_faults``.
     """
-    with whole_file(path, shared) as aside:
-        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path, shared) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 class LineFile:

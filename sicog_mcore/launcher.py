@@ -1,4 +1,4 @@
-"""What every launch script does, until all that went wrong is one message and an exit code.
+"""Every launch script starts and ends here; whatever goes wrong becomes one message and an exit code.
 
 It finds its place among the ranks, reads and checks the configuration, owns the output folder, and trains.
 In: argv and the environment that torchrun set   Out: exit code   Next: ranks.py, cli.py, lock.py, train/run.py
@@ -99,7 +99,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 
 def prepare(environment: MutableMapping[str, str], tensor: int, place: Place) -> None:
-    """What has to be before Megatron is imported and before CUDA starts.
+    """Prepares the process before Megatron is imported and before CUDA starts.
 
     Args:
         tensor: ranks that share a layer.
@@ -125,7 +125,7 @@ def stop(message: str, exit_code: int, speaks: bool) -> int:
 
 
 def start_command(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What starts this run again from the current folder, ready to be pasted, also where no environment is activated."""
+    """Gives the command that starts this run again from the current folder, ready to be pasted into any shell."""
     per_node = environment.get("LOCAL_WORLD_SIZE")
     program = Path(sys.executable).with_name("torchrun") if per_node else Path(sys.executable)
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program

@@ -164,10 +164,10 @@ class FolderLock:
 
     def _create(self, path: Path) -> bool:
         """Makes the lock file, whole, in one act; False if there is one."""
-        aside = self._write_aside(path)
+        temporary = self._write_temporary(path)
         try:
             # A link appears with its content and fails if the name exists: no reader ever sees half a lock.
-            os.link(aside, path)
+            os.link(temporary, path)
         except FileExistsError:
             return False
         except OSError as error:
@@ -175,7 +175,7 @@ class FolderLock:
                 raise
             return self._create_empty(path)  # a file system without links
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return True
 
     def _create_empty(self, path: Path) -> bool:
@@ -188,13 +188,13 @@ class FolderLock:
         return True
 
     def _replace(self, path: Path) -> None:
-        move(self._write_aside(path), path)
+        move(self._write_temporary(path), path)
 
-    def _write_aside(self, path: Path) -> Path:
-        aside = path.with_name(f"{LOCK}.new-{self.own.token}")
-        aside.write_text(json.dumps(asdict(self.own)) + "\n", encoding="utf-8")
-        sync(aside)
-        return aside
+    def _write_temporary(self, path: Path) -> Path:
+        temporary = path.with_name(f"{LOCK}.new-{self.own.token}")
+        temporary.write_text(json.dumps(asdict(self.own)) + "\n", encoding="utf-8")
+        sync(temporary)
+        return temporary
 
     def _outlived(self, path: Path, owner: Owner) -> bool:
         """Whether the owner is gone; where it is a process of another machine, this may take STALE_AFTER_S."""

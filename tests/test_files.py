@@ -41,8 +41,8 @@ def full() -> OSError:
 
 def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
-    with whole_file(path) as aside:
-        aside.write_text("1")
+    with whole_file(path) as temporary:
+        temporary.write_text("1")
         assert not path.exists()
     assert path.read_text() == "1" and list(path.parent.iterdir()) == [path]
 
@@ -51,8 +51,8 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(MachineError if isinstance(error, OSError) else type(error)), whole_file(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(MachineError if isinstance(error, OSError) else type(error)), whole_file(path) as temporary:
+        temporary.write_text("half")
         raise error
     with (
         pytest.raises(MachineError, match=r"new/er/b cannot be written: No space left"),
@@ -164,16 +164,16 @@ def test_a_hash_is_of_the_bytes_however_they_are_read(tmp_path: Path) -> None:
     data = bytes(range(256)) * (CHUNK_BYTES // 256) + b"rest"
     (tmp_path / "a").write_bytes(data)
     assert hash_file(tmp_path / "a") == hash_bytes(data) == hash_chunks([data[:7], b"", data[7:]])
-    # Stored in manifests, records and stamps: these values may never change.
+    # Stored in manifests, records and build records: these values may never change.
     assert hash_bytes(b"") == "99aa06d3014798d86001c324468d497f"
     assert hash_json({"b": [1], "a": "\u00e4"}) == hash_json({"a": "\u00e4", "b": [1]})
     assert hash_json({"a": "\u00e4", "b": [1]}) == hash_bytes(b'{"a": "\\u00e4", "b": [1]}')
 
 
 def test_a_folder_is_shown_once_all_in_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aside, synced = tmp_path / "a.tmp", list[str]()
-    (aside / "below").mkdir(parents=True)
-    (aside / "below" / "file").write_text("x")
+    temporary, synced = tmp_path / "a.tmp", list[str]()
+    (temporary / "below").mkdir(parents=True)
+    (temporary / "below" / "file").write_text("x")
 
     def note(path: Path) -> None:
         synced.append(path.relative_to(tmp_path).as_posix())
@@ -181,9 +181,9 @@ def test_a_folder_is_shown_once_all_in_it_is_on_disk(tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync", note)
-        commit_folder(aside, tmp_path / "a")
+        commit_folder(temporary, tmp_path / "a")
     assert synced == ["a.tmp/below/file", "a.tmp/below", "a.tmp", "."]
-    assert (tmp_path / "a" / "below" / "file").read_text() == "x" and not aside.exists()
+    assert (tmp_path / "a" / "below" / "file").read_text() == "x" and not temporary.exists()
     (tmp_path / "b").write_text("old")
     move(tmp_path / "a" / "below" / "file", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "x"

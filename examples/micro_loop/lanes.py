@@ -1,6 +1,6 @@
 """Runs lanes of steps, a few at a time; a step that is done is not repeated, see cognition/loop/steps.py.
 
-In: Lanes   Out: what their steps write, with stamps and logs in the folder of each lane   Used by: __main__.py
+In: Lanes   Out: what their steps write, with build records and logs in the folder of each lane   Used by: __main__.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 from examples.micro_loop.plan import Lane, ScriptOptions
 from sicog_mcore.cognition.loop.loop_console import LiveLine
 from sicog_mcore.cognition.loop.runner import StepRunner
-from sicog_mcore.cognition.loop.steps import FOLDER, Stamps, WorkflowStep
+from sicog_mcore.cognition.loop.steps import FOLDER, BuildRecords, WorkflowStep
 from sicog_mcore.commands.loop import step_words
 
 PROJECT = Path(__file__).parents[2]
@@ -67,5 +67,5 @@ def _run(lane: Lane) -> int:
 
 def seconds_of(lanes: Sequence[Lane]) -> float:
     """Seconds that all steps took, whenever they ran."""
-    stamps = [Stamps(lane.folder / FOLDER).read(step) for lane in lanes for step in lane.steps]
-    return sum(stamp.seconds for stamp in stamps if stamp)
+    records = [BuildRecords(lane.folder / FOLDER).read(step) for lane in lanes for step in lane.steps]
+    return sum(record.seconds for record in records if record)

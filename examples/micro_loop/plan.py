@@ -86,7 +86,7 @@ class Lane:
     """Steps that run one after the other.
 
     Attributes:
-        folder: of their stamps and logs.
+        folder: of their build records and logs.
         after: folder of the lane that comes first; None for none.
     """
 

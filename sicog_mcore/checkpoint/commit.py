@@ -36,7 +36,7 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def aside(folder: Path) -> Path:
+def temporary_folder(folder: Path) -> Path:
     """Returns the temporary folder in which a checkpoint is written before it is committed."""
     return folder.with_suffix(".tmp")
 
@@ -60,7 +60,7 @@ def unfinished_folders(root: Path) -> list[Path]:
 
 def commit(folder: Path) -> int:
     """Gives the temporary folder of a checkpoint its final name. Returns its size in bytes."""
-    temporary = aside(folder)
+    temporary = temporary_folder(folder)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(temporary)): _fingerprint(path) for path in files}
     (temporary / MANIFEST).write_text(_render(manifest), encoding="utf-8")

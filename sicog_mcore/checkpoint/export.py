@@ -26,7 +26,7 @@ from sicog_mcore.checkpoint.weights import choose_prefix, family_of, is_ignored
 from sicog_mcore.config import ModelConfig, ModelPart
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.model.vlm import VisionLanguageModel
-from sicog_mcore.parallel.gather import gather_cuts, on_main
+from sicog_mcore.parallel.gather import gather_shards, on_main
 from sicog_mcore.parallel.topology import Topology
 
 What = Literal["vlm", "decoder", "tower"]
@@ -79,8 +79,8 @@ def export_hf(
         # One tensor at a time: no process ever holds the whole model, whatever its size.
         for target in targets:
             dtype = options.dtype or target.dtype
-            cuts = gather_cuts(own.get(target.name), target.owners, target.cut_shape, dtype, topology)
-            on_main(topology, partial(export.write, target, cuts), WRITE_ERRORS)
+            shards = gather_shards(own.get(target.name), target.owners, target.shard_shape, dtype, topology)
+            on_main(topology, partial(export.write, target, shards), WRITE_ERRORS)
         on_main(topology, export.finish, WRITE_ERRORS)
     except CheckpointError:
         export.abandon()
@@ -111,16 +111,16 @@ class _Export:
             self._take_layout(self.options.fill_from, dtype)
         self.writer = ShardWriter(self.folder, self.options.shard_bytes)
 
-    def write(self, target: Target, cuts: Sequence[Tensor]) -> None:
-        for name, tensor in self.transfers[target.name].assemble(cuts).items():
+    def write(self, target: Target, shards: Sequence[Tensor]) -> None:
+        for name, tensor in self.transfers[target.name].assemble(shards).items():
             self._opened.add(name, tensor)
 
     def finish(self) -> None:
         if self.options.fill_from is not None:
             self._fill(self.options.fill_from)
         if self.config:
-            (self._opened.aside / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        self.options.add_files(self._opened.aside)
+            (self._opened.temporary / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        self.options.add_files(self._opened.temporary)
         self._opened.finish()
 
     def abandon(self) -> None:

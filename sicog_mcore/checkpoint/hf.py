@@ -176,14 +176,14 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = folder, shard_bytes
-        self.aside = folder.parent / f"{folder.name}.tmp"
+        self.temporary = folder.parent / f"{folder.name}.tmp"
         self._shard: dict[str, Tensor] = {}
         self._names: list[list[str]] = []
         self._held = self._bytes = 0
         require_free(folder)
-        if self.aside.exists():
-            shutil.rmtree(self.aside)
-        self.aside.mkdir(parents=True)
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)
+        self.temporary.mkdir(parents=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Adds one tensor; the shard so far is written first where this tensor does not fit into it."""
@@ -203,28 +203,28 @@ class ShardWriter:
         for number, names in enumerate(self._names):
             file = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             # By convention every name holds the number of shards, which is known only now.
-            move(self._temporary(number), self.aside / file)
+            move(self._shard_path(number), self.temporary / file)
             places |= dict.fromkeys(names, file)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(places.items()))}
-            (self.aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self.temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if self.folder.exists():
             self.folder.rmdir()  # empty, see require_free
-        commit_folder(self.aside, self.folder)
+        commit_folder(self.temporary, self.folder)
         return self._bytes
 
     def abandon(self) -> None:
         """Removes the temporary folder."""
-        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _flush(self) -> None:
         if self._shard:
-            write_tensors(self._temporary(len(self._names)), self._shard)
+            write_tensors(self._shard_path(len(self._names)), self._shard)
             self._names.append(list(self._shard))
             self._shard, self._held = {}, 0
 
-    def _temporary(self, number: int) -> Path:
-        return self.aside / f"shard-{number:05d}"
+    def _shard_path(self, number: int) -> Path:
+        return self.temporary / f"shard-{number:05d}"
 
 
 def require_free(folder: Path) -> None:

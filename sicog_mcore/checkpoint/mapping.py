@@ -1,7 +1,7 @@
 """Maps foreign weights to our parameters: each kind of mapping says once which rows go where.
 
 A mapping lists pieces: runs of rows that stand both in a source tensor and in one tensor-parallel shard of our parameter.
-Import copies them one way, export the other, so a mapping is its own inverse. In names, a shard is called a cut.
+Import copies them one way, export the other, so a mapping is its own inverse.
 In: names of tables.py, parameters of the model   Out: Transfer, one bound mapping   Next: weights.py
 """
 
@@ -38,12 +38,12 @@ class Target:
     dtype: torch.dtype
 
     @property
-    def cuts(self) -> int:
+    def shards(self) -> int:
         return len(self.owners)
 
     @property
-    def cut_shape(self) -> Shape:
-        return tuple(n // self.cuts if d == self.axis else n for d, n in enumerate(self.shape))
+    def shard_shape(self) -> Shape:
+        return tuple(n // self.shards if d == self.axis else n for d, n in enumerate(self.shape))
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class OneToOne:
         """Returns the shapes of the sources."""
         return (target.shape,)
 
-    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
+    def pieces(self, target: Target, shard: int) -> Iterator[RowRun]:
         """Lists the pieces of one shard of the target, from its first row on."""
-        length = target.cut_shape[target.axis]
-        yield RowRun(0, cut * length, 0, length)
+        length = target.shard_shape[target.axis]
+        yield RowRun(0, shard * length, 0, length)
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class PaddedVocabulary(OneToOne):
         """Returns the shapes of the sources."""
         return ((self.rows, *target.shape[1:]),)
 
-    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
+    def pieces(self, target: Target, shard: int) -> Iterator[RowRun]:
         """Lists the pieces of one shard of the target, from its first row on."""
         # The vocabulary is padded to a multiple that all layouts share, so the last shards hold fewer source rows, or none.
-        length = target.cut_shape[0]
-        start = cut * length
+        length = target.shard_shape[0]
+        start = shard * length
         if start < self.rows:
             yield RowRun(0, start, 0, min(length, self.rows - start))
 
@@ -129,14 +129,14 @@ class QKV:
         rows = self._rows(target)
         return tuple((n * self.groups, *target.shape[1:]) for n in rows)
 
-    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
+    def pieces(self, target: Target, shard: int) -> Iterator[RowRun]:
         """Lists the pieces of one shard of the target, from its first row on."""
         # Ours is [groups * (queries + 2) * d, ...]: the query heads of a group, its key head, its value head, then the next
         # group. A shard is a run of whole groups, so no head is split and each rank attends on its own; the sources keep
         # all queries, all keys and all values apart, so a shard takes one run of each source for every group.
-        rows, groups = self._rows(target), self.groups // target.cuts
+        rows, groups = self._rows(target), self.groups // target.shards
         target_start = 0
-        for group in range(cut * groups, (cut + 1) * groups):
+        for group in range(shard * groups, (shard + 1) * groups):
             for source, length in enumerate(rows):
                 yield RowRun(source, group * length, target_start, length)
                 target_start += length
@@ -158,13 +158,13 @@ class GatedMLP:
         """Returns the shapes of the sources."""
         return ((target.shape[0] // 2, *target.shape[1:]),) * 2
 
-    def pieces(self, target: Target, cut: int) -> Iterator[RowRun]:
+    def pieces(self, target: Target, shard: int) -> Iterator[RowRun]:
         """Lists the pieces of one shard of the target, from its first row on."""
         # SwiGLU multiplies gate and up row by row on one rank. Were the stacked matrix sharded by runs of rows, the first
         # ranks would hold the gate alone and the last ones the up projection alone.
-        length = target.cut_shape[0] // 2
+        length = target.shard_shape[0] // 2
         for source in range(2):
-            yield RowRun(source, cut * length, source * length, length)
+            yield RowRun(source, shard * length, source * length, length)
 
 
 @dataclass(frozen=True)
@@ -200,10 +200,10 @@ class Transfer:
     def shapes(self) -> tuple[Shape, ...]:
         return self.mapping.shapes(self.target)
 
-    def fill(self, parameter: Tensor, cut: int, read: ReadRows) -> None:
+    def fill(self, parameter: Tensor, shard: int, read: ReadRows) -> None:
         """Fills one shard of the parameter, in place and in its own dtype; rows that no source has become zero."""
         axis, filled = self.target.axis, 0
-        for piece in self.mapping.pieces(self.target, cut):
+        for piece in self.mapping.pieces(self.target, shard):
             rows = read(self.sources[piece.source], axis, piece.source_start, piece.length)
             here = parameter.narrow(axis, piece.target_start, piece.length)
             # A copy into a view converts the dtype without a second tensor; the shapes differ where a kernel is flattened.
@@ -212,13 +212,13 @@ class Transfer:
         # Pieces follow each other from the first row on, so what is left is padding at the end.
         parameter.narrow(axis, filled, parameter.shape[axis] - filled).zero_()
 
-    def assemble(self, cuts: Sequence[Tensor]) -> dict[str, Tensor]:
+    def assemble(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """Returns the source tensors, by name, from all shards of the parameter."""
         axis = self.target.axis
         # Empty is enough: shards are disjoint, and their pieces cover every source row once.
-        wholes = [torch.empty(shape, dtype=cuts[0].dtype) for shape in self.shapes]
-        for cut, tensor in enumerate(cuts):
-            for piece in self.mapping.pieces(self.target, cut):
+        wholes = [torch.empty(shape, dtype=shards[0].dtype) for shape in self.shapes]
+        for shard, tensor in enumerate(shards):
+            for piece in self.mapping.pieces(self.target, shard):
                 there = wholes[piece.source].narrow(axis, piece.source_start, piece.length)
                 there.copy_(tensor.narrow(axis, piece.target_start, piece.length).reshape(there.shape))
         return dict(zip(self.sources, wholes, strict=True))

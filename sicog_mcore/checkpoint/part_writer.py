@@ -34,7 +34,7 @@ def save_weights(
     Raises:
         CheckpointError: the folder exists, or it cannot be written; then nothing is there under its name.
     """
-    temporary = commit.aside(folder)
+    temporary = commit.temporary_folder(folder)
 
     def prepare() -> None:
         require_free(folder)

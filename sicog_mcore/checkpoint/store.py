@@ -99,7 +99,7 @@ class CheckpointStore:
         # A save may take longer than a collective may; a phase that begins counts as progress for the watchdog.
         self.topology.watch.beat(f"the save of step {state.step}")
         folder = self.folder(state.step)
-        temporary = commit.aside(folder)
+        temporary = commit.temporary_folder(folder)
         content = _sharded_state(model, is_loading=False)
         # Between two collectives, every part ends on all ranks or on none: a rank that failed alone would leave the others
         # waiting for it in the next one until their timeout, with an error that names the network instead of the disk.

@@ -1,4 +1,4 @@
-"""What the files of a committed checkpoint hold, read in one order: the manifest, the files it lists, then what is in them.
+"""A committed checkpoint is read in one order: the manifest, the files that it lists, then their content.
 
 In: a folder ``step_N`` or what ``save_weights`` wrote   Out: its state, its tensors   Next: store.py, part_reader.py
 Nothing in a checkpoint is run: parallel/shard_files.py opens the pickles that torch's format consists of by a short list of
@@ -190,7 +190,7 @@ def _require_no_extra_state(loaded: Mapping[str, Any], folder: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What failed, where torch reports a traceback per rank."""
+    """Extracts the first line of an error, where torch reports a traceback per rank."""
     if isinstance(error, WritersFailed):
         found = "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
         return found or "another rank failed"  # only one rank is told the details

@@ -217,9 +217,9 @@ def _fill(
             if part_of(name) == part:
                 transfer = transfers[name]
                 # A parameter that is not sharded has one shard, number 0, on every tensor-parallel rank.
-                cut = topology.tensor_rank if transfer.target.cuts > 1 else 0
+                shard = topology.tensor_rank if transfer.target.shards > 1 else 0
                 with torch.no_grad():
-                    transfer.fill(parameter, cut, partial(_watched, files, watch, parameter.dtype))
+                    transfer.fill(parameter, shard, partial(_watched, files, watch, parameter.dtype))
         aside = left_aside(files, plan.family, parts) if part == parts[0] else ""
     separators = chunks[0].model_config.slicing.separators
     if plan.family is RELEASED and part == "decoder" and separators != LEGACY:

@@ -153,7 +153,7 @@ def is_blank(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(map(is_blank, value)))
 
 
-class KeyTally:
+class KeyCounter:
     """Counts keys that are not read and are not known to be irrelevant, and remembers where each stood first."""
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""What the loop writes down: one typed row per item and step, joined by the item's id.
+"""Records are the rows that the loop writes: one typed row per item and step, joined by the item's id.
 
 In: JSONL or Parquet files   Out: Generation, Scores, Decision   Next: generate.py, agreement.py, curated_round.py
-A row holds all that its step depended on, so everything downstream is a pure function of files. Files are written aside and
-appear by one rename; rows stand in the order of the items, whatever order they were made in.
+A row holds all that its step depended on, so everything downstream is a pure function of files. A file is written under a
+temporary name and appears by one rename; rows stand in the order of the items, whatever order they were made in.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one item.
+    """The decision that curation made on one item.
 
     Attributes:
         reason: "kept", or the code of the filter that dropped it.
@@ -202,8 +202,8 @@ def write_records(path: Path, records: Iterable[Generation | Scores | Decision])
     Raises:
         MachineError: the disk is full or broken.
     """
-    with whole_file(path) as aside:
-        return _write_parquet(aside, records) if path.suffix == PARQUET else _write_jsonl(aside, records)
+    with whole_file(path) as temporary:
+        return _write_parquet(temporary, records) if path.suffix == PARQUET else _write_jsonl(temporary, records)
 
 
 def _write_jsonl(path: Path, records: Iterable[Generation | Scores | Decision]) -> int:

@@ -24,7 +24,7 @@ PER_PROMPT = ("NUMBER", "PROMPT=NUMBER")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What a training stage is asked to do: files of values, and values on top of them, see cli.py.
+    """Options that a training stage takes: files of values, and values on top of them, see cli.py.
 
     Attributes:
         config: YAML files, read in order.
@@ -43,7 +43,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinOptions:
-    """What ``join-records`` is asked to do.
+    """Options that ``join-records`` takes.
 
     Attributes:
         generations: records, .jsonl or .parquet.
@@ -56,7 +56,7 @@ class JoinOptions:
     out: Path
 
     def mistake(self) -> str:
-        """What is wrong with several options together; empty if nothing is."""
+        """Names the mistake that several options make together; empty if they make none."""
         if len(self.scores) == len(self.generations):
             return ""
         return f"found {len(self.generations)} generations and {len(self.scores)} scores; give as many"
@@ -64,7 +64,7 @@ class JoinOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """What ``score`` is asked to do.
+    """Options that ``score`` takes.
 
     Attributes:
         generations: records of candidates, .jsonl or .parquet.
@@ -136,7 +136,7 @@ class CurationRules:
 
 @dataclass(frozen=True, kw_only=True)
 class CurateOptions:
-    """What ``curate`` is asked to do.
+    """Options that ``curate`` takes.
 
     Attributes:
         round: folder of the round; receives what is written.
@@ -159,7 +159,7 @@ class CurateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
-    """What ``evaluate prepare`` is asked to do.
+    """Options that ``evaluate prepare`` takes.
 
     Attributes:
         images: folder that the benchmark's image paths are relative to.
@@ -174,7 +174,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """What ``evaluate score`` is asked to do.
+    """Options that ``evaluate score`` takes.
 
     Attributes:
         generations: generations.jsonl or .parquet.
@@ -199,7 +199,7 @@ class JudgeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What ``evaluate compare`` is asked to do.
+    """Options that ``evaluate compare`` takes.
 
     Attributes:
         first: results.jsonl, or the folder that holds it.
@@ -216,7 +216,7 @@ class CompareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReportOptions:
-    """What ``report`` is asked to do.
+    """Options that ``report`` takes.
 
     Attributes:
         round: folder of the round.
@@ -243,7 +243,7 @@ class RoundReportOptions:
     seed: int = 0
 
     def mistake(self) -> str:
-        """What is wrong with the options, empty if nothing is."""
+        """Names the mistake in the options; empty if there is none."""
         for folder in (self.round, self.images, *self.previous):
             if not folder.is_dir():
                 return f"{folder} is no folder"

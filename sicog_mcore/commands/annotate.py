@@ -31,7 +31,7 @@ from sicog_mcore.cognition.annotation.annotator import (
 from sicog_mcore.cognition.annotation.endpoint import Decoding, Endpoint, is_passing
 from sicog_mcore.cognition.annotation.ledger import Ledger
 from sicog_mcore.cognition.annotation.llava_cot import REFUSED_FILE, Converted, convert
-from sicog_mcore.cognition.item_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyCounter
 from sicog_mcore.cognition.prompts import load_annotator_prompt
 from sicog_mcore.commands.verb import Verb, VerbCall, VerbFamily
 from sicog_mcore.errors import (
@@ -80,7 +80,7 @@ def usd(text: str) -> Decimal:
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeOptions:
-    """What ``annotate cod`` is asked to do.
+    """Options that ``annotate cod`` takes.
 
     Attributes:
         endpoint: base address, such as https://api.openai.com/v1.
@@ -153,7 +153,7 @@ class DescribeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonOptions:
-    """What ``annotate cot`` is asked to do.
+    """Options that ``annotate cot`` takes.
 
     Attributes:
         rows: rows, .json or .jsonl.
@@ -172,7 +172,7 @@ class ReasonOptions:
 
 @dataclass(frozen=True)
 class DescriptionRun:
-    """What a run has asked, what became of it, and what it cost.
+    """Requests that a run has made, their results, and their cost.
 
     Attributes:
         outcomes: items by outcome (answer, failed, unusable, open) and reason.
@@ -211,10 +211,10 @@ def describe(
     decoding = Decoding(options.model, options.temperature, options.max_tokens)
     limits = options.limits()
     prices = Prices(options.price_prompt, options.price_completion)
-    tally = KeyTally()
-    samples = open_rows(options.rows, options.images, tally.watch(build_captioned, CAPTIONED_KEYS))
+    counter = KeyCounter()
+    samples = open_rows(options.rows, options.images, counter.watch(build_captioned, CAPTIONED_KEYS))
     items, refused = survey(samples, options.images, options.take, options.seed)
-    for line in tally.lines():
+    for line in counter.lines():
         say(line)
     settings = {
         "model": decoding.model,

@@ -21,7 +21,7 @@ MixName = Literal["align", "recap", "cod", "sft"]
 
 @dataclass(frozen=True, kw_only=True)
 class StreamBenchOptions:
-    """What ``bench data`` is asked to do.
+    """Options that ``bench data`` takes.
 
     Attributes:
         mixes: kinds of rows.
@@ -44,7 +44,7 @@ class StreamBenchOptions:
     out: Path | None = None
 
     def mistake(self) -> str:
-        """What is wrong with several options together; empty if nothing is."""
+        """Names the mistake that several options make together; empty if they make none."""
         numbers = (self.rows, self.repeats, self.token_budget, self.slice_budget, self.window_samples)
         return "" if min(numbers) > 0 else f"found {min(numbers)} among the numbers; each must be at least 1"
 
@@ -81,8 +81,8 @@ def _write(path: Path, figures: list[dict[str, object]]) -> None:
 
     from sicog_mcore.files import whole_file
 
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 VERB = VerbFamily(

@@ -2,7 +2,7 @@ r"""Candidates for unlabelled items, from one of our checkpoints: writes OUT/gen
 
 sicog generate --checkpoint runs/stage0a --rows items.jsonl --images images --prompts cod=2 caption=1 \
     --temperature 0.7 --top-p 0.9 --top-k 0 --max-new-tokens 1200 --seed 0 --batch 16 --out runs/round1/generate
-torchrun --nproc-per-node 8 -m sicog_mcore generate --tensor 2 ...     four copies of the model, two ranks each
+torchrun --nproc-per-node 8 -m sicog_mcore generate --tensor 2 ...     four replicas of the model, two ranks each
 
 The same command goes on where it was stopped; its records are the same, whatever the ranks, the batch, and the stops.
 Next: score.py.
@@ -26,7 +26,7 @@ RECORDS = "generations.jsonl"
 
 @dataclass(frozen=True)
 class GeneratedCandidates:
-    """What generation left.
+    """Candidates that generation left in files.
 
     Attributes:
         records: the file, of rank 0; empty path after a dry run.

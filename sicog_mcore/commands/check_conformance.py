@@ -16,7 +16,7 @@ from sicog_mcore.flags import flag
 
 @dataclass(frozen=True, kw_only=True)
 class ConformanceOptions:
-    """What ``check-conformance`` is asked to do.
+    """Options that ``check-conformance`` takes.
 
     Attributes:
         slices: recorded slice plans (.json).

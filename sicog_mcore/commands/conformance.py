@@ -42,7 +42,7 @@ class UnusableFile(Exception):
 
 @dataclass(frozen=True)
 class Conformance:
-    """What a recorded file says of us.
+    """The comparison that a recorded file yields with our results.
 
     Attributes:
         cases: number of recorded cases.

@@ -28,7 +28,7 @@ LAST_FILE = "tokenizer.json"  # of the loop's data: what is written last
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What ``demo`` is asked to do.
+    """Options that ``demo`` takes.
 
     Attributes:
         pictures: of other packages, or this package's own (default: those of other packages where they are installed).

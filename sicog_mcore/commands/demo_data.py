@@ -42,7 +42,7 @@ QuestionsAndAnswers = list[tuple[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataOptions:
-    """What ``demo-data`` is asked to do.
+    """Options that ``demo-data`` takes.
 
     Attributes:
         out: folder to make.
@@ -182,7 +182,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def request(num_images: int, pictures: Pictures) -> dict[str, str | int]:
-    """What determines the bytes; a folder made from another request is made anew."""
+    """Gives the request that determines the bytes; a folder made from another request is made anew."""
     versions = {**pictures.versions, "tokenizers": metadata.version("tokenizers")}
     return {"vqa_images": num_images, "captions": hash_file(CAPTIONS), "program": hash_file(Path(__file__)), **versions}
 

@@ -30,7 +30,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedMeasurement:
-    """What one device did. The numbers mean nothing without its name and the versions."""
+    """Speed that one device reached; the numbers mean nothing without its name and the versions."""
 
     device: str
     versions: dict[str, str]

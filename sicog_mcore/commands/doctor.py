@@ -90,7 +90,7 @@ def machine_facts() -> dict[str, str]:
 
 
 def import_problems() -> list[str]:
-    """What a run imports first and cannot do without."""
+    """Tries the packages that a run imports first and cannot do without."""
     problems = []
     for module in ESSENTIAL:
         try:
@@ -132,7 +132,7 @@ def machine_warnings() -> list[str]:
 
 
 def environment_facts(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What the environment says that a run depends on, and warnings about it.
+    """Collects the environment variables that a run depends on, and warnings about them.
 
     Args:
         environment: of the process that asks; a run from the same shell has it too.
@@ -171,7 +171,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def packages_and_features() -> tuple[list[PackageState], list[FeaturePath]]:
-    """What the model's own capability report says, which the training code follows too."""
+    """Reads the model's own capability report, which the training code follows too."""
     from sicog_mcore.model.capability import probe  # imports torch
 
     can = probe()
@@ -210,7 +210,7 @@ def packages_and_features() -> tuple[list[PackageState], list[FeaturePath]]:
 
 
 def named_te(can: Capabilities) -> tuple[str, str]:
-    """What ``train.attention=te`` does here: Transformer Engine has a path that nobody wants, and takes it in silence."""
+    """Tells the path of ``train.attention=te`` here: Transformer Engine has one nobody wants, and takes it in silence."""
     try:
         choice = can.attention("te", USUAL_HEAD_DIM, "bf16")
     except ConfigError as refused:
@@ -262,7 +262,7 @@ def show(report: MachineReport, screen: Console) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """What ``doctor`` is asked to do.
+    """Options that ``doctor`` takes.
 
     Attributes:
         json: print one JSON object instead of tables.

@@ -36,7 +36,7 @@ class PreparedBenchmark:
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """What answers to a benchmark are worth.
+    """Scores that answers to a benchmark reached.
 
     Attributes:
         folder: holds results.jsonl and results.json.
@@ -119,7 +119,7 @@ def judge_answers(options: JudgeOptions) -> JudgedAnswers:
 
 
 def notes(lines: Iterable[str]) -> None:
-    """What a user should know though it stops nothing, on the second stream."""
+    """Prints notes, which stop nothing, to the second stream."""
     for line in lines:
         print("evaluate: note: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 

@@ -151,15 +151,15 @@ def convert_gguf(source: Path, folder: Path) -> ImportedGguf:
             writer.add(
                 theirs(tensor.name), rows_in_order(tensor.name, torch.from_numpy(array.astype(np.float32)), decoder)
             )
-        aside = writer.aside
-        _write_json(aside / "config.json", config | ids)
-        _write_json(aside / "generation_config.json", {"do_sample": False, **ids})
-        tokenizer.save(str(aside / "tokenizer.json"))
+        temporary = writer.temporary
+        _write_json(temporary / "config.json", config | ids)
+        _write_json(temporary / "generation_config.json", {"do_sample": False, **ids})
+        tokenizer.save(str(temporary / "tokenizer.json"))
         names = {"eos_token": fields["tokenizer.ggml.tokens"][ids["eos_token_id"]]}
         names["pad_token"] = fields["tokenizer.ggml.tokens"][ids["pad_token_id"]]
-        _write_json(aside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
+        _write_json(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
         if template := fields.get("tokenizer.chat_template"):
-            (aside / "chat_template.jinja").write_text(template, encoding="utf-8")
+            (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
         size = writer.finish()
     except BaseException:
         writer.abandon()

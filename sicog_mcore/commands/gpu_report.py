@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuReportOptions:
-    """What ``gpu-report`` is asked to do.
+    """Options that ``gpu-report`` takes.
 
     Attributes:
         preset: sizes of the model.

@@ -23,7 +23,7 @@ MOST_LINES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """What ``import-gguf`` is asked to do.
+    """Options that ``import-gguf`` takes.
 
     Attributes:
         out: folder to write; must not exist.

@@ -37,7 +37,7 @@ SHOWN_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class IndexingOptions:
-    """What ``index`` is asked to do.
+    """Options that ``index`` takes.
 
     Attributes:
         experiment: the run whose data sets are indexed.
@@ -116,7 +116,7 @@ def read_experiment(words: Sequence[str], stage: StageDefaults, program: str) ->
 
     with suppress(ConfigError):
         load_experiment(list(words), 1, note, stage, program)
-    # One copy of the model: which layout it has is known only now, and does not matter to an index.
+    # One replica of the model: which layout it has is known only now, and does not matter to an index.
     world_size = seen[0].parallel.model_size if seen else 1
     return load_experiment(list(words), world_size, check_inputs, stage, program)
 

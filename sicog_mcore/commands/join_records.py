@@ -20,7 +20,7 @@ GENERATIONS, SCORES = "generations.jsonl", "scores.jsonl"
 
 @dataclass(frozen=True)
 class JoinedRound:
-    """What was joined.
+    """Records that were joined into a round.
 
     Attributes:
         out: folder of both files.

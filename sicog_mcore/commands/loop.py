@@ -32,7 +32,7 @@ PACKAGES = Path(__file__).parents[2]  # the folder that holds this package
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """What ``loop`` is asked to do.
+    """Options that ``loop`` takes.
 
     Attributes:
         config: YAML file of the loop, see loop_config.py, or the name of a recipe; loop_demo makes its own data.
@@ -47,13 +47,13 @@ class LoopOptions:
     plan: bool = False
 
     def mistake(self) -> str:
-        """What is wrong with the options, empty if nothing is."""
+        """Names the mistake in the options; empty if there is none."""
         return "" if self.nproc >= 1 else f"--nproc {self.nproc}: expected 1 or more"
 
 
 @dataclass(frozen=True)
 class LoopOutcome:
-    """What became of a loop.
+    """The outcome that a loop had.
 
     Attributes:
         folder: of everything that the loop writes.

@@ -43,7 +43,7 @@ SIZES = (("labelled", 96), ("annotated", 64), ("unlabelled", 96), ("evaluation",
 
 @dataclass(frozen=True, kw_only=True)
 class LoopDemoDataOptions:
-    """What ``loop-demo-data`` is asked to do.
+    """Options that ``loop-demo-data`` takes.
 
     Attributes:
         out: folder to make.

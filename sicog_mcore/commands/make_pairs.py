@@ -38,7 +38,7 @@ KINDS: tuple[Corruption, ...] = get_args(Corruption)
 
 @dataclass(frozen=True, kw_only=True)
 class SpoilOptions:
-    """What ``make-pairs corrupt`` is asked to do.
+    """Options that ``make-pairs corrupt`` takes.
 
     Attributes:
         seed: decides which kind each image gets, and how.
@@ -57,7 +57,7 @@ class SpoilOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """What ``make-pairs join`` is asked to do.
+    """Options that ``make-pairs join`` takes.
 
     Attributes:
         rejected: JSONL of {id, answer}.
@@ -76,7 +76,7 @@ class PairOptions:
 
 @dataclass(frozen=True)
 class MadeRows:
-    """What was written.
+    """Rows that a verb has written.
 
     Attributes:
         out: folder or file, as asked for.

@@ -108,7 +108,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 @cache
 def _descriptions(cls: type) -> Mapping[str, str]:
-    """What the docstring says of each field, also of several that share a line, each on one line."""
+    """Reads the docstring's text on each field, also of several that share a line, each as one line."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         for item in parse_docstring(base.__doc__ or "").params if is_dataclass(base) else []:

@@ -22,7 +22,7 @@ from sicog_mcore.validation import find_problems
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityOptions:
-    """What ``perplexity`` is asked to do.
+    """Options that ``perplexity`` takes.
 
     Attributes:
         checkpoint: folder step_N, or the output folder of a run.

@@ -17,12 +17,12 @@ from sicog_mcore.recipes import find_recipe, recipe_names
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """What ``recipes list`` is asked to do: it takes no options."""
+    """Options of ``recipes list``: it takes none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
-    """What ``recipes show`` is asked to do.
+    """Options that ``recipes show`` takes.
 
     Attributes:
         name: of the recipe, such as demo.
@@ -33,7 +33,7 @@ class ShowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CopyOptions:
-    """What ``recipes copy`` is asked to do.
+    """Options that ``recipes copy`` takes.
 
     Attributes:
         name: of the recipe, such as demo.
@@ -71,8 +71,8 @@ def copy_recipe(options: CopyOptions) -> Path:
     path = options.out or Path(f"{options.name.removesuffix('.yaml')}.yaml")
     if path.exists():
         raise ConfigError([ConfigProblem("out", str(path), "exists", "give another --out, or remove it")])
-    with whole_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

@@ -37,7 +37,7 @@ class WrittenReport:
 
 
 def find_experiment(options: RoundReportOptions) -> Experiment:
-    """What the model was configured with."""
+    """Finds the experiment that configured the model."""
     if options.preset:
         return PRESETS[options.preset]()
     from sicog_mcore.checkpoint.locate import find_folder
@@ -51,8 +51,8 @@ def write_whole(path: Path, text: str) -> int:
     """Writes a file that appears whole or not at all. Returns its size in bytes."""
     from sicog_mcore.files import whole_file
 
-    with whole_file(path) as aside:
-        return aside.write_bytes(text.encode("utf-8"))
+    with whole_file(path) as temporary:
+        return temporary.write_bytes(text.encode("utf-8"))
 
 
 def report_round(options: RoundReportOptions) -> WrittenReport:

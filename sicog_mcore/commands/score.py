@@ -35,7 +35,7 @@ PARTS = ".vectors"  # behind the name of the output
 
 @dataclass(frozen=True)
 class ScoringResult:
-    """What scoring came to.
+    """The result that scoring came to.
 
     Attributes:
         out: file of the scores, or the folder of vectors where only a shard was embedded.

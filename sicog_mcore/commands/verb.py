@@ -1,4 +1,4 @@
-"""What a verb is: options, what is done with them, and how both start, from the one command as from a script.
+"""A verb joins options, the function that acts on them, and their start, from the one command as from a script.
 
 In: words, environment   Out: exit code   Next: registry.py names them all
 Modules of verbs hold a ``VERB``; what they do imports torch only inside the function that needs it, so that help is quick.
@@ -52,7 +52,7 @@ class VerbCall:
 
 
 class Startable(Protocol):
-    """What modules of verbs call VERB."""
+    """A verb that can be started; modules of verbs bind theirs to VERB."""
 
     def start(
         self,

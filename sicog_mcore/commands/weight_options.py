@@ -1,4 +1,4 @@
-"""What the verb convert is asked to do with weights: one options dataclass for each of its words.
+"""The verb convert takes its options for weights from here: one dataclass for each of its words.
 
 In: a command line   Out: options   Next: weight_steps.py (what is done)
 """
@@ -18,7 +18,7 @@ ExportedDtype = Literal["keep", "fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportFlags:
-    """What ``convert import`` takes beside the fields of an experiment.
+    """Options that ``convert import`` takes beside the fields of an experiment.
 
     Attributes:
         out: the new checkpoint, for --init.checkpoint.
@@ -37,7 +37,7 @@ class ImportFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What ``convert import`` is asked to do.
+    """Options that ``convert import`` takes.
 
     Attributes:
         flags: its own.
@@ -54,7 +54,7 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightExportOptions:
-    """What ``convert export`` is asked to do.
+    """Options that ``convert export`` takes.
 
     Attributes:
         checkpoint: a run, or one checkpoint.
@@ -83,7 +83,7 @@ class WeightExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """What ``convert inspect`` is asked to do.
+    """Options that ``convert inspect`` takes.
 
     Attributes:
         path: a file or folder of weights, or a checkpoint.
@@ -94,7 +94,7 @@ class InspectOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpickleOptions:
-    """What ``convert unpickle`` is asked to do.
+    """Options that ``convert unpickle`` takes.
 
     Attributes:
         path: a file that torch.save wrote.

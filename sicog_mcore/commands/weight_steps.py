@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sicog_mcore.build import build_chunks, plan_build
-from sicog_mcore.checkpoint.commit import aside, write_tensors
+from sicog_mcore.checkpoint.commit import temporary_folder, write_tensors
 from sicog_mcore.checkpoint.export import ExportOptions, export_hf
 from sicog_mcore.checkpoint.hf import WeightFiles, require_free
 from sicog_mcore.checkpoint.hf_folder import write_decoder_files, write_model_files
@@ -61,7 +61,7 @@ class RankVoice:
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """What a step wrote, and how it compares with transformers.
+    """Weights that a step wrote, and how they compare with transformers.
 
     Attributes:
         out: folder that was written; None where a comparison failed before, or nothing was to be written.
@@ -79,7 +79,7 @@ class WrittenWeights:
 
 @dataclass(frozen=True)
 class WeightListing:
-    """What stands in a checkpoint, or in a file or folder of weights.
+    """Tensors that a checkpoint, or a file or folder of weights, holds.
 
     Attributes:
         title: path and family.
@@ -152,7 +152,7 @@ def import_weights(options: ImportOptions, voice: RankVoice) -> WrittenWeights:
     except CheckpointError as error:
         free = shutil.disk_usage(flags.out.absolute().parent).free
         if topology.is_main:
-            shutil.rmtree(aside(flags.out), ignore_errors=True)
+            shutil.rmtree(temporary_folder(flags.out), ignore_errors=True)
         if free < FULL_BYTES:  # what writes the tensors does not tell
             found = f"{flags.out} cannot be written: no space left on device"
             raise MachineError(f"{found}; make room, then give the same command again") from error

@@ -36,7 +36,7 @@ NEAREST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class WhyOptions:
-    """What ``why`` is asked to do.
+    """Options that ``why`` takes.
 
     Attributes:
         sample: id of a training row, of a pair, or of an item.

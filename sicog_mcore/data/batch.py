@@ -71,7 +71,7 @@ class EncodedSample:
 
 
 class Wire(NamedTuple):
-    """How a tensor of a batch travels to the other ranks of its model copy (wire.py).
+    """How a tensor of a batch travels to the other ranks of its replica (wire.py).
 
     Attributes:
         dtype: of the tensor.

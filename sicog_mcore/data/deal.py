@@ -17,7 +17,7 @@ from sicog_mcore.data.resume import LoaderState
 
 @dataclass(frozen=True)
 class PackCost:
-    """What computing a pack costs, in FLOPs or any other unit; the default counts tokens.
+    """The cost that computing a pack has, in FLOPs or any other unit; the default counts tokens.
 
     Attributes:
         token: of each token.

@@ -31,7 +31,7 @@ TEXT = -1  # in _Stream.rows: this position is no visual token
 
 @dataclass(frozen=True)
 class Measured:
-    """What a sample takes of the budgets.
+    """Numbers of tokens and slices that a sample takes of the budgets.
 
     Attributes:
         num_tokens: tokens with visual ones, of all its answer segments.
@@ -148,7 +148,7 @@ class Encoder:
         return [self._assemble(id, [stream], plans, patches) for stream in streams]
 
     def measure_prompts(self, images: Sequence[ImageRef], prompts: Sequence[Sequence[Turn]]) -> tuple[int, int]:
-        """What such prompts cost: tokens, those that all begin with counted once, and slices; no pixel is decoded.
+        """Measures prompts: tokens, with the common prefix counted once, and slices; no pixel is decoded.
 
         Raises:
             SampleError: as ``measure``.

@@ -1,6 +1,6 @@
 """Is the data what it was? What a place in the stream of packs depends on, in a few numbers that a checkpoint holds.
 
-In: indexed files, Experiment   Out: DataMark, what changed in words   Next: resume.py (decides), train/reference_key.py
+In: indexed files, Experiment   Out: DataFingerprint, what changed in words   Next: resume.py, train/reference_key.py
 Covered: the bytes of every row, texts, names and sizes of a shard's members, the tokenizer file, every setting that decides
 which rows are packed together. Not covered: pixels, that is image files and the image members of shards.
 """
@@ -34,8 +34,8 @@ TOKENIZER = "content of data.tokenizer"
 SYSTEM_PROMPT = "data.system_prompt"
 
 
-class FileMark(NamedTuple):
-    """What a file of rows is recognised by, whatever its path.
+class FileFingerprint(NamedTuple):
+    """The fingerprint that recognises a file of rows, whatever its path.
 
     Attributes:
         path: as it was configured, for messages.
@@ -51,8 +51,8 @@ class FileMark(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DataMark:
-    """What a place in the stream of packs depends on.
+class DataFingerprint:
+    """The fingerprint of the data and settings that a position in the stream of packs depends on.
 
     Attributes:
         settings: values by name.
@@ -60,10 +60,10 @@ class DataMark:
     """
 
     settings: Mapping[str, Any]
-    files: tuple[FileMark, ...]
+    files: tuple[FileFingerprint, ...]
 
     @classmethod
-    def of(cls, experiment: Experiment, files: Sequence[IndexedFile]) -> DataMark:
+    def of(cls, experiment: Experiment, files: Sequence[IndexedFile]) -> DataFingerprint:
         return cls(stream_settings(experiment), mark_files(files))
 
 
@@ -92,12 +92,12 @@ def tokenizer_digest(path: str) -> str:
     return hash_file(file) if file else ""
 
 
-def mark_files(files: Iterable[IndexedFile]) -> tuple[FileMark, ...]:
+def mark_files(files: Iterable[IndexedFile]) -> tuple[FileFingerprint, ...]:
     """A mark per file; no file is read again."""
     return tuple(_mark(file.path, file.hashes.contents) for file in files)
 
 
-def find_prefixes(marks: Sequence[FileMark], files: Sequence[IndexedFile]) -> list[int] | None:
+def find_prefixes(marks: Sequence[FileFingerprint], files: Sequence[IndexedFile]) -> list[int] | None:
     """For each mark the file whose first rows it stands for, in the same order; None if there is no such choice."""
     found: list[int] = []
     start = 0
@@ -121,7 +121,9 @@ def describe_settings(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequ
     ]
 
 
-def describe_appended(old: Sequence[FileMark], places: Sequence[int], new: Sequence[FileMark]) -> list[str]:
+def describe_appended(
+    old: Sequence[FileFingerprint], places: Sequence[int], new: Sequence[FileFingerprint]
+) -> list[str]:
     """One line for each file that has become longer, or is new."""
     before = dict(zip(places, old, strict=True))
     lines = []
@@ -133,8 +135,8 @@ def describe_appended(old: Sequence[FileMark], places: Sequence[int], new: Seque
     return lines
 
 
-def describe_files(old: Sequence[FileMark], files: Sequence[IndexedFile]) -> list[str]:
-    """What became of the files, in words; empty if they are the same in the same order."""
+def describe_files(old: Sequence[FileFingerprint], files: Sequence[IndexedFile]) -> list[str]:
+    """Describes how the files changed; empty if they are the same in the same order."""
     new = mark_files(files)
     if [_content(mark) for mark in old] == [_content(mark) for mark in new]:
         return []
@@ -152,20 +154,20 @@ def describe_files(old: Sequence[FileMark], files: Sequence[IndexedFile]) -> lis
     return lines + [f"{mark.path} is new, with {mark.rows:,} rows" for i, mark in enumerate(new) if i not in taken]
 
 
-def _mark(path: str, contents: Hashes) -> FileMark:
+def _mark(path: str, contents: Hashes) -> FileFingerprint:
     ordered = hash_bytes(np.ascontiguousarray(contents, dtype="<u8").tobytes())
-    return FileMark(path, len(contents), ordered, f"{int(contents.sum(dtype=np.uint64)):016x}")
+    return FileFingerprint(path, len(contents), ordered, f"{int(contents.sum(dtype=np.uint64)):016x}")
 
 
-def _content(mark: FileMark) -> tuple[int, str]:
+def _content(mark: FileFingerprint) -> tuple[int, str]:
     return mark.rows, mark.ordered
 
 
-def _begins_with(contents: Hashes, mark: FileMark) -> bool:
+def _begins_with(contents: Hashes, mark: FileFingerprint) -> bool:
     return len(contents) >= mark.rows and _mark("", contents[: mark.rows]).ordered == mark.ordered
 
 
-def _pair(old: Sequence[FileMark], new: Sequence[FileMark]) -> dict[int, int]:
+def _pair(old: Sequence[FileFingerprint], new: Sequence[FileFingerprint]) -> dict[int, int]:
     """Which new file an old one has become: the one with its content, or else its path, or else its place."""
     partner: dict[int, int] = {}
     for key in (_content, lambda mark: mark.path):
@@ -179,7 +181,7 @@ def _pair(old: Sequence[FileMark], new: Sequence[FileMark]) -> dict[int, int]:
     return partner
 
 
-def _difference(old: FileMark, contents: Hashes) -> str:
+def _difference(old: FileFingerprint, contents: Hashes) -> str:
     """How a file's rows differ from what they were; empty if they do not."""
     found = len(contents)
     if found < old.rows:

@@ -1,4 +1,4 @@
-"""What tells the size and the orientation of an image, without its pixels, of the three formats that most images have.
+"""Image headers tell size and orientation without the pixels, in the three formats that most images have.
 
 In: an image file   Out: a PNG without pixels; StillHeader of a JPEG or WebP   Next: decode.py
 All three are rows of chunks that begin with their length, so what is not needed is stepped over, not read. Pillow opens PNG
@@ -58,7 +58,7 @@ def png_header(file: BinaryIO) -> bytes:
 
 
 class StillHeader(NamedTuple):
-    """What an image of one frame says of itself.
+    """The header that an image of one frame has.
 
     Attributes:
         size: (width, height) as stored (px).

@@ -105,7 +105,7 @@ def _trade(
 
 
 class _Gaps:
-    """What the open packs have left, ordered by the size that fills them first.
+    """The room that open packs have left, ordered by the size that fills them first.
 
     A gap and its pack are one integer, the gap in the high bits: a sorted list of plain integers is searched and
     changed faster than any structure of objects.

@@ -48,7 +48,7 @@ def build_pair(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origi
 
 
 def conversations(sample: Sample) -> list[tuple[Turn, ...]]:
-    """What the model reads of a sample: its turns, and the same turns with each further answer as the last one."""
+    """Lists the conversations of a sample: its turns, and those turns with each further answer as the last one."""
     return [sample.turns, *((*sample.turns[:-1], Turn("assistant", text)) for text in sample.answers)]
 
 

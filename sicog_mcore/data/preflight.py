@@ -1,4 +1,4 @@
-"""Is everything that data loading needs in place? Asked before processes start, with a glance at each file.
+"""Is everything that data loading needs in place? Asked before processes start, with a quick check of each file.
 
 In: Experiment   Out: every ConfigProblem found   Next: sources.py (opens the data sets), chat.py
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from sicog_mcore.config import Experiment, HeldOutConfig, InitConfig, SourceConfig
 from sicog_mcore.data.chat import LEGACY_COMMA, TEMPLATES, find_separators
 from sicog_mcore.data.rows import MAX_ROW_BYTES
-from sicog_mcore.data.shards import compression, glance
+from sicog_mcore.data.shards import compression, quick_check
 from sicog_mcore.data.tokenizer import Tokenizer, find_tokenizer_file, load_tokenizer
 from sicog_mcore.errors import ConfigProblem
 
@@ -46,7 +46,7 @@ def check_inputs(experiment: Experiment) -> list[ConfigProblem]:
 
 
 def check_source(number: int, source: SourceConfig, group: str = "data.sources") -> list[ConfigProblem]:
-    """What keeps data set ``number`` of a field from being opened: its path, its image folder."""
+    """Finds the problems that keep data set ``number`` of a field from being opened: its path, its image folder."""
     problems: list[ConfigProblem] = []
 
     def report(field: str, value: str, problem: str, fix: str) -> None:
@@ -84,11 +84,11 @@ def check_source(number: int, source: SourceConfig, group: str = "data.sources")
 
 
 def check_content(number: int, source: SourceConfig, group: str = "data.sources") -> list[ConfigProblem]:
-    """What the first and last bytes of a data set say against it: no row at all, shards that are cut off."""
+    """Checks the first and last bytes of a data set: it may have no row at all, or shards that are cut off."""
     path, problems = Path(source.path), []
     for file in sorted(path.glob(f"*{SHARD}")) if path.is_dir() else [path]:
         try:
-            found = glance(file) if file.suffix == SHARD else _emptiness(file)
+            found = quick_check(file) if file.suffix == SHARD else _emptiness(file)
         except OSError as error:
             found = str(error)
         if found:
@@ -109,7 +109,7 @@ def is_lines(path: Path) -> bool:
 
 
 def _foreign_format(path: Path) -> tuple[str, str] | None:
-    """What a file of rows is instead, and what to do about it."""
+    """Names the format that a file of rows has instead, and the remedy."""
     with path.open("rb") as file:
         start = file.read(PEEK_BYTES)
     if packed := compression(start):

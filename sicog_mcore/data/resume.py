@@ -16,8 +16,8 @@ import numpy as np
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.fingerprint import (
     ORDER_SETTINGS,
-    DataMark,
-    FileMark,
+    DataFingerprint,
+    FileFingerprint,
     describe_appended,
     describe_files,
     describe_settings,
@@ -98,7 +98,7 @@ class EpochRows:
         return self.earlier if self.earlier is not None and epoch == self.epoch else self.all
 
     def sizes_of(self, epoch: int) -> RowSizes:
-        """What the rows of an epoch measure."""
+        """Gives the sizes that the rows of an epoch have."""
         sizes = self.earlier_sizes if self.earlier is not None and epoch == self.epoch else self.all_sizes
         assert sizes is not None, "these rows were opened without their index"
         return sizes
@@ -122,15 +122,15 @@ class OpenRows:
     """
 
     rows: EpochRows
-    mark: DataMark
-    begun_with: tuple[FileMark, ...] = ()
+    mark: DataFingerprint
+    begun_with: tuple[FileFingerprint, ...] = ()
     start: LoaderState = START
     bad: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = field(default=())
 
     @property
     def sizes(self) -> RowSizes:
-        """What all rows measure."""
+        """Gives the sizes that all rows have."""
         return self.rows.sizes_of(self.rows.epoch + 1)
 
     def from_the_start(self) -> OpenRows:
@@ -138,7 +138,7 @@ class OpenRows:
         return OpenRows(EpochRows(self.rows.all, all_sizes=self.sizes), self.mark)
 
     def state(self, position: LoaderState, rows_left: int, bad: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
+        """Gives the state that a checkpoint at ``position`` holds beside it: plain dictionaries, lists, texts and numbers.
 
         Args:
             rows_left: of the epoch.
@@ -165,7 +165,9 @@ def open_rows(experiment: Experiment, index: OpenIndex | None = None) -> OpenRow
         ConfigError: they cannot be opened.
     """
     index = index or prepare_index(experiment)
-    return OpenRows(_all_rows(index, experiment), DataMark.of(experiment, [file.indexed for file in index.files]))
+    return OpenRows(
+        _all_rows(index, experiment), DataFingerprint.of(experiment, [file.indexed for file in index.files])
+    )
 
 
 def reopen_rows(
@@ -184,7 +186,7 @@ def reopen_rows(
     """
     index = index or prepare_index(experiment)
     files = [file.indexed for file in index.files]
-    now = DataMark.of(experiment, files)
+    now = DataFingerprint.of(experiment, files)
     opened = OpenRows(_all_rows(index, experiment), now, start=position)
     if not saved:
         return replace(opened, notes=(NOT_COMPARED,))
@@ -217,7 +219,7 @@ def reopen_rows(
     return replace(opened, notes=notes)
 
 
-def _joining(position: LoaderState, begun_with: Sequence[FileMark]) -> str:
+def _joining(position: LoaderState, begun_with: Sequence[FileFingerprint]) -> str:
     if not position.is_inside:
         return f"they belong to epoch {position.epoch}, which begins now"
     rows = _num_rows(begun_with)
@@ -265,7 +267,7 @@ def _all_rows(index: OpenIndex, experiment: Experiment) -> EpochRows:
 
 
 def _first_rows(
-    files: Sequence[MeasuredFile], experiment: Experiment, marks: Sequence[FileMark]
+    files: Sequence[MeasuredFile], experiment: Experiment, marks: Sequence[FileFingerprint]
 ) -> tuple[SampleIndex, RowSizes]:
     """The rows that the marks stand for, and what they measure."""
     places = find_prefixes(marks, [file.indexed for file in files])
@@ -282,13 +284,13 @@ def _join_sizes(parts: Sequence[tuple[RowSizes, int]], rows: SampleIndex, experi
 
 
 def _hash_shards(sizes: RowSizes) -> str:
-    """What the order of an epoch depends on beside the rows themselves."""
+    """Hashes the shards, on which the order of an epoch depends beside the rows themselves."""
     return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
 
 
-def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileMark, ...]:
-    return tuple(FileMark(*mark) for mark in saved)
+def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileFingerprint, ...]:
+    return tuple(FileFingerprint(*mark) for mark in saved)
 
 
-def _num_rows(marks: Sequence[FileMark]) -> int:
+def _num_rows(marks: Sequence[FileFingerprint]) -> int:
     return sum(mark.rows for mark in marks)

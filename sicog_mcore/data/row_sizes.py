@@ -1,4 +1,4 @@
-"""What planning knows of every row: a few numbers, whatever the number of rows, so that no row is read to plan.
+"""Row sizes are the few numbers that planning knows of every row, so that no row is read to plan.
 
 In: the index of the data sets   Out: RowSizes   Next: plan.py
 """

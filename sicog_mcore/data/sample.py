@@ -1,4 +1,4 @@
-"""What one row of a data set means, before anything is decoded.
+"""A sample is one row of a data set after its keys are understood, before anything is decoded.
 
 In: a row of a source   Out: Sample   Next: slicing.py, chat.py
 """

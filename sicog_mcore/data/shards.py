@@ -68,8 +68,8 @@ class ShardDamaged(Exception):
     """A shard of which a part cannot be read, as far as that is known; the text says where it begins."""
 
 
-def glance(path: Path) -> str:
-    """What is wrong with a shard, as far as its first and last bytes tell; empty if they look sound.
+def quick_check(path: Path) -> str:
+    """Names the problem of a shard that its first and last bytes show; empty if they look sound.
 
     Raises:
         OSError: it cannot be read.
@@ -290,7 +290,7 @@ def _count(file: BinaryIO, group: _Group, ids: RowIds, path: str, survey: RowSur
 
 
 def _content(file: BinaryIO, group: _Group) -> bytes:
-    """What a sample is recognised by: its texts, and the names and sizes of its members, but not their pixels."""
+    """Gives the bytes that identify a sample: its texts, and the names and sizes of its members, but not their pixels."""
     texts = [_read(file, member) for member in group.members.values() if member.kind in (FIELDS, CAPTION)]
     members = [(name, member.kind, member.length) for name, member in group.members.items()]
     return b"\0".join([repr((group.key, group.state, members)).encode("utf-8", "surrogateescape"), *texts])
@@ -355,7 +355,7 @@ def _describe_damage(file: BinaryIO, size: int, groups: Sequence[_Group], error:
 
 
 def _kind(extension: str) -> int:
-    """What a member is; "a.meta.json" is not the sample's text, but images may be numbered, as "a.0.jpg"."""
+    """Classifies a member; "a.meta.json" is not the sample's text, but images may be numbered, as "a.0.jpg"."""
     last = _last(extension)
     if last in IMAGE_TYPES:
         return IMAGE

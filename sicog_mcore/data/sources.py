@@ -266,7 +266,7 @@ FILE_ERRORS: tuple[type[Exception], ...] = (OSError, *FIXES)
 
 
 def file_problem(file: DataFile, error: Exception) -> ConfigProblem:
-    """What keeps a file from being opened, one of FILE_ERRORS, as it is told."""
+    """Describes the error, one of FILE_ERRORS, that keeps a file from being opened."""
     fix = FIXES.get(type(error), "make it readable for this user")
     return ConfigProblem(f"data.sources[{file.number}].path", str(file.path), str(error), fix)
 

@@ -73,7 +73,7 @@ MIXES: Mapping[str, tuple[MixedRows, ...]] = {
 
 @dataclass(frozen=True)
 class StreamFigures:
-    """What a planner makes of an epoch; the median of several seeds.
+    """Figures that a planner reaches in an epoch; the median of several seeds.
 
     Attributes:
         mix: name of the rows' mix.

@@ -78,7 +78,7 @@ def num_pixel_bytes(batch: PackedBatch) -> int:
 
 
 def pixels_of(batch: PackedBatch) -> Tensor:
-    """What only the first pipeline stage needs, as one buffer: uint8 [bytes]."""
+    """Joins the pixels, which only the first pipeline stage needs, into one buffer: uint8 [bytes]."""
     parts = [getattr(batch, name).reshape(-1) for name in _in_bytes()]
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # joining copies, and pixels are many
 

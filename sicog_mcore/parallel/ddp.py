@@ -19,7 +19,7 @@ from torch import Tensor
 from sicog_mcore.config import Experiment, OptimConfig, ParallelConfig
 from sicog_mcore.errors import CheckpointError
 from sicog_mcore.parallel.gradient_sums import sum_replicated_grads
-from sicog_mcore.parallel.padding import count_strangers, own_weights, repair_description
+from sicog_mcore.parallel.padding import count_foreign_masters, own_weights, repair_description
 from sicog_mcore.parallel.param_groups import PARTS, ModelChunk, freeze_parts, group_overrides, mark_parts
 from sicog_mcore.parallel.topology import Topology
 
@@ -119,8 +119,8 @@ class TrainableModel:
             self.optimizer.load_state_dict(state)
             for group, (betas, eps) in zip(self.optimizer.param_groups, configured, strict=True):
                 group["betas"], group["eps"] = betas, eps
-        strangers = sum(count_strangers(member, own) for member, own in zip(members, weights, strict=True))
-        total = self.topology.sum_over_world(torch.tensor(strangers, device=self.topology.device))
+        foreign = sum(count_foreign_masters(member, own) for member, own in zip(members, weights, strict=True))
+        total = self.topology.sum_over_world(torch.tensor(foreign, device=self.topology.device))
         if total:
             raise CheckpointError(
                 f"the optimizer state of this checkpoint belongs to other weights ({int(total)} shares of tensors), as an "

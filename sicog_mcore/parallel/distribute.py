@@ -1,6 +1,6 @@
-"""One loader per model copy; its batches handed to every tensor-parallel and pipeline rank of that copy.
+"""One loader per replica; its batches handed to every tensor-parallel and pipeline rank of that replica.
 
-In: PackedBatch on the loading rank   Out: the same PackedBatch in host memory on all ranks of the copy   Next: ahead.py
+In: PackedBatch on the loading rank   Out: the same PackedBatch in host memory on all ranks of the replica   Next: ahead.py
 One broadcast between host memories brings everything but pixels: all ranks know the most that a batch may hold, so its
 sizes need no message of their own, and are known without asking a device. Pixels follow in ahead.py, to the first pipeline
 stage only. A failure of the loader reaches every rank as the same error instead of leaving the others to wait. As long as
@@ -31,7 +31,7 @@ NOT_YET_EVERY_S = 5.0  # or more often, where collectives may not take long
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a receiving rank must know beforehand: the budgets, which bound every size of a batch."""
+    """Budgets that a receiving rank must know beforehand, since they bound every size of a batch."""
 
     token_budget: int
     slice_budget: int
@@ -54,7 +54,7 @@ class StepwiseLoader(Protocol):
 
 
 class BatchDistributor:
-    """Iterator of PackedBatch in host memory, equal on all ranks of a model copy but for pixels and sample ids.
+    """Iterator of PackedBatch in host memory, equal on all ranks of a replica but for pixels and sample ids.
 
     Args:
         loader: the data loader on the rank where ``topology.loads_data``; None elsewhere.
@@ -126,7 +126,7 @@ class BatchDistributor:
             self.topology.watch.beat()
             self._broadcast(words)
         if words[0] == FAILED:
-            raise error or PeerError("the data loader of this model copy failed; its own rank says why")
+            raise error or PeerError("the data loader of this replica failed; its own rank says why")
         if batch is not None:
             return batch
         self.ends_step = bool(words[1])

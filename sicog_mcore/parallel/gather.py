@@ -1,6 +1,6 @@
-"""Gathers the parts of one tensor on rank 0, for writing a whole model one tensor at a time.
+"""Gathers the shards of one tensor on rank 0, for writing a whole model one tensor at a time.
 
-The parts travel point to point, so no rank holds what it does not own, save rank 0 for one tensor. The file also runs work
+The shards travel point to point, so no rank holds what it does not own, save rank 0 for one tensor. The file also runs work
 that may fail on one rank and then fails on all of them, so that none waits for another.   Used by: checkpoint/export.py
 """
 
@@ -21,22 +21,22 @@ WRITER = 0  # the rank that receives
 T = TypeVar("T")
 
 
-def gather_cuts(
+def gather_shards(
     own: Tensor | None, owners: Sequence[int], shape: Sequence[int], dtype: torch.dtype, topology: Topology
 ) -> list[Tensor]:
-    """Gathers one tensor's parts; every rank calls it for the same tensors in the same order.
+    """Gathers one tensor's shards; every rank calls it for the same tensors in the same order.
 
     Args:
-        own: this rank's part where it is one of the owners.
-        owners: ranks of all parts, in order.
-        shape: of one part.
-        dtype: in which the parts travel and arrive.
+        own: this rank's shard where it is one of the owners.
+        owners: ranks of all shards, in order.
+        shape: of one shard.
+        dtype: in which the shards travel and arrive.
 
     Returns:
-        on rank 0 all parts, on the CPU; elsewhere nothing.
+        on rank 0 all shards, on the CPU; elsewhere nothing.
     """
     if topology.rank in owners:
-        assert own is not None, "an owner must hand in its part"
+        assert own is not None, "an owner must hand in its shard"
         own = own.detach().to(dtype).contiguous()
     # Sends and receives need no tags: both sides go through tensors and owners in one order.
     if topology.rank != WRITER:
@@ -48,7 +48,7 @@ def gather_cuts(
 
 def _receive(own: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if owner == WRITER:
-        assert own is not None, "an owner must hand in its part"
+        assert own is not None, "an owner must hand in its shard"
         return own
     buffer = torch.empty(tuple(shape), dtype=dtype, device=device)
     dist.recv(buffer, src=owner)

@@ -86,7 +86,7 @@ def own_weights(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
     return shares
 
 
-def count_strangers(optimizer: Any, weights: dict[torch.nn.Parameter, torch.Tensor]) -> int:
+def count_foreign_masters(optimizer: Any, weights: dict[torch.nn.Parameter, torch.Tensor]) -> int:
     """Counts the shares whose masters are not a step away, but the numbers of another tensor."""
     count = 0
     for parameter, share in weights.items():

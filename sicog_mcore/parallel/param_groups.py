@@ -17,7 +17,7 @@ PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 
 
 class ModelChunk(Protocol):
-    """What this package asks of one pipeline chunk of a model (model/vlm.py has it)."""
+    """A model chunk: the methods that this package calls on one pipeline chunk (model/vlm.py has them)."""
 
     def parameters_of(self, part: ModelPart) -> list[torch.nn.Parameter]:
         """Parameters of one part on this chunk."""

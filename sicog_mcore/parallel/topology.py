@@ -55,7 +55,7 @@ class Topology:
         tower_groups: the same with a tensor-parallel group of one rank: the tower's weights are replicated, and its
             slices, not its matrices, are shared out over the tensor-parallel ranks.
         watch: notices that the ranks get no further; told of every collective here.
-        host_group: the ranks that share this copy of the model, as in ``groups.mp``, for tensors in host memory.
+        host_group: the ranks that share this replica of the model, as in ``groups.mp``, for tensors in host memory.
         copy_stream: the CUDA stream on which micro-batches are copied to the device; None on a CPU.
     """
 
@@ -91,7 +91,7 @@ class Topology:
 
     @property
     def loads_data(self) -> bool:
-        """True on the one rank of each model copy that reads samples; distribute.py hands them to the others."""
+        """True on the one rank of each replica that reads samples; distribute.py hands them to the others."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     @property
@@ -117,7 +117,7 @@ class Topology:
         return values
 
     def sum_over_copy(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds a small tensor over the ranks that share this copy of the model, in place."""
+        """Adds a small tensor over the ranks that share this replica of the model, in place."""
         dist.all_reduce(values, group=self.groups.mp)
         self.watch.beat()
         return values
@@ -134,7 +134,7 @@ class Topology:
         return box[0]
 
     def share_object(self, value: Any) -> Any:
-        """Sends a picklable object from the first rank of each model copy to the others of that copy."""
+        """Sends a picklable object from the first rank of each replica to the others of that replica."""
         if self.groups.mp.size() == 1:
             return value
         # The first rank of the group is the one with ``loads_data``: tensor rank 0 of the first stage.

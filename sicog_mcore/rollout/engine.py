@@ -1,7 +1,7 @@
 """The native engine: our own model answers many items at a time from one KV cache.
 
 In: Request per item   Out: Result per item, in the order they are done   Next: generate.py (records), parity.py
-An item takes one place; its prompts are read once and all its answers are drawn together. As soon as a quarter of the places
+An item takes one slot; its prompts are read once and all its answers are drawn together. As soon as a quarter of the slots
 is free, new items move in, so a long answer keeps nobody waiting but its own item.
 """
 
@@ -31,7 +31,7 @@ from sicog_mcore.rollout.sampling import draw, log_probs, random_numbers
 
 NATIVE = f"native {__version__}"
 READERS = 2  # threads that decode and slice images ahead
-REFILL = 4  # new items move in when one place of so many is free
+REFILL = 4  # new items move in when one slot of so many is free
 
 
 def encode_request(encoder: Encoder, request: Request) -> list[EncodedSample]:
@@ -82,14 +82,14 @@ class NativeEngine:
     Args:
         model: the only chunk of a model without pipeline stages, with its weights.
         encoder: of the configuration that the model was trained with.
-        places: items that are answered at the same time.
+        slots: items that are answered at the same time.
     """
 
-    def __init__(self, model: VisionLanguageModel, encoder: Encoder, topology: Topology, places: int):
+    def __init__(self, model: VisionLanguageModel, encoder: Encoder, topology: Topology, slots: int):
         self.model = model.eval()
         self.encoder = encoder
         self.topology = topology
-        self.places = places
+        self.slots = slots
         self.counters = Counters()
 
     @property
@@ -101,15 +101,15 @@ class NativeEngine:
         if not requests:
             return
         answers = max(sum(map(len, request.seeds)) for request in requests)
-        places = min(self.places, len(requests))
-        decoder = CachedDecoder(self.model, places, answers)
+        slots = min(self.slots, len(requests))
+        decoder = CachedDecoder(self.model, slots, answers)
         with ThreadPoolExecutor(READERS) as pool:
-            ahead = ReadAhead(pool, self.encoder, requests, 2 * places)
-            yield from _Session(self, decoder, ahead, sampling, answers, places).run()
+            ahead = ReadAhead(pool, self.encoder, requests, 2 * slots)
+            yield from _Session(self, decoder, ahead, sampling, answers, slots).run()
 
 
 class _Session:
-    """The state of one call of ``generate``: the item in each place, and its answers so far."""
+    """The state of one call of ``generate``: the item in each slot, and its answers so far."""
 
     def __init__(
         self,
@@ -118,19 +118,19 @@ class _Session:
         ahead: ReadAhead,
         sampling: Sampling,
         answers: int,
-        places: int,
+        slots: int,
     ):
         self._topology, self._chat, self._counters = engine.topology, engine.encoder.chat, engine.counters
         self._decoder, self._ahead, self._sampling, self._answers = decoder, ahead, sampling, answers
         self._vocabulary = engine.model.model_config.decoder.vocab_size  # the table behind it is only padding
         self._ends = {self._chat.end_id, self._chat.pad_id}
-        self._items: list[_Item | None] = [None] * places
+        self._items: list[_Item | None] = [None] * slots
         self._has_more = True
 
     def run(self) -> Iterator[Result]:
         while True:
-            free = [place for place, item in enumerate(self._items) if item is None]
-            # Reading prompts holds up every answer under way. So new items wait until a quarter of the places is free,
+            free = [slot for slot, item in enumerate(self._items) if item is None]
+            # Reading prompts holds up every answer under way. So new items wait until a quarter of the slots is free,
             # and are then read in one batch.
             if self._has_more and len(free) * REFILL >= len(self._items):
                 yield from self._admit(free)
@@ -138,15 +138,15 @@ class _Session:
                 return
             else:
                 self._step()
-            # An item gives its place back with its last answer; nothing in the cache has to be cleared for that.
-            for place, item in enumerate(self._items):
+            # An item gives its slot back with its last answer; nothing in the cache has to be cleared for that.
+            for slot, item in enumerate(self._items):
                 if item is not None and item.is_done:
-                    self._items[place] = None
+                    self._items[slot] = None
                     yield self._result(item)
 
     def _admit(self, free: Sequence[int]) -> Iterator[Result]:
-        """Gives free places to the next items; those that cannot be read are done at once."""
-        # Read on one rank of each model copy, for all of them: a file that fails on one rank only would part them.
+        """Gives free slots to the next items; those that cannot be read are done at once."""
+        # Read on one rank of each replica, for all of them: a file that fails on one rank only would part them.
         found = self._topology.share_object(self._ahead.take(len(free)) if self._topology.loads_data else None)
         self._has_more = bool(found)
         admitted: list[int] = []
@@ -154,10 +154,10 @@ class _Session:
             if isinstance(content, SampleError):
                 yield Result(request.id, failure=content.reason, detail=content.detail)
                 continue
-            # An item that cannot be read takes no place, so places are counted by those admitted.
-            place = free[len(admitted)]
-            self._items[place] = _Item(request, content, self._rows(request))
-            admitted.append(place)
+            # An item that cannot be read takes no slot, so slots are counted by those admitted.
+            slot = free[len(admitted)]
+            self._items[slot] = _Item(request, content, self._rows(request))
+            admitted.append(slot)
         if admitted:
             self._read(admitted)
 
@@ -169,10 +169,10 @@ class _Session:
             _Row(prompt, random_numbers(seed, count)) for prompt, seeds in enumerate(request.seeds) for seed in seeds
         ]
 
-    def _read(self, places: Sequence[int]) -> None:
-        items = [item for place in places if (item := self._items[place]) is not None]
+    def _read(self, slots: Sequence[int]) -> None:
+        items = [item for slot in slots if (item := self._items[slot]) is not None]
         uses = [[row.prompt for row in item.rows] for item in items]
-        logits = self._decoder.read(places, [item.tree for item in items], uses)
+        logits = self._decoder.read(slots, [item.tree for item in items], uses)
         self._counters.prefill_tokens += sum(len(item.tree.tokens) for item in items)
         self._counters.slices += sum(len(item.tree.grids) for item in items)
         self._draw(logits, [row for item in items for row in item.rows])
@@ -180,8 +180,8 @@ class _Session:
     def _step(self) -> None:
         """One token more for every answer that has not ended."""
         open_rows = [
-            (place * self._answers + number, row)
-            for place, item in enumerate(self._items)
+            (slot * self._answers + number, row)
+            for slot, item in enumerate(self._items)
             if item is not None
             for number, row in enumerate(item.rows)
             if row.finish is None

@@ -2,9 +2,9 @@
 
 In: PromptTree of each item, then one token per answer and step   Out: logits of the next tokens
 Next: rollout/engine.py
-An item has one row of keys and values: the tokens that its prompts share (images, as a rule), the rest of each prompt, then
-the tokens of all its answers in the order they come. A mask says which answer attends to which entry, so nothing is computed
-or stored twice, and a step reads every key once, whatever the number of answers.
+An item has one row of keys and values: the tokens that its prompts share (images, as a rule), the suffix of each prompt,
+then the tokens of all its answers in the order they come. A mask says which answer attends to which entry, so nothing is
+computed or stored twice, and a step reads every key once, whatever the number of answers.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ ROUNDING = 64  # the length of a cache, and of the part that is read, is a multi
 
 @dataclass(frozen=True)
 class PromptTree:
-    """The prompts of one item as a tree: the beginning that they share, once, then the rest of each.
+    """The prompts of one item as a prefix tree: the prefix that they share, once, then the suffix of each.
 
     Attributes:
-        tokens: int64 [s]; the first ``common`` are shared, the rests follow, one after the other.
-        common: shared tokens; every prompt has at least one of its own.
-        rests: lengths of the rests.
+        tokens: int64 [s]; the first ``prefix`` are shared, the suffixes follow, one after the other.
+        prefix: number of shared tokens; every prompt has at least one of its own.
+        suffixes: lengths of the suffixes.
         patches, grids, image_slots, visual_rows: as in EncodedSample; slots are positions in ``tokens``.
     """
 
     tokens: Tensor
-    common: int
-    rests: tuple[int, ...]
+    prefix: int
+    suffixes: tuple[int, ...]
     patches: Tensor
     grids: Tensor
     image_slots: Tensor
@@ -46,27 +46,27 @@ class PromptTree:
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
-        return tuple(self.common + rest for rest in self.rests)
+        return tuple(self.prefix + suffix for suffix in self.suffixes)
 
 
 def join_prompts(prompts: Sequence[EncodedSample]) -> PromptTree:
-    """Joins the prompts of an item at their common beginning; all of them show the same slices."""
+    """Joins the prompts of an item at their common prefix; all of them show the same slices."""
     first = prompts[0]
     # Every image slot holds the padding id, whatever it shows. So prompts are compared by token and visual row
     # together: a shared beginning never mixes two images up.
     contents = [_content(prompt) for prompt in prompts]  # token, and the visual row in its place: [s, 2]
     # Every prompt keeps at least its last token for itself: the logits of an answer's first token are read there.
-    common = min(len(content) for content in contents) - 1
+    prefix = min(len(content) for content in contents) - 1
     for content in contents[1:]:
-        differs = (content[:common] != contents[0][:common]).any(-1).nonzero()
-        common = min(common, int(differs[0])) if len(differs) else common
-    joined = torch.cat([contents[0][:common], *(content[common:] for content in contents)])
+        differs = (content[:prefix] != contents[0][:prefix]).any(-1).nonzero()
+        prefix = min(prefix, int(differs[0])) if len(differs) else prefix
+    joined = torch.cat([contents[0][:prefix], *(content[prefix:] for content in contents)])
     # The slots are searched anew, for joining has moved them.
     slots = (joined[:, 1] >= 0).nonzero().squeeze(-1)
     return PromptTree(
         tokens=joined[:, 0].contiguous(),
-        common=common,
-        rests=tuple(len(content) - common for content in contents),
+        prefix=prefix,
+        suffixes=tuple(len(content) - prefix for content in contents),
         patches=first.patches,
         grids=first.grids,
         image_slots=slots,
@@ -112,7 +112,7 @@ class LayerCache:
 
 @dataclass
 class _CommonPass(CachedPass):
-    """Packed attention over the common beginnings of some items; their keys and values go into the KV cache."""
+    """Packed attention over the common prefixes of some items; their keys and values go into the KV cache."""
 
     caches: Sequence[LayerCache] = ()
     shape: tuple[int, int] = (0, 0)
@@ -181,12 +181,12 @@ class _TreePass(CachedPass):
 class CachedDecoder:
     """The model with its KV cache: it reads prompts once, and then answers token by token.
 
-    Rows are answers: row ``item * answers + number``. An item's place may be given to another at any time. All
+    Rows are answers: row ``item * answers + number``. An item's slot may be given to another at any time. All
     tensor-parallel ranks must make the same calls.
 
     Args:
         model: the only chunk of a model without pipeline stages.
-        items: places for items.
+        items: slots for items.
         answers: most answers of an item.
 
     Raises:
@@ -212,7 +212,7 @@ class CachedDecoder:
         """Reads the prompts of new items.
 
         Args:
-            items: the places they get.
+            items: the slots they get.
             trees: their prompts.
             uses: for each item the prompt of each of its answers.
 
@@ -222,16 +222,16 @@ class CachedDecoder:
         self._reserve(max(len(tree.tokens) for tree in trees))
         batch = _pack(trees, self._model.model_config.resampler.queries, self._device)
         embeddings = self._model.embed(batch)  # [t, 1, h]
-        self._read_common(items, trees, embeddings)
-        hidden = self._read_rests(items, trees, embeddings)
+        self._read_prefixes(items, trees, embeddings)
+        hidden = self._read_suffixes(items, trees, embeddings)
         last, done = [], 0
         for item, tree, prompts in zip(items, trees, uses, strict=True):
             self._admit(item, tree, prompts)
-            # ``hidden`` holds the rests of all items, one after the other; an answer starts at the last token of the
+            # ``hidden`` holds the suffixes of all items, one after the other; an answer starts at the last token of the
             # prompt it uses.
-            ends = torch.tensor(tree.rests).cumsum(0) - 1 + done
+            ends = torch.tensor(tree.suffixes).cumsum(0) - 1 + done
             last.append(ends[list(prompts)])
-            done += sum(tree.rests)
+            done += sum(tree.suffixes)
         return self._logits(hidden, torch.cat(last).to(self._device))
 
     @torch.no_grad()
@@ -275,15 +275,15 @@ class CachedDecoder:
         hidden = self._model.language_model(embeddings, position, plan)
         return self._logits(hidden, torch.arange(len(rows), device=self._device))
 
-    def _read_common(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> None:
-        lengths = [tree.common for tree in trees]
+    def _read_prefixes(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> None:
+        lengths = [tree.prefix for tree in trees]
         # First row of each item among the embeddings [t, 1, h] of all trees.
         starts = torch.tensor([0, *(len(tree.tokens) for tree in trees)]).cumsum(0)[:-1].tolist()
         rows = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         if not len(rows):
             return
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self._device)
-        # An item without a common beginning has no sequence in this pass.
+        # An item without a common prefix has no sequence in this pass.
         borders = torch.tensor([0, *(n for n in lengths if n)]).cumsum(0).to(torch.int32)
         plan = _CommonPass(
             qkv_format="sbhd",
@@ -297,14 +297,14 @@ class CachedDecoder:
         )
         self._model.language_model(embeddings[rows.to(self._device)], positions, plan)
 
-    def _read_rests(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> Tensor:
-        lengths = [sum(tree.rests) for tree in trees]
+    def _read_suffixes(self, items: Sequence[int], trees: Sequence[PromptTree], embeddings: Tensor) -> Tensor:
+        lengths = [sum(tree.suffixes) for tree in trees]
         starts = torch.tensor([0, *(len(tree.tokens) for tree in trees)]).cumsum(0)[:-1].tolist()
-        own = [torch.arange(tree.common, len(tree.tokens)) for tree in trees]  # places in the item's cache
+        own = [torch.arange(tree.prefix, len(tree.tokens)) for tree in trees]  # places in the item's cache
         rows = torch.cat([start + places for start, places in zip(starts, own, strict=True)]).to(self._device)
-        # Each rest goes on counting where the common beginning ended, whatever rest stands before it in the row of the
+        # Each suffix goes on counting where the common prefix ended, whatever suffix stands before it in the row of the
         # cache.
-        positions = torch.cat([tree.common + _restarting(tree.rests) for tree in trees]).to(self._device)
+        positions = torch.cat([tree.prefix + _restarting(tree.suffixes) for tree in trees]).to(self._device)
         seen, queries = _rounded(max(len(tree.tokens) for tree in trees)), max(lengths)
         plan = _TreePass(
             qkv_format="sbhd",
@@ -315,7 +315,7 @@ class CachedDecoder:
             # [items, queries]: items with fewer tokens leave their last places empty.
             grid=torch.cat([i * queries + torch.arange(n) for i, n in enumerate(lengths)]).to(self._device),
             items=torch.tensor(list(items), device=self._device),
-            visible=torch.stack([_visible_to_rests(tree, queries, seen) for tree in trees]).to(self._device),
+            visible=torch.stack([_visible_to_suffixes(tree, queries, seen) for tree in trees]).to(self._device),
         )
         return self._model.language_model(embeddings[rows], positions, plan)
 
@@ -327,12 +327,12 @@ class CachedDecoder:
     def _admit(self, item: int, tree: PromptTree, prompts: Sequence[int]) -> None:
         """Sets the mask of an item's answers, and their positions, as they are before the first token."""
         self._filled[item] = len(tree.tokens)
-        # Keys of the item that had this place before stay in memory; the mask hides them until they are overwritten.
+        # Keys of the item that had this slot before stay in memory; the mask hides them until they are overwritten.
         self._visible[item] = False
-        self._visible[item, :, : tree.common] = True
+        self._visible[item, :, : tree.prefix] = True
         for number, prompt in enumerate(prompts):
-            start = tree.common + sum(tree.rests[:prompt])
-            self._visible[item, number, start : start + tree.rests[prompt]] = True
+            start = tree.prefix + sum(tree.suffixes[:prompt])
+            self._visible[item, number, start : start + tree.suffixes[prompt]] = True
             self._position[item * self._answers + number] = tree.prompt_lengths[prompt]
 
     def _reserve(self, length: int) -> None:
@@ -356,8 +356,8 @@ def prompt_embeddings(model: VisionLanguageModel, trees: Sequence[PromptTree]) -
     embeddings = model.embed(_pack(trees, model.model_config.resampler.queries, device))[:, 0]  # [t, h]
     found = []
     for tree, rows in zip(trees, embeddings.split([len(tree.tokens) for tree in trees]), strict=True):
-        common, *rests = rows.split([tree.common, *tree.rests])
-        found.append([torch.cat([common, rest]) for rest in rests])
+        prefix, *suffixes = rows.split([tree.prefix, *tree.suffixes])
+        found.append([torch.cat([prefix, suffix]) for suffix in suffixes])
     return found
 
 
@@ -369,16 +369,16 @@ def _restarting(lengths: Sequence[int]) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-def _visible_to_rests(tree: PromptTree, queries: int, seen: int) -> Tensor:
-    """Masks the rests: each attends to the common beginning and, causally, to itself: bool [queries, seen]."""
+def _visible_to_suffixes(tree: PromptTree, queries: int, seen: int) -> Tensor:
+    """Masks the suffixes: each attends to the common prefix and, causally, to itself: bool [queries, seen]."""
     visible = torch.zeros(queries, seen, dtype=torch.bool)
-    # The common beginning comes before every rest, so all of it is visible; queries behind the last rest see nothing.
-    visible[: sum(tree.rests), : tree.common] = True
+    # The common prefix comes before every suffix, so all of it is visible; queries behind the last suffix see nothing.
+    visible[: sum(tree.suffixes), : tree.prefix] = True
     start = 0
-    for length in tree.rests:
-        # Blocks on the diagonal, each a lower triangle: a rest never sees the rest of another prompt.
+    for length in tree.suffixes:
+        # Blocks on the diagonal, each a lower triangle: a suffix never sees the suffix of another prompt.
         block = torch.ones(length, length, dtype=torch.bool).tril()
-        visible[start : start + length, tree.common + start : tree.common + start + length] = block
+        visible[start : start + length, tree.prefix + start : tree.prefix + start + length] = block
         start += length
     return visible
 

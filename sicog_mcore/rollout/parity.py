@@ -53,7 +53,7 @@ class _Case:
 
 
 def check_parity(engine: Engine, model: VisionLanguageModel, encoder: Encoder, requests: Sequence[Request]) -> Parity:
-    """Compares engine and trainer on the first items that can be read. All ranks of a model copy must call it.
+    """Compares engine and trainer on the first items that can be read. All ranks of a replica must call it.
 
     Args:
         model: as the trainer has it.

@@ -85,7 +85,7 @@ class Result:
 
 @dataclass
 class Counters:
-    """Work done so far by one copy of the model.
+    """Work done so far by one replica of the model.
 
     Attributes:
         prefill_tokens: of prompts; a beginning that the prompts of an item share counts once.
@@ -109,7 +109,7 @@ class Engine(Protocol):
         """Name and version, as records have it."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Result]:
-        """One result per request, in any order. All ranks of a model copy must ask the same."""
+        """One result per request, in any order. All ranks of a replica must ask the same."""
 
 
 def harmless(text: str) -> str:

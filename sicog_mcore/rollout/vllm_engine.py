@@ -57,12 +57,12 @@ class _Item:
 
 
 class VllmEngine:
-    """One vLLM engine beside one whole copy of the model.
+    """One vLLM engine beside one whole replica of the model.
 
     Args:
         model: the only chunk of a model on one rank.
         decoder: folder that its decoder is exported to, unless it is there.
-        places: items that are answered at the same time.
+        slots: items that are answered at the same time.
         answers: most answers of an item.
         max_new_tokens: of the longest answer that will be asked for.
     """
@@ -73,7 +73,7 @@ class VllmEngine:
         encoder: Encoder,
         topology: Topology,
         decoder: Path,
-        places: int,
+        slots: int,
         answers: int,
         max_new_tokens: int,
     ):
@@ -84,7 +84,7 @@ class VllmEngine:
         vllm: Any = importlib.import_module("vllm")  # takes half a minute, and is there with the extra only
         if not decoder.is_dir():
             export_hf([model], topology, decoder, "decoder")
-        self._model, self._encoder, self._places = model, encoder, places
+        self._model, self._encoder, self._slots = model, encoder, slots
         self._ends = sorted({encoder.chat.end_id, encoder.chat.pad_id})
         self._longest = encoder.token_budget
         self._parameters: Any = vllm.SamplingParams
@@ -98,7 +98,7 @@ class VllmEngine:
             # Capturing graphs pays on a GPU only.
             enforce_eager=topology.device.type == "cpu",
             max_model_len=self._longest + max_new_tokens,
-            max_num_seqs=places * answers,
+            max_num_seqs=slots * answers,
             gpu_memory_utilization=GPU_SHARE,
             generation_config="vllm",  # not that of a checkpoint
             logprobs_mode="raw_logprobs",  # before temperature and truncation
@@ -115,12 +115,12 @@ class VllmEngine:
         waiting: dict[str, tuple[_Item, int, int]] = {}  # vLLM's request -> item, prompt, number of the answer
         items, has_more, asked = 0, True, 0
         with ThreadPoolExecutor(READERS) as pool:
-            ahead = ReadAhead(pool, self._encoder, requests, 2 * self._places)
+            ahead = ReadAhead(pool, self._encoder, requests, 2 * self._slots)
             while items or has_more:
-                # Free places are filled at once: vLLM mixes reading and answering by itself, so waiting for more of
+                # Free slots are filled at once: vLLM mixes reading and answering by itself, so waiting for more of
                 # them, as the native engine does, would gain nothing.
-                if has_more and items < self._places:
-                    taken = ahead.take(self._places - items)
+                if has_more and items < self._slots:
+                    taken = ahead.take(self._slots - items)
                     has_more = bool(taken)
                     usable: list[tuple[Request, PromptTree]] = []
                     for request, content in taken:

@@ -80,7 +80,7 @@ def start_lines(experiment: Experiment, facts: RunFacts) -> list[str]:
         for part, number in facts.parameters.items()
     )
     side = model.slicing.resolution_px
-    # model_size: ranks of one copy of the model.
+    # model_size: ranks of one replica of the model.
     replicas = facts.world_size // parallel.model_size
     layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {replicas} on {facts.world_size} ranks"
     extras = [f"virtual stages {parallel.virtual_pipeline}"] if parallel.virtual_pipeline > 1 else []
@@ -161,7 +161,7 @@ def preference_texts(stats: StepStats) -> list[str]:
 
 
 def held_out_texts(stats: StepStats) -> list[str]:
-    """What held-out rows and questions gave; nothing after a step that was not measured."""
+    """Renders the results of held-out rows and questions; nothing after a step that was not measured."""
     found, texts = stats.held_out, []
     if found and found.held_out_loss is not None and found.held_out_perplexity is not None:
         texts.append(f"held-out loss {found.held_out_loss:.4f}, perplexity {found.held_out_perplexity:.4g}")

@@ -29,7 +29,7 @@ from sicog_mcore.train.step import SUMS, Log, LossFunction, run_schedule, sum_lo
 
 @dataclass(frozen=True)
 class GlobalTerms:
-    """What the loss of one pair must know of the whole global batch.
+    """Terms of the whole global batch that the loss of one pair depends on.
 
     Attributes:
         sft_factor: on the summed cross entropy of chosen answers, so that dividing by pairs makes it a mean over tokens.
@@ -113,7 +113,7 @@ class Preferences:
         if self.config.sft_weight == 0:
             return 0.0
         counts = torch.zeros(2, dtype=torch.float64, device=topology.device)
-        if topology.loads_data:  # all ranks of a model copy have the same batches
+        if topology.loads_data:  # all ranks of a replica have the same batches
             for batch in batches:
                 of_chosen = owners(batch, supervised_rows(batch.labels)) % 2 == 0
                 counts += torch.tensor([len(batch.group_sizes), int(of_chosen.sum())]).to(counts)

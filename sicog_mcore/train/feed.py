@@ -37,7 +37,7 @@ Complete = Callable[[PackedBatch], PackedBatch]
 
 
 class CountingLoader:
-    """A loader that remembers what it handed out since ``take``; one per model copy.
+    """A loader that remembers what it handed out since ``take``; one per replica.
 
     Args:
         opened: the data sets, and where to begin in the stream of packs.
@@ -93,12 +93,12 @@ class CountingLoader:
         return f"too many bad rows: {verdict}\n{self.quarantine.advice()}" if verdict else ""
 
     def data_state(self) -> dict[str, Any]:
-        """What the position depends on, for a checkpoint."""
+        """Gives the data that the position depends on, for a checkpoint."""
         loader = self.loader
         return self._opened.state(loader.state(), loader.rows_left, loader.bad_rows.state())
 
     def take(self, step: int) -> WorkCounts:
-        """What was handed out since the last call; records its sample ids under ``step``."""
+        """Counts the batches handed out since the last call; records their sample ids under ``step``."""
         append_lines(self._record, [json.dumps({"step": step, "ids": self._ids}, ensure_ascii=False)])
         counts, self._counts, self._ids = self._counts, WorkCounts(), []
         return counts
@@ -147,7 +147,7 @@ def open_data(
 
 
 class Feed:
-    """Batches of one optimiser step for this rank, equal on all ranks of a model copy.
+    """Batches of one optimiser step for this rank, equal on all ranks of a replica.
 
     Args:
         opened: of ``open_data``; None on ranks that do not load.
@@ -175,7 +175,7 @@ class Feed:
         self._batches = BatchDistributor(topology, BatchSpec.of(experiment), self.source)
 
     def next_step(self) -> list[PackedBatch]:
-        """This model copy's share of the next global batch, one packed sequence per micro-batch. Collective.
+        """This replica's share of the next global batch, one packed sequence per micro-batch. Collective.
 
         The batches are in host memory; step.py brings each to the device while the one before runs.
 
@@ -212,7 +212,7 @@ class Feed:
             raise DataError("\n".join(messages)) if topology.is_main else PeerError("another rank reports why")
 
     def take(self, step: int) -> WorkCounts:
-        """What this model copy consumed since the last call; zeros on ranks that do not load."""
+        """Counts the work this replica consumed since the last call; zeros on ranks that do not load."""
         return self.source.take(step) if self.source else WorkCounts()
 
     @property
@@ -222,7 +222,7 @@ class Feed:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of the data before the start; nothing on ranks that do not load."""
+        """Lists notes on the data to print before the start; none on ranks that do not load."""
         return self.source.loader.notes if self.source else ()
 
     @property
@@ -243,7 +243,7 @@ class Feed:
         return asdict(self.source.loader.state()) if self.source else {}
 
     def data_state(self) -> Mapping[str, Any]:
-        """What that place depends on; empty on ranks that do not load."""
+        """Gives the data that the position depends on; empty on ranks that do not load."""
         return self.source.data_state() if self.source else {}
 
     def close(self) -> None:

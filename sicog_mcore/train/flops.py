@@ -24,7 +24,7 @@ SLOWER_VARIANTS = ("H100 PCIe", "H100 NVL", "H200 NVL")
 
 @dataclass(frozen=True)
 class WorkCounts:
-    """What went through the model; adds up over micro-batches and over data-parallel ranks.
+    """Counts of the work that went through the model; they add up over micro-batches and over data-parallel ranks.
 
     Attributes:
         positions: length of all packed sequences, padding included.
@@ -137,7 +137,7 @@ def step_flops(config: ModelConfig, freeze: Collection[ModelPart], counts: WorkC
 
 
 def pack_cost(config: ModelConfig, freeze: Collection[ModelPart]) -> PackCost:
-    """What tokens, attention and slices of a pack cost in this model, in FLOPs: what is made equal for the replicas.
+    """Gives the FLOPs that tokens, attention and slices of a pack cost in this model; replicas get equal sums of them.
 
     A slice counts as a full one, and the head, whose positions are not known before the texts are read, not at all.
     """

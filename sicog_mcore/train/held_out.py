@@ -41,7 +41,7 @@ SUMS = "segment_sums"
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """What a sample costs.
+    """The loss that one sample has.
 
     Attributes:
         loss_sum: cross entropy summed over the tokens of its answers, in nats.
@@ -151,7 +151,7 @@ class HeldOutRows:
 
 
 class PackSource:
-    """The packs of one model copy, decoded one after the other.
+    """The packs of one replica, decoded one after the other.
 
     Attributes:
         ids: sample ids of each pack that was handed out.
@@ -196,7 +196,7 @@ def _plan(experiment: Experiment, samples: SampleIndex, encoder: Encoder) -> tup
 
 
 def _ask(chunks: Sequence[Any], config: Any, topology: Topology, batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """fp64 [2, n] of each batch, on all ranks of the model copy."""
+    """fp64 [2, n] of each batch, on all ranks of the replica."""
     sizes = [len(batch.cu_seqlens) - 1 for batch in batches]
     logs = run_schedule(chunks, config, topology, batches, _log_sums, forward_only=True)
     flat = torch.zeros(2, sum(sizes), dtype=torch.float64, device=topology.device)

@@ -33,7 +33,7 @@ class AnswerGrader(Protocol):
     """Questions, and what answers to them are worth. Made above training, for rank 0 alone."""
 
     def questions(self) -> tuple[Sequence[Request], Sampling]:
-        """What the model is asked, and how its answers are drawn."""
+        """Gives the questions that the model is asked, and how its answers are drawn."""
 
     def accuracy(self, results: Sequence[Result]) -> tuple[float, int]:
         """The mean worth of the answers, from 0 to 1, over all questions, and how many these are."""

@@ -54,7 +54,7 @@ class PreferenceStats:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutStats:
-    """What was measured after a step on what is not trained on; None stands for what was not measured.
+    """Losses and answers measured after a step on held-out data; None stands for a number that was not measured.
 
     Attributes:
         held_out_loss: mean over the supervised tokens of all held-out rows (nats).
@@ -217,8 +217,8 @@ def drop_steps_from(path: Path, first_step: int) -> None:
             if is_before:
                 kept.append(line)
         # Written anew as a whole: a kill at this point leaves the file as it was.
-        with whole_file(path) as aside:
-            aside.write_text("".join(kept), encoding="utf-8")
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class Summary:

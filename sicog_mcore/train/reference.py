@@ -53,7 +53,7 @@ def answer_log_probs(batch: PackedBatch, losses: Tensor) -> Tensor:
 
 
 def score_answers(chunks: Sequence[Any], model: TrainableModel, batches: Sequence[PackedBatch]) -> list[Tensor]:
-    """Log-probabilities of each batch's answers, on all ranks of the model copy. Collective.
+    """Log-probabilities of each batch's answers, on all ranks of the replica. Collective.
 
     Args:
         chunks: with the weights to ask; bare or wrapped.
@@ -155,8 +155,8 @@ def _compute(
     known = dict(_read(unfinished, stamp)) if topology.loads_data else {}
     topology.gather_objects(None)  # all have read before anything is written
     if topology.is_main:
-        with whole_file(unfinished) as aside:
-            append_lines(aside, _lines(known, stamp))
+        with whole_file(unfinished) as temporary:
+            append_lines(temporary, _lines(known, stamp))
     # Its own folder: pairs that are refused here will be refused, and reported, in training too.
     begun = opened.from_the_start() if opened else None
     feed = Feed(replace(experiment, output=str(path.parent)), topology, begun, first_step=1)
@@ -214,7 +214,7 @@ def _fits(path: Path, stamp: str) -> bool:
 
 
 def _read(path: Path, stamp: str) -> dict[str, tuple[float, float]]:
-    """What a file that fits holds; nothing of any other. A torn last line is left out."""
+    """Reads the entries of a file that fits; of any other none. A torn last line is left out."""
     entries: dict[str, tuple[float, float]] = {}
     if not _fits(path, stamp):
         return entries

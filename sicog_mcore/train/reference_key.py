@@ -1,6 +1,6 @@
 """The key of reference log-probabilities: a hash of rows, tokenizer, template, model and first weights.
 
-In: Experiment, DataMark of its rows   Out: a hash   Next: reference.py
+In: Experiment, DataFingerprint of its rows   Out: a hash   Next: reference.py
 Rows, shards and tokenizer count as data/fingerprint.py says; weights, which are large, by name, size and time of change.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from sicog_mcore.checkpoint.locate import CHECKPOINTS
 from sicog_mcore.config import Experiment
-from sicog_mcore.data.fingerprint import TOKENIZER, DataMark
+from sicog_mcore.data.fingerprint import TOKENIZER, DataFingerprint
 
 
-def fingerprint(experiment: Experiment, mark: DataMark) -> str:
+def fingerprint(experiment: Experiment, mark: DataFingerprint) -> str:
     """Hashes the inputs; equal for equal inputs, and independent of the layout, the packing and the optimiser.
 
     Args:

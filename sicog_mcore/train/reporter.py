@@ -1,6 +1,6 @@
 """Gathers the numbers of one step over all ranks, and sends them to console, JSONL and TensorBoard.
 
-In: StepResult, WorkCounts of this model copy   Out: StepStats on rank 0's screen and disk   Next: metrics.py, console.py
+In: StepResult, WorkCounts of this replica   Out: StepStats on rank 0's screen and disk   Next: metrics.py, console.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One optimiser step over Megatron's pipeline schedules, whatever is minimised.
 
-In: the PackedBatches of this model copy, an Objective   Out: StepResult, equal on all ranks   Next: trainer.py, dpo.py
+In: the PackedBatches of this replica, an Objective   Out: StepResult, equal on all ranks   Next: trainer.py, dpo.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUMS = "sums"  # in the log: fp64 [num_sums], the loss and the count first
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """The result that one optimizer step returns.
 
     Attributes:
         loss: mean over what the objective counts in the global batch; NaN if there was nothing.
@@ -50,7 +50,7 @@ class StepResult:
 
 
 class Objective(Protocol):
-    """What is minimised: a sum of losses and its total weight, divided once, over the global batch."""
+    """The loss that is minimised: a sum and its total weight, divided once, over the global batch."""
 
     @property
     def num_sums(self) -> int:
@@ -64,10 +64,10 @@ class Objective(Protocol):
         """
 
     def total_weight(self, sums: Sequence[float]) -> float:
-        """What the sum of losses is divided by; the count, unless the global batch is weighted."""
+        """Gives the divisor of the sum of losses: the count, unless the global batch is weighted."""
 
     def describe(self, sums: Sequence[float]) -> PreferenceStats | None:
-        """What the sums over the global batch say beside the loss."""
+        """Derives the statistics beside the loss from the sums over the global batch."""
 
 
 class NextToken:
@@ -146,7 +146,7 @@ def run_schedule(
 
 
 def sum_logs(topology: Topology, logs: Sequence[Log], num_sums: int) -> list[float]:
-    """Adds up what the micro-batches of all model copies logged."""
+    """Adds up what the micro-batches of all replicas logged."""
     total = torch.zeros(num_sums, dtype=torch.float64, device=topology.device)
     if topology.tensor_rank == 0:  # all tensor-parallel ranks know the same
         for log in logs:
@@ -158,7 +158,7 @@ def train_step(model: TrainableModel, batches: Sequence[PackedBatch], lr: float,
     """Trains on one global batch, unless its loss or its gradient is not finite.
 
     Args:
-        batches: this model copy's share of the global batch, one packed sequence per micro-batch.
+        batches: this replica's share of the global batch, one packed sequence per micro-batch.
         lr: scheduled learning rate.
         objective: what is minimised.
     """

@@ -131,7 +131,7 @@ def test_one_decoder_reads_records_and_saved_configurations() -> None:
         (renames, "import os\nos.replace(a, b)"),
         (renames, "from os import rename"),
         (renames, "import shutil\nshutil.move(a, b)"),
-        (renames, "aside.replace(path)"),
+        (renames, "temporary.replace(path)"),
         (renames, "(folder / 'a').rename(folder / 'b')"),
         (syncs, "import os\nos.fsync(file.fileno())"),
         (syncs, "from os import fsync"),

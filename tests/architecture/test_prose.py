@@ -20,6 +20,8 @@ PACKAGES = ("sicog_mcore", "kernels")
 FEWEST_WORDS = 3
 # First words that point at another docstring, or at none.
 LEANS_ON_ANOTHER = re.compile(r"(?:The same|Such|Those|These|Its|Whose)\b")
+# A clause in place of a noun: "What a job came to."
+NAMES_NO_NOUN = re.compile(r"What\b")
 # Nothing but an owner: "The embedder's."
 ONLY_AN_OWNER = re.compile(r"(?:\S+ ){0,3}\S+'s\.")
 # Comments that stand in lines of their own, as a share of all lines of the package, as measured; raise it as it grows.
@@ -36,12 +38,14 @@ def first_lines(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
 
 
 def prose_violations(file: Path, tree: ast.Module) -> list[str]:
-    """Docstrings that lean on another one, name nothing but an owner, or, of public things, have hardly a word."""
+    """Docstrings that lean on another one, name no noun or only an owner, or, of public things, have hardly a word."""
     found = []
     for line, name, text in first_lines(tree):
         where = f"{file}:{line} {name or 'module'}"
         if LEANS_ON_ANOTHER.match(text):
             found.append(f"{where} begins with words that point elsewhere: {text}")
+        if NAMES_NO_NOUN.match(text):
+            found.append(f"{where} begins with a clause, not with the field's noun or a verb: {text}")
         if ONLY_AN_OWNER.fullmatch(text):
             found.append(f"{where} names only an owner: {text}")
         if len(text.split()) < FEWEST_WORDS and not name.startswith("_"):
@@ -89,6 +93,8 @@ class Cosine:
         """Rows."""
     async def others(self):
         """Such rows of the matrix."""
+    def result(self):
+        """What the rows came to."""
     def right(self):
         """Thoseness is a word, and the rows are the user's."""
 '''
@@ -98,6 +104,7 @@ class Cosine:
         "x.py:2 Cosine has fewer than 3 words: The embedder's.",
         "x.py:4 matrix has fewer than 3 words: Zeros.",
         "x.py:8 others begins with words that point elsewhere: Such rows of the matrix.",
+        "x.py:10 result begins with a clause, not with the field's noun or a verb: What the rows came to.",
     ]
 
 

@@ -54,7 +54,7 @@ class Call:
 def recommit(folder: Path) -> None:
     """A manifest that is right for what the folder holds now."""
     (folder / commit.MANIFEST).unlink(missing_ok=True)
-    os.rename(folder, commit.aside(folder))
+    os.rename(folder, commit.temporary_folder(folder))
     commit.commit(folder)
 
 

@@ -27,7 +27,7 @@ def write_aside(root: Path, step: int) -> Path:
     """A checkpoint of which everything is written but the commit."""
     folder = commit.step_folder(root, step)
     for name, content in FILES.items():
-        path = commit.aside(folder) / name
+        path = commit.temporary_folder(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
@@ -48,7 +48,7 @@ def test_a_commit_makes_the_whole_folder_visible_and_tells_its_size(tmp_path: Pa
     folder = write_aside(tmp_path, 3)
     assert commit.committed_steps(tmp_path) == []
     size = commit.commit(folder)
-    assert commit.committed_steps(tmp_path) == [3] and not commit.aside(folder).exists()
+    assert commit.committed_steps(tmp_path) == [3] and not commit.temporary_folder(folder).exists()
     assert size == sum(map(len, FILES.values())) + (folder / commit.MANIFEST).stat().st_size
     commit.verify(folder)
 
@@ -71,7 +71,7 @@ def test_a_save_killed_before_the_rename_leaves_the_previous_one(
         patch.setattr(files.os, "replace", interrupt)
         commit.commit(folder)
     assert commit.committed_steps(tmp_path) == [5]
-    assert commit.unfinished_folders(tmp_path) == [commit.aside(folder)]
+    assert commit.unfinished_folders(tmp_path) == [commit.temporary_folder(folder)]
     found = find_checkpoint(tmp_path, CheckpointConfig())
     assert found == Found(5, ("ignored step_00000010.tmp: its save or its removal was interrupted",))
 
@@ -194,7 +194,7 @@ def test_equal_weights_have_an_equal_fingerprint(tmp_path: Path) -> None:
     def fingerprint_with(root: str, name: str, content: bytes) -> str:
         write_aside(tmp_path / root, 1)
         folder = commit.step_folder(tmp_path / root, 1)
-        path = commit.aside(folder) / name
+        path = commit.temporary_folder(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         commit.commit(folder)
@@ -252,9 +252,9 @@ def test_a_manifest_that_is_no_file_of_its_own_is_refused(tmp_path: Path, monkey
 def test_a_flipped_bit_that_makes_two_names_one_is_found(tmp_path: Path) -> None:
     """Names that differ in one bit: a flip makes two entries one, and the other file would go unchecked."""
     folder = commit.step_folder(tmp_path, 1)
-    commit.aside(folder).mkdir(parents=True)
+    commit.temporary_folder(folder).mkdir(parents=True)
     for number in range(2):
-        (commit.aside(folder) / f"__{number}_0.distcp").write_bytes(b"same")
+        (commit.temporary_folder(folder) / f"__{number}_0.distcp").write_bytes(b"same")
     commit.commit(folder)
     content = (folder / commit.MANIFEST).read_bytes()
     for bit in range(8 * len(content)):

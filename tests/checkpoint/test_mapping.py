@@ -1,4 +1,4 @@
-"""Every kind of mapping moves every number exactly once, for any number of cuts, and is its own inverse."""
+"""Every kind of mapping moves every number exactly once, for any number of shards, and is its own inverse."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ CASES: list[tuple[Mapping, tuple[int, ...], int]] = [
 ]
 
 
-def transfer_of(mapping: Mapping, shape: tuple[int, ...], axis: int, cuts: int) -> Transfer:
-    return Transfer(mapping, Target("t", shape, axis, tuple(range(cuts)), torch.float32), mapping.sources)
+def transfer_of(mapping: Mapping, shape: tuple[int, ...], axis: int, shards: int) -> Transfer:
+    return Transfer(mapping, Target("t", shape, axis, tuple(range(shards)), torch.float32), mapping.sources)
 
 
 def numbered(transfer: Transfer) -> dict[str, Tensor]:
@@ -52,18 +52,18 @@ def numbered(transfer: Transfer) -> dict[str, Tensor]:
 
 
 def filled(transfer: Transfer, sources: dict[str, Tensor]) -> Iterator[Tensor]:
-    for cut in range(transfer.target.cuts):
-        parameter = torch.full(transfer.target.cut_shape, torch.nan)
-        transfer.fill(parameter, cut, lambda name, axis, start, length: sources[name].narrow(axis, start, length))
+    for shard in range(transfer.target.shards):
+        parameter = torch.full(transfer.target.shard_shape, torch.nan)
+        transfer.fill(parameter, shard, lambda name, axis, start, length: sources[name].narrow(axis, start, length))
         yield parameter
 
 
-@pytest.mark.parametrize("cuts", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("mapping, shape, axis", CASES)
 def test_every_number_arrives_once_and_comes_back(
-    mapping: Mapping, shape: tuple[int, ...], axis: int, cuts: int
+    mapping: Mapping, shape: tuple[int, ...], axis: int, shards: int
 ) -> None:
-    transfer = transfer_of(mapping, shape, axis, cuts)
+    transfer = transfer_of(mapping, shape, axis, shards)
     sources = numbered(transfer)
     parts = list(filled(transfer, sources))
     arrived = torch.cat([part.flatten() for part in parts])

@@ -262,7 +262,7 @@ def _fail_on_one_rank(rank: Rank, experiment: Experiment) -> list[str]:
         (0, commit, "commit", no_space),
         (1, resource, "", no_space),  # the weights do not fit
     ]
-    (commit.aside(checkpoints.folder(9))).mkdir(exist_ok=True)
+    (commit.temporary_folder(checkpoints.folder(9))).mkdir(exist_ok=True)
     for failing, module, name, replacement in faults:
         original = vars(module).get(name)
         with largest_file(100_000 if rank.rank == failing and not name else resource.RLIM_INFINITY):

@@ -18,7 +18,7 @@ from PIL import Image
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.decode import decode_image, read_bytes
 from sicog_mcore.data.sample import Sample, Turn
-from sicog_mcore.data.shards import glance
+from sicog_mcore.data.shards import quick_check
 from sicog_mcore.data.sources import SampleIndex, open_sources
 from sicog_mcore.errors import ConfigError, SampleError
 
@@ -155,7 +155,7 @@ def test_compressed_shard_is_called_so(tmp_path: Path, name: str, pack: Callable
     file = _tar(tmp_path / "s.tar", _sample("a"))
     file.write_bytes(pack(file.read_bytes()))
     assert _damage(file) == f"is compressed ({name}), samples are read in place from a plain tar: unpack it"
-    assert glance(file) == _damage(file)
+    assert quick_check(file) == _damage(file)
 
 
 def test_damaged_header_in_the_middle_of_a_shard_stops_the_start(tmp_path: Path) -> None:
@@ -184,10 +184,10 @@ def test_archives_joined_with_cat_lose_nothing_silently(tmp_path: Path) -> None:
 def test_a_glance_sees_what_the_ends_of_a_shard_tell(tmp_path: Path) -> None:
     file = _tar(tmp_path / "s.tar", _sample("a"))
     whole = file.read_bytes()
-    assert glance(file) == ""
+    assert quick_check(file) == ""
     for content in (b"", whole[:1500], whole[: len(whole) // 2 + 1] + b"x", b"<html>"):
         file.write_bytes(content)
-        assert glance(file).startswith(f"is cut off or no tar: its {len(content):,} bytes")
+        assert quick_check(file).startswith(f"is cut off or no tar: its {len(content):,} bytes")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every rank of a model copy gets the batch that its loader made, or the error that it met."""
+"""Every rank of a replica gets the batch that its loader made, or the error that it met."""
 
 from __future__ import annotations
 

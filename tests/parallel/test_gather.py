@@ -39,12 +39,12 @@ def test_the_lowest_rank_that_fails_speaks_for_all() -> None:
 
 
 def _gather(rank: Rank) -> tuple[list[list[float]], list[str], list[str]]:
-    from sicog_mcore.parallel.gather import gather_cuts, on_main
+    from sicog_mcore.parallel.gather import gather_shards, on_main
 
     topology = rank.start(ParallelConfig())
     own = torch.full((2, 2), rank.rank + 1.5, dtype=torch.float64).T
-    parts = gather_cuts(own, (1, 0), (2, 2), torch.float32, topology)
-    parts += gather_cuts(own if rank.rank == 1 else None, (1,), (2, 2), torch.bfloat16, topology)
+    parts = gather_shards(own, (1, 0), (2, 2), torch.float32, topology)
+    parts += gather_shards(own if rank.rank == 1 else None, (1,), (2, 2), torch.bfloat16, topology)
     failures = []
 
     def full() -> None:

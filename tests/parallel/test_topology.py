@@ -1,4 +1,4 @@
-"""Who stands where: first and last stages, who loads, and which ranks share a model copy."""
+"""Who stands where: first and last stages, who loads, and which ranks share a replica."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
     return made
 
 
-def engine(model: VisionLanguageModel, topology: Topology, places: int) -> NativeEngine:
-    return NativeEngine(model, Encoder(EXPERIMENT.model, EXPERIMENT.data), topology, places)
+def engine(model: VisionLanguageModel, topology: Topology, slots: int) -> NativeEngine:
+    return NativeEngine(model, Encoder(EXPERIMENT.model, EXPERIMENT.data), topology, slots)
 
 
 def by_id(results: Iterator[Result]) -> dict[str, Result]:

@@ -55,11 +55,11 @@ def encoder_chat() -> Encoder:
     return Encoder(EXPERIMENT.model, EXPERIMENT.data)
 
 
-def answers(model: VisionLanguageModel, trees: list[PromptTree], uses: list[int], places: int) -> list[list[list[int]]]:
-    """Greedy tokens of every answer of every item, ``places`` items at a time."""
-    decoder, done = CachedDecoder(model, places, len(uses)), []
-    for start in range(0, len(trees), places):
-        batch = trees[start : start + places]
+def answers(model: VisionLanguageModel, trees: list[PromptTree], uses: list[int], slots: int) -> list[list[list[int]]]:
+    """Greedy tokens of every answer of every item, ``slots`` items at a time."""
+    decoder, done = CachedDecoder(model, slots, len(uses)), []
+    for start in range(0, len(trees), slots):
+        batch = trees[start : start + slots]
         logits = decoder.read(range(len(batch)), batch, [uses] * len(batch))
         rows, drawn = list(range(len(batch) * len(uses))), []
         while True:
@@ -81,7 +81,7 @@ def test_greedy_tokens_equal_those_without_a_cache(
     model: VisionLanguageModel, prompts: list[list[EncodedSample]]
 ) -> None:
     chat = encoder_chat().chat
-    found = answers(model, [join_prompts(item) for item in prompts], [0, 1, 2], places=4)
+    found = answers(model, [join_prompts(item) for item in prompts], [0, 1, 2], slots=4)
     for item, tokens in zip(prompts, found, strict=True):
         for prompt, own in zip(item, tokens, strict=True):
             _, expected = greedy(model, EXPERIMENT, chat, prompt, TOKENS)
@@ -100,11 +100,11 @@ def test_logits_of_prompts_equal_those_of_the_whole_model(
 
 def test_what_prompts_have_in_common_stands_once(prompts: list[list[EncodedSample]]) -> None:
     tree, alone = join_prompts(prompts[5]), prompts[5]
-    assert tree.common > len(alone[0].image_slots)
-    assert len(tree.tokens) == tree.common + sum(len(p.tokens) - tree.common for p in alone)
+    assert tree.prefix > len(alone[0].image_slots)
+    assert len(tree.tokens) == tree.prefix + sum(len(p.tokens) - tree.prefix for p in alone)
     assert torch.equal(tree.image_slots, alone[0].image_slots)
     assert tree.prompt_lengths == tuple(len(p.tokens) for p in alone)
-    assert join_prompts(alone[:1]).rests == (1,)
+    assert join_prompts(alone[:1]).suffixes == (1,)
 
 
 def test_prompts_that_show_their_image_late_are_read_right(model: VisionLanguageModel, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_place_is_given_to_another_item_while_its_neighbour_goes_on(
     model: VisionLanguageModel, prompts: list[list[EncodedSample]]
 ) -> None:
     trees = [join_prompts(item) for item in prompts]
-    alone = answers(model, trees, [0, 2], places=1)
+    alone = answers(model, trees, [0, 2], slots=1)
     decoder = CachedDecoder(model, 2, 2)
     logits = decoder.read([0, 1], [trees[1], trees[2]], [[0, 2]] * 2)
     drawn = [logits.argmax(-1)]

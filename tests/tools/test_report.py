@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sicog_mcore.checkpoint.commit import aside, commit, step_folder
+from sicog_mcore.checkpoint.commit import commit, step_folder, temporary_folder
 from sicog_mcore.presets import tiny
 from tests.browser import find_browser, open_browser
 from tests.rounds import make_item, write_image, write_round
@@ -83,11 +83,11 @@ def test_the_model_can_be_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
     image = write_image(tmp_path / "images", "a.png", 224, 224)
     write_round(tmp_path, [make_item("a", ["x", "y"], **image)])
     step = step_folder(tmp_path / "run" / "checkpoints", 3)
-    aside(step).mkdir(parents=True)
+    temporary_folder(step).mkdir(parents=True)
     command = [*arguments(tmp_path)[:-2], "--checkpoint"]
     assert main([*command, str(tmp_path / "run")]) == 2
     assert "has no committed checkpoint" in capsys.readouterr().err
-    (aside(step) / "state.json").write_text(json.dumps({"format": FORMAT, "experiment": tiny().to_dict()}))
+    (temporary_folder(step) / "state.json").write_text(json.dumps({"format": FORMAT, "experiment": tiny().to_dict()}))
     commit(step)
     for path in (step, tmp_path / "run"):
         assert main([*command, str(path)]) == 0

@@ -56,7 +56,7 @@ def test_perplexity_is_the_loss_of_training(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text((tmp_path / "data.jsonl").read_text() + json.dumps(broken) + "\n")
     summaries, outcomes = [], []
-    for tensor, ranks in ((1, 1), (2, 4)):  # the second with two model copies
+    for tensor, ranks in ((1, 1), (2, 4)):  # the second with two replicas
         out = tmp_path / f"tensor{tensor}"
         options = ["--checkpoint", experiment.output, "--rows", str(rows), "--images", str(tmp_path / "images")]
         said = run_script(LAUNCHER, [*options, "--out", str(out), "--tensor", str(tensor)], ranks)

@@ -142,7 +142,7 @@ def relative_paths(sample: Sample, root: Path) -> list[str]:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes JSONL that appears whole or not at all. Returns the number of rows."""
     count = 0
-    with whole_file(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

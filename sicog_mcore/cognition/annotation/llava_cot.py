@@ -20,7 +20,7 @@ from sicog_mcore.cognition.annotation.annotated_rows import (
     write_rows,
 )
 from sicog_mcore.cognition.codec import from_tags, has_tags, quote_headers, render
-from sicog_mcore.cognition.item_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyCounter
 from sicog_mcore.data.rows import JsonRow
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import SampleIndex
@@ -61,10 +61,10 @@ def convert(rows: Path, images: Path, out: Path, take: int | None, seed: int) ->
     Raises:
         ConfigError: files that cannot be read, too few rows.
     """
-    tally = KeyTally()
-    samples = open_rows(rows, images, tally.watch(build_tagged, TAGGED_KEYS))
+    counter = KeyCounter()
+    samples = open_rows(rows, images, counter.watch(build_tagged, TAGGED_KEYS))
     usable, refused = _survey(samples, images)
-    notes = list(tally.lines())
+    notes = list(counter.lines())
     chosen = choose(usable, take, seed)
     written: dict[CotForm, int] = {}
     for form in FORMS:

@@ -30,7 +30,7 @@ from sicog_mcore.errors import ConfigError, ConfigProblem, SampleError
 from sicog_mcore.files import hash_file, move, sync, sync_tree, whole_folder
 
 DECISIONS, CURATED, PAIRS, FUNNEL = "decisions.jsonl", "curated", "pairs.jsonl", "funnel.json"
-ASIDE = ".curate.partial"
+TEMPORARY = ".curate.partial"
 NOT_IN_FUNNEL = ("sources", "images", "text", "evaluation", "workers")  # paths, and what has no effect
 
 
@@ -59,13 +59,13 @@ def curate(curation: Curation, out: Path) -> Funnel:
     funnel.text["mix"] = len(text_ids) - len(selection.text_rows)
     _require_enough(curation, selection, funnel)
     # Written beside the final place, on the same file system, so that moving it is a rename.
-    aside = out / ASIDE
-    with whole_folder(aside):
-        (aside / CURATED).mkdir()
-        _write(curation, selection, texts, funnel, aside)
-        (aside / FUNNEL).write_text(funnel.to_json(), encoding="utf-8")
-        sync_tree(aside)
-    _commit(aside, out)
+    temporary = out / TEMPORARY
+    with whole_folder(temporary):
+        (temporary / CURATED).mkdir()
+        _write(curation, selection, texts, funnel, temporary)
+        (temporary / FUNNEL).write_text(funnel.to_json(), encoding="utf-8")
+        sync_tree(temporary)
+    _commit(temporary, out)
     return funnel
 
 
@@ -212,14 +212,14 @@ def _keep(
     return Decision(generation.id, True, "kept", detail, scores.winner, rejected, tuple(row.id for row in rows))
 
 
-def _commit(aside: Path, out: Path) -> None:
+def _commit(temporary: Path, out: Path) -> None:
     """Moves finished files to their places. Cut off anywhere, it leaves no funnel.json, and the next run starts anew."""
     # Without its funnel the folder counts as unfinished; the folder's entry is synced before anything else moves.
     (out / FUNNEL).unlink(missing_ok=True)
     sync(out)
     if (out / CURATED).exists():
-        move(out / CURATED, aside / "old")
+        move(out / CURATED, temporary / "old")
     # The funnel is last: it vouches for the others.
     for name in (CURATED, DECISIONS, PAIRS, FUNNEL):
-        move(aside / name, out / name)
-    shutil.rmtree(aside)
+        move(temporary / name, out / name)
+    shutil.rmtree(temporary)

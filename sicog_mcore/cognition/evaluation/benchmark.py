@@ -134,7 +134,7 @@ def write_rows(benchmark: str, images: Path | None, out: Path, unread: UnreadCel
     problems, count = [], 0
     (out / "images").mkdir(parents=True, exist_ok=True)
     # Images first, each under the hash of its content; rows appear last, so that none points at a missing image.
-    with whole_file(out / "rows.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
+    with whole_file(out / "rows.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in _checked(benchmark):
             try:
                 names[item.id] = [_place(picture, root, out / "images", names) for picture in item.pictures]
@@ -171,8 +171,8 @@ def _place(picture: Picture, root: str, folder: Path, names: Mapping[str, Sequen
     suffix = next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), ".img")
     path = folder / (hash_bytes(data) + suffix)
     if not path.exists() or path.stat().st_size != len(data):
-        with whole_file(path) as aside:
-            aside.write_bytes(data)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data)
     return path.name
 
 

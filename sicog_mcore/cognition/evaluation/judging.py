@@ -196,8 +196,8 @@ def write_results(folder: Path, outcomes: Sequence[ItemOutcome], summary: Mappin
     """Writes results.jsonl and results.json; each appears whole or not at all, the summary last."""
     lines = "".join(json.dumps(asdict(outcome), allow_nan=False) + "\n" for outcome in outcomes)
     for name, text in ((OUTCOMES, lines), (SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")):
-        with whole_file(folder / name) as aside:
-            aside.write_text(text, encoding="utf-8")
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_outcomes(path: Path) -> list[ItemOutcome]:

@@ -1,4 +1,4 @@
-"""What a generation run would take, before any weight is read: counts, and a time and a price where speeds are known.
+"""A dry run estimates generation before any weight is read: counts, and a time and a price where speeds are known.
 
 In: GenerationOptions   Out: lines for the user   Next: generate.py (the run itself)
 """
@@ -10,7 +10,7 @@ from collections import Counter
 from sicog_mcore.cognition.generation.item_records import record_facts, refusal_lines, split_items
 from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
-from sicog_mcore.cognition.item_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyCounter
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.data.sample import Turn
 from sicog_mcore.errors import SampleError
@@ -21,12 +21,12 @@ MEASURED_ITEMS = 200  # items that the estimate of a dry run looks at
 
 
 def estimate(options: GenerationOptions, world_size: int) -> list[str]:
-    """What a run would take, as lines for the user; no weight is read and nothing is written."""
+    """Estimates the cost of a run, as lines for the user; no weight is read and nothing is written."""
     options.check()
     checkpoint = read_checkpoint(options.checkpoint, options.tensor, options.precision, options.tokenizer)
     facts = record_facts(options, checkpoint)
-    tally = KeyTally()
-    items = read_items(options.rows, options.images, options.limit, tally)
+    counter = KeyCounter()
+    items = read_items(options.rows, options.images, options.limit, counter)
     requests, refused = split_items(facts, items)
     encoder = Encoder(checkpoint.experiment.model, checkpoint.experiment.data)
     sizes, failures = [], Counter(result.failure for result in refused)
@@ -43,7 +43,7 @@ def estimate(options: GenerationOptions, world_size: int) -> list[str]:
     asked = ", ".join(f"{prompt.id} v{prompt.version} x {count}" for prompt, count in facts.prompts)
     lines = [
         f"items      {len(items):,}, {len(requests):,} of them usable rows",
-        *tally.lines(),
+        *counter.lines(),
         *refusal_lines(items, refused),
         f"prompts    {asked}",
         f"candidates {candidates:,}",

@@ -1,7 +1,7 @@
 """Candidates for every item: asks the engine, commits each record as it is done, and puts them in order at the end.
 
 In: GenerationOptions   Out: ``generations.jsonl`` in the order of the items   Next: item_records.py, agreement.py
-Items are dealt out to the copies of the model; each writes a part of its own (record_parts.py). The bytes of the result
+Items are dealt out to the replicas of the model; each writes a part of its own (record_parts.py). The bytes of the result
 depend on the inputs alone: not on ranks, batches, or how often the run was killed.
 """
 
@@ -26,7 +26,7 @@ from sicog_mcore.cognition.generation.items import GenerationItem, read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.progress import GenerationProgress
 from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
-from sicog_mcore.cognition.item_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyCounter
 from sicog_mcore.data.encode import Encoder
 from sicog_mcore.errors import DataError
 from sicog_mcore.files import append_lines
@@ -60,9 +60,9 @@ def run(options: GenerationOptions, world_size: int = 1, rank: int = 0, init_met
     done: frozenset[str] = frozenset()
     told: list[str] = []
     if rank == 0:  # reads the rows for all
-        tally = KeyTally()
-        items = read_items(options.rows, options.images, options.limit, tally)
-        told = [*tally.lines(), *refusal_lines(items, split_items(facts, items)[1])]
+        counter = KeyCounter()
+        items = read_items(options.rows, options.images, options.limit, counter)
+        told = [*counter.lines(), *refusal_lines(items, split_items(facts, items)[1])]
         done = open_parts(options.out, make_header(facts, checkpoint, options.rows))
     failures: Counter[str] = Counter()
     with joined(checkpoint, world_size, init_method, rank, str(options.out)) as (build, topology):
@@ -157,7 +157,7 @@ def _commit(
 def _report(
     out: Path, topology: Topology, progress: GenerationProgress, counters: Counters, failures: Counter[str]
 ) -> None:
-    """Sums over the copies; the main rank says them and notes what this run cost."""
+    """Sums over the replicas; the main rank says them and notes what this run cost."""
     seconds = progress.seconds
     gathered = topology.gather_objects((counters, failures) if topology.loads_data else None)
     if not topology.is_main:

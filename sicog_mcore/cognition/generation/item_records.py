@@ -1,4 +1,4 @@
-"""What every item is asked and what its record holds: the one place that knows what the bytes of a record depend on.
+"""Requests and records of items are made here, the one place that knows which inputs the bytes of a record depend on.
 
 In: GenerationOptions, Checkpoint, GenerationItem, Result   Out: Request, Generation, the header of the records
 Next: generate.py (asks and commits), cost_estimate.py (only counts)
@@ -29,7 +29,7 @@ LOG_PROB_DIGITS = 2
 
 @dataclass(frozen=True)
 class RecordFacts:
-    """What every record of a run has in common."""
+    """Facts that all records of a run have in common."""
 
     prompts: tuple[tuple[Prompt, int], ...]
     sampling: Sampling
@@ -38,7 +38,7 @@ class RecordFacts:
     checkpoint: str
 
     def request(self, item: GenerationItem) -> Request:
-        """What the engine is asked about an item.
+        """Builds the request that asks the engine about an item.
 
         Raises:
             SampleError: the row cannot be used, a prompt needs a question that it has not, or asks for a description of
@@ -111,7 +111,7 @@ def record_facts(options: GenerationOptions, checkpoint: Checkpoint) -> RecordFa
 
 
 def split_items(facts: RecordFacts, items: Sequence[GenerationItem]) -> tuple[list[Request], list[Result]]:
-    """What can be asked, and the results of what cannot."""
+    """Splits items into requests that can be asked, and results of those that cannot."""
     requests, refused = [], []
     for item in items:
         try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sicog_mcore.cognition.item_keys import KeyTally, is_blank, turn_fields, unread_keys, unread_media
+from sicog_mcore.cognition.item_keys import KeyCounter, is_blank, turn_fields, unread_keys, unread_media
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.preflight import ROW_FILES
 from sicog_mcore.data.rows import ROLES, JsonRow, build_sample
@@ -57,7 +57,7 @@ class GenerationItem:
 
 
 def read_items(
-    rows: Sequence[Path], images: Path, limit: int = 0, tally: KeyTally | None = None
+    rows: Sequence[Path], images: Path, limit: int = 0, counter: KeyCounter | None = None
 ) -> list[GenerationItem]:
     """The items of all files, in order.
 
@@ -65,7 +65,7 @@ def read_items(
         rows: .json and .jsonl files.
         images: folder that image paths are relative to.
         limit: so many items at most; 0 for all.
-        tally: counts the keys of the rows that are not read.
+        counter: counts the keys of the rows that are not read.
 
     Raises:
         ConfigError: files that do not exist or are no lists of rows.
@@ -77,7 +77,7 @@ def read_items(
     ]
     if problems:
         raise ConfigError(problems)
-    builder = _Builder(tally or KeyTally())
+    builder = _Builder(counter or KeyCounter())
     sources = [SourceConfig(path=str(path), images=str(images)) for path in rows]
     index = open_sources(sources, DataConfig(), builder.build)
     root = os.path.realpath(images)
@@ -109,8 +109,8 @@ def build_item(row: JsonRow, images: Sequence[ImageRef], fallback_id: str, origi
 class _Builder:
     """Builds a Sample of each row, and keeps what no Sample tells of the row that was built last."""
 
-    def __init__(self, tally: KeyTally) -> None:
-        self._tally = tally
+    def __init__(self, counter: KeyCounter) -> None:
+        self._counter = counter
         self._problem: SampleError | None = None
         self._unasked: tuple[str, ...] = ()
 
@@ -120,7 +120,7 @@ class _Builder:
             images = ()
         question = _question(row)
         unread = unread_keys({**row, **turn_fields([question])}, USED_KEYS)
-        self._tally.add((*unread.media, *unread.meaning, *unread.control, *unread.unknown), origin)
+        self._counter.add((*unread.media, *unread.meaning, *unread.control, *unread.unknown), origin)
         text = question.get("value", question.get("content"))
         self._problem = unread_media(unread.media, text if isinstance(text, str) else "", len(images))
         self._unasked = unread.meaning

@@ -1,4 +1,4 @@
-"""What a generation run is asked to do, checked before anything heavy is imported.
+"""Options of a generation run are checked here before anything heavy is imported.
 
 In: a command line, or a loop   Out: GenerationOptions   Next: generate.py
 """
@@ -46,14 +46,14 @@ class GenerationOptions:
         sampling: how tokens are drawn.
         seed: of the run; every candidate derives its own.
         out: folder of the records.
-        batch: items that a copy of the model answers at the same time.
+        batch: items that a replica of the model answers at the same time.
         engine: who answers: our own model, or vLLM with embeddings from our tower.
-        tensor: ranks that share a copy of the model.
+        tensor: ranks that share a replica of the model.
         precision: that of the checkpoint by default.
         tokenizer: that of the checkpoint by default.
         limit: so many items at most; 0 for all.
         price_per_gpu_hour: for the cost, in any currency; 0 for unknown.
-        tokens_per_s: of one copy, for the time a dry run states; 0 for unknown.
+        tokens_per_s: of one replica, for the time a dry run states; 0 for unknown.
         dry_run: only say what would be done, and about what it takes.
     """
 

@@ -1,6 +1,6 @@
 """How far a generation run is: a bar on a terminal, a line now and then elsewhere.
 
-In: counters of one copy of the model   Out: text   Used by: generate.py
+In: counters of one replica of the model   Out: text   Used by: generate.py
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class GenerationProgress:
     """The screen of a run; only the main rank speaks.
 
     Args:
-        total: items that this copy of the model has to do.
-        copies: of the model; all are taken to be as fast as this one.
+        total: items that this replica has to do.
+        replicas: of the model; all are taken to be as fast as this one.
         gpus: of the whole run.
         price: per GPU and hour; 0 for unknown.
     """
 
     def __init__(
-        self, speaks: bool, total: int, copies: int, gpus: int, price: float, screen: Screen | None = None
+        self, speaks: bool, total: int, replicas: int, gpus: int, price: float, screen: Screen | None = None
     ) -> None:
-        self._speaks, self._total, self._copies, self._gpus, self._price = speaks, total, copies, gpus, price
+        self._speaks, self._total, self._replicas, self._gpus, self._price = speaks, total, replicas, gpus, price
         self._screen = screen or Screen(highlight=False)
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
@@ -51,10 +51,10 @@ class GenerationProgress:
         self._start = self._last_line = time.monotonic()
 
     def update(self, done: int, counters: Counters) -> None:
-        """Shows where the run is after ``done`` items of this copy."""
+        """Shows where the run is after ``done`` items of this replica."""
         if not self._speaks:
             return
-        text = progress_text(done, self._total, self.seconds, counters, self._copies)
+        text = progress_text(done, self._total, self.seconds, counters, self._replicas)
         eta_s = self.seconds / max(1, done) * (self._total - done)
         if self._price:
             text += f" | cost {self.cost(self.seconds):.2f} of about {self.cost(self.seconds + eta_s):.2f}"
@@ -87,11 +87,11 @@ class GenerationProgress:
         self._bar.update(self._task, completed=done, text=text)
 
 
-def progress_text(done: int, total: int, seconds: float, counters: Counters, copies: int) -> str:
-    """One line: items, tokens, speed, time left; of this copy of the model where there are several."""
+def progress_text(done: int, total: int, seconds: float, counters: Counters, replicas: int) -> str:
+    """One line: items, tokens, speed, time left; of this replica where there are several."""
     eta_s = seconds / max(1, done) * (total - done)
     speed = counters.decode_tokens / max(seconds, 1e-9)
-    each = f" (one of {copies} copies)" if copies > 1 else ""
+    each = f" (one of {replicas} copies)" if replicas > 1 else ""
     return (
         f"items {done:,}/{total:,}{each} | read {counters.prefill_tokens:,} tokens, {counters.slices:,} slices"
         f" | drawn {counters.decode_tokens:,} tokens, {speed:,.0f}/s | ETA {duration_text(eta_s)}"

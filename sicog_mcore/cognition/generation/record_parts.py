@@ -27,7 +27,7 @@ Header = Mapping[str, Any]  # JSON values by name
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ByteRange:
     path: Path
     offset: int
     length: int
@@ -74,8 +74,8 @@ def open_parts(folder: Path, header: Header) -> frozenset[str]:
     elif parts.is_dir() and any(parts.glob(f"*{SUFFIX}")):
         raise RecordError(f"{parts} holds records without {HEADER}; choose another --out, or remove {parts}")
     else:
-        with whole_file(path) as aside:
-            aside.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
     for part in parts.glob(f"*{SUFFIX}"):
         cut_torn_line(part)
     return frozenset(_index(parts))
@@ -90,15 +90,15 @@ def merge_parts(folder: Path, ids: Sequence[str], target: Path, failures: Counte
     Raises:
         RecordError: an item has no record.
     """
-    places = _index(folder / FOLDER)
-    missing = [name for name in ids if name not in places]
+    ranges = _index(folder / FOLDER)
+    missing = [name for name in ids if name not in ranges]
     if missing:
         raise RecordError(f"{folder / FOLDER} lacks {len(missing)} items, e.g. {missing[0]!r}; run the command again")
     counts: Counter[str] = Counter() if failures is None else failures
 
     def records() -> Iterator[Generation]:
         for name in ids:
-            record = _read(places[name])
+            record = _read(ranges[name])
             counts[record.failure] += 1
             yield record
 
@@ -123,17 +123,17 @@ def _require_same(found: Header, wanted: Header, folder: Path) -> None:
         )
 
 
-def _index(parts: Path) -> dict[str, _Place]:
+def _index(parts: Path) -> dict[str, _ByteRange]:
     """Where each item's record stands; the first counts."""
-    places: dict[str, _Place] = {}
+    ranges: dict[str, _ByteRange] = {}
     for path in sorted(parts.glob(f"*{SUFFIX}")):
         for number, (offset, line) in enumerate(_lines(path), 1):
             try:
                 name = json.loads(line)["id"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RecordError(f"{path}:{number}: not a record ({error}); remove the line") from error
-            places.setdefault(name, _Place(path, offset, len(line)))
-    return places
+            ranges.setdefault(name, _ByteRange(path, offset, len(line)))
+    return ranges
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -144,7 +144,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _read(place: _Place) -> Generation:
-    with place.path.open("rb") as file:
-        file.seek(place.offset)
-        return from_json(file.read(place.length), Generation, f"{place.path} at byte {place.offset}")
+def _read(byte_range: _ByteRange) -> Generation:
+    with byte_range.path.open("rb") as file:
+        file.seek(byte_range.offset)
+        return from_json(file.read(byte_range.length), Generation, f"{byte_range.path} at byte {byte_range.offset}")

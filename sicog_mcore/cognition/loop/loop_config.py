@@ -1,4 +1,4 @@
-"""What a self-improvement loop is asked to do: one YAML file, read strictly, all mistakes reported together.
+"""A self-improvement loop is configured by one YAML file, read strictly, all mistakes reported together.
 
 In: YAML   Out: LoopConfig   Next: workflow.py (makes steps of it)
 How models are trained stands in the files of the stages, see config.py; the loop adds first weights and curated data.
@@ -23,7 +23,7 @@ PLAIN_SCORERS, PLACED_SCORERS = ("tfidf", "vote"), ("sentence", "decoder", "attr
 
 @dataclass(frozen=True, kw_only=True)
 class ItemsConfig:
-    """What the model is asked about; labels are not needed.
+    """Items that the model is asked about; they need no labels.
 
     Attributes:
         images: folder that image paths are relative to.
@@ -76,8 +76,8 @@ class GenerationConfig:
     Attributes:
         captions, answers: prompts and their candidates, e.g. {cod: 2, caption: 1}.
         temperature, top_p, top_k, max_new_tokens: see records.Sampling.
-        batch: items that a copy of the model answers at the same time.
-        tensor: ranks that share a copy of the model.
+        batch: items that a replica of the model answers at the same time.
+        tensor: ranks that share a replica of the model.
     """
 
     captions: Mapping[str, int] = field(default_factory=lambda: {"cod": 2, "caption": 1})
@@ -114,13 +114,13 @@ class CurationConfig(CurationRules):
 
     @property
     def rules(self) -> CurationRules:
-        """What curation is told beside the thresholds."""
+        """Gives the rules that curation follows beside the thresholds."""
         return CurationRules(**{item.name: getattr(self, item.name) for item in fields(CurationRules)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the new model and the baseline are compared on; they answer greedily.
+    """Benchmarks that compare the new model with the baseline; both answer greedily.
 
     Attributes:
         benchmark: .tsv, .jsonl, easy-vqa:test or easy-vqa:train.

@@ -1,6 +1,6 @@
 """The loop for people: plan and ledger as tables, and the line that says what is happening.
 
-In: Planned steps, their stamps   Out: text
+In: Planned steps, their build records   Out: text
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LiveLine:
 
     @contextmanager
     def follow(self, title: str) -> Iterator[Callable[[str], None]]:
-        """What is given to the function is shown behind title and time."""
+        """Yields a function that shows its text behind title and time."""
         start = said = time.monotonic()
         self.say(f"{title} ...")
 
@@ -68,14 +68,14 @@ class LiveLine:
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
-    """What will happen to each step."""
+    """Renders the plan as a table: one row tells what will happen to each step."""
     table = Table(title="Plan", title_justify="left")
     for column in ("step", "state", "size", "took", "needs"):
         table.add_column(column, overflow="fold")
     for entry in planned:
-        step, stamp = entry.step, entry.stamp
+        step, record = entry.step, entry.record
         state = f"{STATES[entry.state]}{f': {entry.why}' if entry.why else ''}"
-        took = duration_text(stamp.seconds) if stamp and stamp.seconds else ""
+        took = duration_text(record.seconds) if record and record.seconds else ""
         words = (step.name, state, step.size, took, ", ".join(step.needs))
         table.add_row(*(Text(printable(word)) for word in words))
     return table
@@ -89,22 +89,22 @@ def plan_commands(planned: Sequence[Planned], command: Callable[[WorkflowStep], 
 def plan_summary(planned: Sequence[Planned]) -> str:
     """The plan in a line."""
     counts = {state: sum(entry.state == state for entry in planned) for state in STATES}
-    known = sum(entry.stamp.seconds for entry in planned if entry.state == "run" and entry.stamp)
+    known = sum(entry.record.seconds for entry in planned if entry.state == "run" and entry.record)
     text = ", ".join(f"{count} {STATES[state]}" for state, count in counts.items() if count)
     return f"{len(planned)} steps: {text}" + (f"; last time those took {duration_text(known)}" if known else "")
 
 
 def ledger_rows(planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    """What each finished step took, as JSON has it."""
+    """Lists the cost that each finished step had, as values of JSON."""
     return [
         {
             "step": entry.step.name,
-            "seconds": entry.stamp.seconds,
-            "tokens": entry.stamp.tokens,
-            "device_seconds": entry.stamp.device_seconds,
+            "seconds": entry.record.seconds,
+            "tokens": entry.record.tokens,
+            "device_seconds": entry.record.device_seconds,
         }
         for entry in planned
-        if entry.stamp and entry.stamp.is_finished
+        if entry.record and entry.record.is_finished
     ]
 
 

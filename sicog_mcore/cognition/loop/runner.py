@@ -1,4 +1,4 @@
-"""Runs steps as processes of their own, one after the other: a log for each, one live line, and stamps that survive any end.
+"""Runs steps as processes, one after the other: with a log, one live line, and build records that survive any end.
 
 In: WorkflowSteps   Out: exit code, logs/STEP.log, steps/STEP.json   Next: loop_console.py (plan and ledger as tables)
 A step is locked while its process lives, even if this one is gone, so that no two write to the same place.
@@ -25,10 +25,10 @@ from sicog_mcore.cognition.loop.loop_console import LiveLine
 from sicog_mcore.cognition.loop.steps import (
     FOLDER,
     HASHES,
+    BuildRecord,
+    BuildRecords,
     ContentHashes,
     Planned,
-    Stamp,
-    Stamps,
     WorkflowStep,
     foreign_files,
     plan,
@@ -50,7 +50,7 @@ class StepRunner:
 
     Args:
         words_of: what starts a step, behind the interpreter or the launcher, such as ``-m sicog_mcore score ...``.
-        folder: of the loop; stamps and logs are kept there.
+        folder: of the loop; build records and logs are kept there.
         ranks: processes of steps that are parallel.
         screen: says what happens.
         environment: of the steps; None for that of this process.
@@ -66,18 +66,18 @@ class StepRunner:
     ) -> None:
         self.words_of, self.folder, self.ranks, self.screen = words_of, folder, ranks, screen
         self._environment = environment
-        self.stamps = Stamps(folder / FOLDER)
+        self.records = BuildRecords(folder / FOLDER)
         self.contents = ContentHashes(folder / FOLDER / HASHES)
 
     def plan(self, steps: Sequence[WorkflowStep]) -> list[Planned]:
-        """What has to be done.
+        """Plans the steps that have to run.
 
         Raises:
             ConfigError: files stand where a step would write, and none of them has written these.
         """
-        if problems := list(foreign_files(steps, self.stamps)):
+        if problems := list(foreign_files(steps, self.records)):
             raise ConfigError(problems)
-        return plan(steps, self.stamps, self.contents)
+        return plan(steps, self.records, self.contents)
 
     def run_all(self, steps: Sequence[WorkflowStep]) -> int:
         """Runs what is not done. A step is looked at when its turn comes, for those before it may have changed nothing.
@@ -87,7 +87,7 @@ class StepRunner:
         """
         for number, step in enumerate(steps, 1):
             # Only what it reads counts now: everything before it is done.
-            if plan([replace(step, needs=())], self.stamps, self.contents)[0].state == "done":
+            if plan([replace(step, needs=())], self.records, self.contents)[0].state == "done":
                 continue
             if exit_code := self.run(step, f"[{number}/{len(steps)}] {step.name}"):
                 return exit_code
@@ -117,7 +117,7 @@ class StepRunner:
         with disk_faults(log):
             log.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(step) as lock, disk_faults(log), log.open("ab") as output:
-            stamp = self.stamps.begin(step, self.contents)
+            record = self.records.begin(step, self.contents)
             words = self.command(step)
             output.write(f"--- {datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(words)}\n".encode())
             output.flush()
@@ -134,14 +134,14 @@ class StepRunner:
                     exit_code = self._watch(process, log, start, title)
                 except KeyboardInterrupt:
                     _end(process)
-                    self.stamps.end(step, self._spent(step, stamp, clock), EXIT_INTERRUPTED, self.contents)
+                    self.records.end(step, self._spent(step, record, clock), EXIT_INTERRUPTED, self.contents)
                     raise
             missing = [str(path) for path in step.outputs if not self.contents.of(path)]
             if exit_code == EXIT_OK and missing:
                 exit_code = EXIT_CRASH
                 output.write(f"the step ended without {', '.join(missing)}\n".encode())
                 output.flush()
-            self.stamps.end(step, self._spent(step, stamp, clock), exit_code, self.contents)
+            self.records.end(step, self._spent(step, record, clock), exit_code, self.contents)
             self.contents.save()
         seconds = time.monotonic() - clock
         lines = _tail(log, start)
@@ -170,13 +170,13 @@ class StepRunner:
                     lines = _tail(log, start)
                     show(lines[-1] if lines else "")
 
-    def _spent(self, step: WorkflowStep, stamp: Stamp, clock: float) -> Stamp:
-        """The stamp with what this attempt took added."""
+    def _spent(self, step: WorkflowStep, record: BuildRecord, clock: float) -> BuildRecord:
+        """The build record with what this attempt took added."""
         seconds = time.monotonic() - clock
         return replace(
-            stamp,
-            seconds=round(stamp.seconds + seconds, 3),
-            device_seconds=round(stamp.device_seconds + seconds * self.ranks * step.is_parallel, 3),
+            record,
+            seconds=round(record.seconds + seconds, 3),
+            device_seconds=round(record.device_seconds + seconds * self.ranks * step.is_parallel, 3),
             tokens=_count_tokens(step),
         )
 
@@ -243,7 +243,7 @@ def _tail(log: Path, start: int) -> list[str]:
 
 
 def _count_tokens(step: WorkflowStep) -> int:
-    """What the command itself has counted, over all its attempts."""
+    """Adds up the tokens that the command itself has counted, over all its attempts."""
     if step.usage is None or not step.usage.is_file():
         return 0
     return sum(_tokens_of(line) for line in step.usage.read_text(encoding="utf-8", errors="replace").splitlines())

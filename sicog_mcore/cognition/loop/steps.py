@@ -2,9 +2,9 @@
 
 In: WorkflowStep (verb, options, files it reads and writes)   Out: Planned: done, to run, or open until a step before it ends
 Next: workflow.py (the steps of the self-improvement loop), runner.py (runs them)
-A step is done if a stamp stands for it that was written after success, with the fingerprint that it would have now, and its
-outputs are what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the
-matter there.
+A step is done if its build record was written after success, with the fingerprint that it would have now, and its outputs
+are what they were then. Fingerprints are of contents, so a step that ran again and wrote the same bytes ends the matter
+there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WorkflowStep:
     """One verb with its options.
 
     Attributes:
-        name: also of its log and its stamp.
+        name: also of its log and its build record.
         verb: words that name what is done, such as ``("evaluate", "score")``.
         options: dataclass of that verb; what is started is made of it, so no word can be misspelt.
         inputs: files and folders whose contents count; of a training run those of its newest checkpoint's weights.
@@ -45,7 +45,7 @@ class WorkflowStep:
         outputs: files and folders that exist when it has succeeded.
         leftovers: what else it may leave behind; removed, with the outputs, before it runs on other inputs.
         needs: names of the steps that write its inputs.
-        meaning: what its results depend on beside the inputs, where that is not all of its options.
+        cache_key: what its results depend on beside the inputs, where that is not all of its options.
         is_parallel: started on several processes where there are several.
         size: how much there is to do, for people.
         usage: file in which the command counts its tokens.
@@ -60,7 +60,7 @@ class WorkflowStep:
     outputs: tuple[Path, ...]
     leftovers: tuple[Path, ...] = ()
     needs: tuple[str, ...] = ()
-    meaning: tuple[str, ...] = ()
+    cache_key: tuple[str, ...] = ()
     is_parallel: bool = False
     size: str = ""
     usage: Path | None = None
@@ -68,8 +68,8 @@ class WorkflowStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stamp:
-    """What is left of a run of a step.
+class BuildRecord:
+    """The build record that a run of a step leaves.
 
     Attributes:
         is_finished: False while it runs, and for ever if it was killed.
@@ -92,18 +92,18 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to become of a step.
+    """The state that the plan gives a step.
 
     Attributes:
         state: "open" if it depends on what a step before it will write.
         why: for people.
-        stamp: of its last run, if there was one.
+        record: of its last run, if there was one.
     """
 
     step: WorkflowStep
     state: State
     why: str
-    stamp: Stamp | None
+    record: BuildRecord | None
 
 
 class ContentHashes:
@@ -152,46 +152,47 @@ class ContentHashes:
         return content
 
 
-class Stamps:
+class BuildRecords:
     """One JSON file per step; it appears whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, step: WorkflowStep) -> Stamp | None:
+    def read(self, step: WorkflowStep) -> BuildRecord | None:
         """None if there is none, or one of another version of this program."""
         found = _read_json(self._path(step))
-        return Stamp(**found) if found and found.keys() == {item.name for item in fields(Stamp)} else None
+        return BuildRecord(**found) if found and found.keys() == {item.name for item in fields(BuildRecord)} else None
 
-    def begin(self, step: WorkflowStep, contents: ContentHashes) -> Stamp:
+    def begin(self, step: WorkflowStep, contents: ContentHashes) -> BuildRecord:
         """Notes that a step starts. What it left when it ran on other inputs is removed first.
 
         A run that was stopped keeps its files: the command goes on with them.
         """
         inputs = _hashes(step, contents)
-        now = Stamp(fingerprint=fingerprint(step, inputs), is_finished=False, inputs=inputs)
+        now = BuildRecord(fingerprint=fingerprint(step, inputs), is_finished=False, inputs=inputs)
         before = self.read(step)
         if before is not None and before.fingerprint == now.fingerprint:
-            now = Stamp(**asdict(before) | {"is_finished": False, "outputs": {}})
+            now = BuildRecord(**asdict(before) | {"is_finished": False, "outputs": {}})
         else:
-            self._write(step, Stamp(fingerprint="", is_finished=False, inputs={}))  # what is left is no result any more
+            # What is left of other inputs is no result any more, also if the process ends while it is removed.
+            self._write(step, BuildRecord(fingerprint="", is_finished=False, inputs={}))
             for path in (*step.outputs, *step.leftovers):
                 _remove(path)
         self._write(step, now)
         return now
 
-    def end(self, step: WorkflowStep, stamp: Stamp, exit_code: int, contents: ContentHashes) -> None:
+    def end(self, step: WorkflowStep, record: BuildRecord, exit_code: int, contents: ContentHashes) -> None:
         """Notes how it ended; only with exit code 0 it is finished.
 
         Args:
-            stamp: of ``begin``, with what the run took added.
+            record: of ``begin``, with what the run took added.
         """
         outputs = {str(path): contents.of(path) for path in step.outputs} if exit_code == 0 else {}
         ended = {"is_finished": exit_code == 0, "outputs": outputs, "exit_code": exit_code}
-        self._write(step, Stamp(**asdict(stamp) | ended))
+        self._write(step, BuildRecord(**asdict(record) | ended))
 
-    def _write(self, step: WorkflowStep, stamp: Stamp) -> None:
-        write_json(self._path(step), asdict(stamp), shared=True)
+    def _write(self, step: WorkflowStep, record: BuildRecord) -> None:
+        write_json(self._path(step), asdict(record), shared=True)
 
     def _path(self, step: WorkflowStep) -> Path:
         return self.folder / f"{step.name}.json"
@@ -224,51 +225,51 @@ def fingerprint(step: WorkflowStep, inputs: Mapping[str, str]) -> str:
     """Of verb, options, contents of inputs, and version: whatever changes the result changes it.
 
     Args:
-        inputs: hashes by path. Where ``meaning`` stands for the options, the paths themselves do not count.
+        inputs: hashes by path. Where ``cache_key`` stands for the options, the paths themselves do not count.
     """
-    told = step.meaning or json.loads(json.dumps(asdict(step.options), default=str))  # paths as text
+    told = step.cache_key or json.loads(json.dumps(asdict(step.options), default=str))  # paths as text
     return hash_json([FORMAT, __version__, step.name, step.verb, told, [*inputs.values()]])
 
 
-def plan(steps: Sequence[WorkflowStep], stamps: Stamps, contents: ContentHashes) -> list[Planned]:
-    """What would happen now, step by step."""
+def plan(steps: Sequence[WorkflowStep], records: BuildRecords, contents: ContentHashes) -> list[Planned]:
+    """Plans each step in turn: done, to run, or open."""
     planned: list[Planned] = []
     ahead: dict[str, str] = {}  # names of steps that will run or may run
     for step in in_order(steps):
-        stamp = stamps.read(step)
+        record = records.read(step)
         waits = [name for name in step.needs if name in ahead]
-        state, why = _judge(step, stamp, contents)
-        if waits and (state == "done" or stamp is None):
-            state, why = "open" if stamp else "run", "after those it needs"
+        state, why = _judge(step, record, contents)
+        if waits and (state == "done" or record is None):
+            state, why = "open" if record else "run", "after those it needs"
         if state != "done":
             ahead[step.name] = why
-        planned.append(Planned(step, state, why, stamp))
+        planned.append(Planned(step, state, why, record))
     contents.save()
     return planned
 
 
-def foreign_files(steps: Sequence[WorkflowStep], stamps: Stamps) -> Iterator[ConfigProblem]:
+def foreign_files(steps: Sequence[WorkflowStep], records: BuildRecords) -> Iterator[ConfigProblem]:
     """Files in places where steps write that no step has written: they would be taken for results, or removed."""
     for step in steps:
-        if stamps.read(step) is None:
+        if records.read(step) is None:
             for path in (*step.outputs, *step.leftovers):
                 if path.exists():
                     fix = "move it away, or choose another output"
                     yield ConfigProblem(step.name, str(path), "exists, but this loop has not written it", fix)
 
 
-def _judge(step: WorkflowStep, stamp: Stamp | None, contents: ContentHashes) -> tuple[State, str]:
+def _judge(step: WorkflowStep, record: BuildRecord | None, contents: ContentHashes) -> tuple[State, str]:
     """The state of a step as if nothing before it would run."""
-    if stamp is None:
+    if record is None:
         return "run", "never ran"
     inputs = _hashes(step, contents)
-    if fingerprint(step, inputs) != stamp.fingerprint:
-        return "run", _what_changed(stamp.inputs, inputs)
-    if not stamp.is_finished:
-        ended = {None: "", EXIT_INTERRUPTED: "interrupted; "}.get(stamp.exit_code, f"failed ({stamp.exit_code}); ")
+    if fingerprint(step, inputs) != record.fingerprint:
+        return "run", _what_changed(record.inputs, inputs)
+    if not record.is_finished:
+        ended = {None: "", EXIT_INTERRUPTED: "interrupted; "}.get(record.exit_code, f"failed ({record.exit_code}); ")
         return "run", f"{ended}goes on"
     for path in step.outputs:
-        if (found := contents.of(path)) != stamp.outputs.get(str(path)):
+        if (found := contents.of(path)) != record.outputs.get(str(path)):
             return "run", f"{path} {'changed' if found else 'is gone'}"
     return "done", ""
 

@@ -61,7 +61,7 @@ NOT_IN_WEIGHTS = (
 
 @dataclass(frozen=True)
 class _Made:
-    """What a step makes of value to others: the step's name, empty if the user brought it, and where it is."""
+    """An output that other steps use: the name of its step, empty if the user brought it, and its path."""
 
     step: str
     path: Path
@@ -189,7 +189,7 @@ class _Builder:
                     images=tuple(map(Path, folders)),
                     outputs=(folder,),
                     needs=_names(after),
-                    meaning=(json.dumps(counted, sort_keys=True),),
+                    cache_key=(json.dumps(counted, sort_keys=True),),
                     is_parallel=True,
                     size=f"{experiment.train.steps:,} optimiser steps",
                     usage=folder / METRICS,
@@ -222,7 +222,7 @@ class _Builder:
                 outputs=(options.out / RECORDS,),
                 leftovers=(options.out,),
                 needs=_names((model, *after)),
-                meaning=(*_wordings(options.prompts), json.dumps(asdict(sampling)), str(options.seed)),
+                cache_key=(*_wordings(options.prompts), json.dumps(asdict(sampling)), str(options.seed)),
                 is_parallel=True,
                 size=f"{sum(count for _, count in options.prompts)} candidates an item",
                 usage=options.out / USAGE,

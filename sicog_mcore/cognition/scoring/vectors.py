@@ -84,8 +84,8 @@ class VectorStore:
             vectors = self._embedder.embed(part.texts)
             content = io.BytesIO()
             np.save(content, vectors)  # into a file, numpy would not tell why it cannot write
-            with whole_file(part.path, shared=True) as aside:
-                aside.write_bytes(content.getbuffer())
+            with whole_file(part.path, shared=True) as temporary:
+                temporary.write_bytes(content.getbuffer())
             self.embedded += len(part.texts)
             yield self.embedded
 

@@ -51,7 +51,7 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class JobDone:
-    """What became of a job.
+    """The result that a job came to.
 
     Attributes:
         span: the block.

@@ -125,7 +125,7 @@ class BlockIndexer:
         columns.add(*self._measure(lambda: self._build(fields, locate_images(fields, images), "", "")))
 
     def _measure(self, read: Callable[[], Sample]) -> tuple[Measured | SampleError, str | None]:
-        """What a row measures, or why it is bad, and its id as far as that is known."""
+        """Measures a row, or says why it is bad; gives its id as far as that is known."""
         row_id = None
         try:
             sample = read()

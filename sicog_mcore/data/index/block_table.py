@@ -46,7 +46,7 @@ DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
 
 @dataclass(frozen=True)
 class BlockHeader:
-    """What a block's file says of all its rows.
+    """The header that a block's file holds for all its rows.
 
     Attributes:
         rows: number of rows.
@@ -108,8 +108,8 @@ def write_block(path: Path, header: BlockHeader, columns: BlockColumns) -> None:
     metadata = {HEADER: json.dumps(asdict(header)).encode()}
     schema = pa.schema([(name, array.type) for name, array in arrays.items()], metadata=metadata)
     batch = pa.record_batch(list(arrays.values()), schema=schema)
-    with whole_file(path, shared=True) as aside:
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with whole_file(path, shared=True) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
 
 

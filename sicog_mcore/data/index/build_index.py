@@ -65,7 +65,7 @@ class IndexProgress:
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What a build did.
+    """The report that a build of the index returns.
 
     Attributes:
         folder: of the index.
@@ -113,7 +113,7 @@ class _File:
 
 @dataclass
 class _Work:
-    """What is to be done, and what is known already.
+    """Jobs that a build has to do, and counts of the rows and blocks that it knows already.
 
     Attributes:
         known_rows, known_blocks: of files that did not change.

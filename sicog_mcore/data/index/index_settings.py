@@ -1,4 +1,4 @@
-"""What the numbers of an index depend on beside the rows: other settings have an index of their own.
+"""Settings decide the numbers of an index beside the rows: other settings have an index of their own.
 
 In: Experiment   Out: IndexSettings   Next: index_store.py
 """
@@ -60,5 +60,5 @@ def index_folder(experiment: Experiment) -> Path:
 
 
 def build_function(experiment: Experiment) -> BuildSample:
-    """What gives a row its meaning in this run."""
+    """Chooses the function that builds a sample from a row in this run."""
     return build_pair if experiment.objective == "dpo" else build_sample

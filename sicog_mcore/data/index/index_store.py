@@ -31,7 +31,7 @@ DIGEST_DIGITS = 16
 
 
 class FileStamp(NamedTuple):
-    """What tells without reading that a file was not written to: an edit changes its times, also one that keeps its size.
+    """The stamp of a file tells without reading that it was not written to: an edit changes its times, even at one size.
 
     The time of change cannot be set back by programs, unlike that of modification.
     """

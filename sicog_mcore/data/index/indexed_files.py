@@ -286,7 +286,7 @@ def _joined(parts: Sequence[NDArray], kind: type) -> NDArray:
 
 
 def join_sizes(parts: Sequence[tuple[RowSizes, int]], repeated: NDArray[np.int64], counts_repeats: bool) -> RowSizes:
-    """What the rows of several files measure, one file after the other.
+    """Joins the sizes of the rows of several files, one file after the other.
 
     Args:
         parts: of each file, what its rows measure, and how many of its first rows are taken.

@@ -399,7 +399,7 @@ def test_a_funnel_that_starves_is_refused_and_nothing_changes(
     with pytest.raises(StarvedFunnel, match=message) as error:
         curate(curation(tmp_path, [mixed], **options), mixed)
     assert error.value.exit_code == 17 and error.value.funnel.items.total() == 7
-    assert everything(mixed) == before and not (mixed / module.ASIDE).exists()
+    assert everything(mixed) == before and not (mixed / module.TEMPORARY).exists()
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     if (mixed / "funnel.json").exists():
         assert everything(mixed) == (expected if place == "rmtree" else before)
     curate(new, mixed)
-    assert everything(mixed) == expected and not (mixed / module.ASIDE).exists()
+    assert everything(mixed) == expected and not (mixed / module.TEMPORARY).exists()
 
 
 def test_ids_of_rows_are_unique_even_if_items_look_like_rows(tmp_path: Path) -> None:

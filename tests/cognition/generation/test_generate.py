@@ -15,7 +15,7 @@ from sicog_mcore.cognition.generation.generate import run
 from sicog_mcore.cognition.generation.items import read_items
 from sicog_mcore.cognition.generation.options import GenerationOptions
 from sicog_mcore.cognition.generation.record_parts import PartWriter, merge_parts, open_parts
-from sicog_mcore.cognition.item_keys import KeyTally
+from sicog_mcore.cognition.item_keys import KeyCounter
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.cognition.records import Generation, from_json, read_records, to_json
 from sicog_mcore.config import ParallelConfig
@@ -172,10 +172,10 @@ def test_keys_that_are_not_read_are_counted_with_the_place_of_the_first(tmp_path
         {"id": "b", "image": "a.png", "hue": 2},
     ]
     items_of(tmp_path, {"id": "0", "image": "a.png", "hue": None}, *rows)
-    tally = KeyTally()
-    read_items([tmp_path / "rows.jsonl"], tmp_path, 0, tally)
+    counter = KeyCounter()
+    read_items([tmp_path / "rows.jsonl"], tmp_path, 0, counter)
     file = tmp_path / "rows.jsonl"
-    assert list(tally.lines()) == [
+    assert list(counter.lines()) == [
         f"key 'hue' is not read: 2 rows, first {file}:2",
         f"key 'loss' is not read: 1 row, first {file}:2",
     ]

@@ -15,11 +15,11 @@ COUNTERS = Counters(items=25, prefill_tokens=12_000, decode_tokens=5_000, slices
 
 
 def test_a_line_counts_what_is_done_and_left() -> None:
-    line = progress_text(25, 100, 50.0, COUNTERS, copies=1)
+    line = progress_text(25, 100, 50.0, COUNTERS, replicas=1)
     assert line == (
         "items 25/100 | read 12,000 tokens, 75 slices | drawn 5,000 tokens, 100/s | ETA 0:02:30"  # 75 items at 2 s
     )
-    assert progress_text(25, 100, 50.0, COUNTERS, copies=4).startswith("items 25/100 (one of 4 copies) |")
+    assert progress_text(25, 100, 50.0, COUNTERS, replicas=4).startswith("items 25/100 (one of 4 copies) |")
 
 
 def test_lines_come_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from sicog_mcore.cognition.loop import steps as steps_module
 from sicog_mcore.cognition.loop.loop_console import LiveLine, ledger_rows, plan_summary
 from sicog_mcore.cognition.loop.runner import StepRunner
 from sicog_mcore.cognition.loop.steps import (
+    BuildRecords,
     ContentHashes,
-    Stamps,
     WorkflowStep,
     fingerprint,
     foreign_files,
@@ -145,7 +145,7 @@ def test_a_changed_input_reruns_what_depends_on_it_and_nothing_else(world: World
     world.run()
     Path("first.txt").write_text("3\n")
     assert world.states() == {"a": "run", "b": "done", "c": "open", "d": "open", "e": "done"}
-    assert plan(STEPS, world.runner.stamps, world.runner.contents)[0].why == "changed: first.txt"
+    assert plan(STEPS, world.runner.records, world.runner.contents)[0].why == "changed: first.txt"
     assert world.run() == (0, ["a", "c", "d"])
 
 
@@ -166,7 +166,7 @@ def test_another_command_or_version_runs_again(world: World, monkeypatch: pytest
     world.run()
     other = replace(STEPS[4], options=Words(words=(*STEPS[4].options.words[:-1], "./out/e.txt")))
     assert world.run([*STEPS[:4], other]) == (0, ["e"])
-    meant = [replace(step, meaning=("x",)) for step in STEPS]
+    meant = [replace(step, cache_key=("x",)) for step in STEPS]
     world.run(meant)
     moved = [*meant[:4], replace(meant[4], options=other.options)]
     assert world.run(moved) == (0, [])  # the options count no more, what it means does
@@ -206,15 +206,15 @@ def test_a_line_says_what_came_of_a_step(world: World) -> None:
 
 
 def test_a_stopped_step_keeps_its_files_unless_its_inputs_changed(world: World) -> None:
-    stamps, contents = world.runner.stamps, world.runner.contents
-    stamps.begin(STEPS[0], contents)
+    records, contents = world.runner.records, world.runner.contents
+    records.begin(STEPS[0], contents)
     Path("out").mkdir()
     Path("out/a.txt").write_text("half\n")
     assert world.runner.plan(STEPS)[0].why == "goes on"
-    stamps.begin(STEPS[0], contents)
+    records.begin(STEPS[0], contents)
     assert Path("out/a.txt").read_text() == "half\n"
     Path("first.txt").write_text("3\n")
-    stamps.begin(STEPS[0], contents)
+    records.begin(STEPS[0], contents)
     assert not Path("out/a.txt").exists()
 
 
@@ -228,17 +228,17 @@ def test_killed_while_it_cleans_up_a_step_cleans_up_again(world: World, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(steps_module, "_remove", die)
         with pytest.raises(KeyboardInterrupt):
-            world.runner.stamps.begin(STEPS[0], world.runner.contents)
+            world.runner.records.begin(STEPS[0], world.runner.contents)
     assert Path("out/a.txt").exists()
     assert world.states()["a"] == "run"
-    world.runner.stamps.begin(STEPS[0], world.runner.contents)
+    world.runner.records.begin(STEPS[0], world.runner.contents)
     assert not Path("out/a.txt").exists()
 
 
 def test_what_others_put_where_a_step_writes_is_not_touched(world: World) -> None:
     Path("out").mkdir()
     Path("out/c.txt").write_text("precious\n")
-    assert [problem.path for problem in foreign_files(STEPS, world.runner.stamps)] == ["c"]
+    assert [problem.path for problem in foreign_files(STEPS, world.runner.records)] == ["c"]
     with pytest.raises(ConfigError, match="this loop has not written it"):
         world.runner.plan(STEPS)
 
@@ -280,8 +280,8 @@ def test_an_interrupt_ends_the_step_and_the_next_run_goes_on_with_it(world: Worl
     parent = start_runner()
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
     assert "KeyboardInterrupt" in parent.communicate()[1]
-    stamp = world.runner.stamps.read(STEPS[0])
-    assert stamp is not None and not stamp.is_finished and stamp.exit_code == 130 and stamp.seconds > 0
+    record = world.runner.records.read(STEPS[0])
+    assert record is not None and not record.is_finished and record.exit_code == 130 and record.seconds > 0
     assert world.runner.plan(STEPS)[0].why == "interrupted; goes on"
 
 
@@ -367,11 +367,11 @@ def test_of_a_folder_of_images_only_the_images_count(tmp_path: Path) -> None:
 
 
 def test_a_stamp_of_another_form_counts_as_none(tmp_path: Path) -> None:
-    stamps = Stamps(tmp_path)
+    records = BuildRecords(tmp_path)
     (tmp_path / "a.json").write_text(json.dumps({"fingerprint": "x"}))
-    assert stamps.read(STEPS[0]) is None
+    assert records.read(STEPS[0]) is None
     (tmp_path / "a.json").write_text("{")
-    assert stamps.read(STEPS[0]) is None
+    assert records.read(STEPS[0]) is None
 
 
 def test_the_fingerprint_is_of_all_that_counts() -> None:
@@ -382,7 +382,7 @@ def test_the_fingerprint_is_of_all_that_counts() -> None:
         fingerprint(STEPS[0], {**inputs, "more": hash_json("1")}),
         fingerprint(replace(STEPS[0], verb=("other.py",)), inputs),
         fingerprint(replace(STEPS[0], options=Words(words=("--x",))), inputs),
-        fingerprint(replace(STEPS[0], meaning=("x",)), inputs),
+        fingerprint(replace(STEPS[0], cache_key=("x",)), inputs),
         fingerprint(STEPS[1], inputs),
     }
     assert len(prints) == 7
@@ -420,5 +420,5 @@ def test_parallel_steps_start_under_torchrun_and_count_every_process(world: Worl
         "--nproc-per-node",
         "4",
     ]
-    stamp = world.runner.stamps.begin(parallel, world.runner.contents)
-    assert asdict(stamp)["device_seconds"] == 0
+    record = world.runner.records.begin(parallel, world.runner.contents)
+    assert asdict(record)["device_seconds"] == 0

@@ -242,17 +242,17 @@ def test_a_loop_of_captions_alone_has_no_step_for_answers(values: dict[str, Any]
 
 
 def test_only_what_changes_weights_counts_for_a_training_step(values: dict[str, Any]) -> None:
-    before = steps_of(values)["stage1"].meaning
+    before = steps_of(values)["stage1"].cache_key
     values["stages"]["common"]["set"] |= {"train.log_every": 7, "parallel.tensor": 2}
-    assert steps_of(values, ranks=2)["stage1"].meaning == before
+    assert steps_of(values, ranks=2)["stage1"].cache_key == before
     values["stages"]["common"]["set"] |= {"optim.lr": 0.5}
-    assert steps_of(values, ranks=2)["stage1"].meaning != before
+    assert steps_of(values, ranks=2)["stage1"].cache_key != before
 
 
 def test_only_what_changes_records_counts_for_generation(values: dict[str, Any]) -> None:
-    before = steps_of(values)["round_1.captions"].meaning
-    assert steps_of(values | {"generation": {"batch": 3}})["round_1.captions"].meaning == before
-    assert steps_of(values | {"generation": {"temperature": 0.1}})["round_1.captions"].meaning != before
+    before = steps_of(values)["round_1.captions"].cache_key
+    assert steps_of(values | {"generation": {"batch": 3}})["round_1.captions"].cache_key == before
+    assert steps_of(values | {"generation": {"temperature": 0.1}})["round_1.captions"].cache_key != before
 
 
 def test_files_that_curation_is_told_of_are_its_inputs(values: dict[str, Any]) -> None:
