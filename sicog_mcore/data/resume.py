@@ -218,9 +218,7 @@ def reopen_rows(
     return replace(opened, notes=notes)
 
 
-def _other_packs(
-    sizes: RowSizes, settings: Mapping[str, Any], position: LoaderState, saved: Mapping[str, Any]
-) -> str:
+def _other_packs(sizes: RowSizes, settings: Mapping[str, Any], position: LoaderState, saved: Mapping[str, Any]) -> str:
     """Why the same rows under the same settings make other packs than at the checkpoint; empty if they do not."""
     if position.is_inside and saved.get("shards") != _hash_shards(sizes):
         # The same rows written in another way: their order, which the place counts in, is made of these blocks.

@@ -49,7 +49,9 @@ def _fate(index: SampleIndex, key: str) -> str:
         [note] = index.notes
         assert note.startswith("refused: ") and repr(key) in note and note.endswith("rows.jsonl:1"), note
         return REFUSED
-    if key == WEIGHT and any("multiplied" in note for note in index.notes):  # it is used, and changes what the row counts for
+    if key == WEIGHT and any(
+        "multiplied" in note for note in index.notes
+    ):  # it is used
         assert index.notes[0].startswith(f"losses are multiplied by the row's key {key!r}") and len(index.notes) == 1
         return USED
     assert not index.notes or index.notes[0].startswith(f"key {key!r}") and len(index.notes) == 1, index.notes
@@ -88,7 +90,10 @@ TABLE: tuple[tuple[str, object, str, str], ...] = (
     ("loss_mask", [0, 1], REFUSED, REFUSED),
     ("weight", 1, IRRELEVANT, IRRELEVANT),
     *(("weight", value, USED, USED) for value in (0.5, 70, 1e-6, 1e6)),
-    *(("weight", value, REFUSED, REFUSED) for value in (0, -1, True, "0.5", "70 kg", [0.5], {"a": 1}, 1e-7, 1e7, 10**400)),
+    *(
+        ("weight", value, REFUSED, REFUSED)
+        for value in (0, -1, True, "0.5", "70 kg", [0.5], {"a": 1}, 1e-7, 1e7, 10**400)
+    ),
     ("weights", [1, 2], REFUSED, REFUSED),
     ("mask", 1, REFUSED, REFUSED),
     ("mask", [0, 1, 1], REFUSED, REFUSED),

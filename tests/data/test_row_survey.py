@@ -53,7 +53,9 @@ def test_rows_that_weigh_more_or_less_are_said_with_number_and_range() -> None:
         survey.add_row({"conversations": TURNS, "weight": weight}, 0, "x.jsonl", line)
     rest.add_row({"conversations": TURNS, "weight": 3}, 0, "y.jsonl", 1)
     survey.merge(rest.state(), "y.jsonl", 7)
-    assert survey.notes() == ["losses are multiplied by the row's key 'weight', from 0.5 to 3: 3 rows, first at x.jsonl:2"]
+    assert survey.notes() == [
+        "losses are multiplied by the row's key 'weight', from 0.5 to 3: 3 rows, first at x.jsonl:2"
+    ]
     survey.add_row({"conversations": TURNS, "weight": -1}, 0, "x.jsonl", 9)
     assert "from 0.5 to 3: 3 rows" in survey.notes()[0] and "-1, expected a number" in survey.notes()[1]
     pairs.add_row({"conversations": TURNS, "chosen": "a", "rejected": "b", "weight": 2}, 0, "x.jsonl", 1)

@@ -48,6 +48,10 @@ SEAL_BYTES = 16  # of the hash behind the stream
 DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
 
 
+class BlockUnreadable(Exception):
+    """A block's file is not there, or holds other bytes than were written to it."""
+
+
 @dataclass(frozen=True)
 class BlockHeader:
     """What a block's file says of all its rows.
@@ -137,7 +141,7 @@ class BlockTable:
     """A block's file, mapped into memory when it is first asked for; picklable by its path.
 
     Args:
-        path: the file; reading it raises one of DAMAGE if it is none.
+        path: the file; using it raises BlockUnreadable if it cannot be read.
     """
 
     def __init__(self, path: str) -> None:
@@ -148,17 +152,23 @@ class BlockTable:
 
     @cached_property
     def _batch(self) -> Any:
-        with pa.memory_map(self.path) as source:  # the mapping outlives the file, which many blocks could not keep open
-            whole = source.read_buffer()
-        stream = whole.slice(0, max(0, whole.size - SEAL_BYTES))
-        if whole.slice(stream.size).to_pybytes() != _seal(stream):
-            raise ValueError(f"{self.path} is damaged")
-        with pa.ipc.open_stream(stream) as reader:
-            return reader.read_next_batch()
+        try:
+            with pa.memory_map(self.path) as source:  # the mapping outlives the file, which many could not keep open
+                whole = source.read_buffer()
+            stream = whole.slice(0, max(0, whole.size - SEAL_BYTES))
+            if whole.slice(stream.size).to_pybytes() != _seal(stream):
+                raise ValueError("its hash is wrong")
+            with pa.ipc.open_stream(stream) as reader:
+                return reader.read_next_batch()
+        except DAMAGE as error:
+            raise BlockUnreadable(f"{self.path} cannot be read: {error}") from error
 
     @cached_property
     def header(self) -> BlockHeader:
-        return BlockHeader(**json.loads(self._batch.schema.metadata[HEADER]))
+        try:
+            return BlockHeader(**json.loads(self._batch.schema.metadata[HEADER]))
+        except DAMAGE as error:
+            raise BlockUnreadable(f"{self.path} has no header of ours: {error}") from error
 
     def __len__(self) -> int:
         return int(self._batch.num_rows)

@@ -23,8 +23,8 @@ from sicog_mcore.config import Experiment, SourceConfig
 from sicog_mcore.data.index import build_index as building
 from sicog_mcore.data.index import image_recheck, index_store, row_blocks
 from sicog_mcore.data.index.block_rows import BlockIndexer
+from sicog_mcore.data.index.block_table import BlockTable, BlockUnreadable
 from sicog_mcore.data.index.build_index import IndexOptions, IndexProgress, IndexReport, build_index
-from sicog_mcore.data.index.block_table import BlockTable
 from sicog_mcore.data.index.index_store import IndexStore
 from sicog_mcore.data.index.indexed_files import open_index
 from sicog_mcore.data.resume import open_rows
@@ -268,7 +268,7 @@ def test_a_block_with_one_wrong_bit_is_found_and_built_again(
         damaged[place] ^= 1 << place % 8
         path.unlink()  # a mapped file must keep its bytes
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged"):
+        with pytest.raises(BlockUnreadable, match="its hash is wrong"):
             len(BlockTable(str(path)))
     assert build_index(experiment, ALONE).built_blocks == 1
     assert blocks(experiment) == good
