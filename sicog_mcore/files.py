@@ -78,7 +78,8 @@ def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
         MachineError: as ``disk_faults``.
     """
     with disk_faults(path), made_folder(path.parent):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+        # Not the process id: processes of two machines, or of two containers, may have the same one.
+        temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.partial" if shared else f"{path.name}.partial")
         try:
             yield temporary
             sync(temporary)

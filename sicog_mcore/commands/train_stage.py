@@ -35,9 +35,12 @@ class TrainingVerb:
         first = "" if "" in self.stages else (*call.arguments, "")[0]
         if first not in self.stages:
             expected = " or ".join(self.stages)
-            return usage_error(f"found {first or 'nothing'}, expected {expected} as the first word")
+            if not {"-h", "--help"} & set(call.arguments):
+                return usage_error(f"found {first or 'nothing'}, expected {expected} as the first word")
+            print(f"The first word is {expected}; then follows what every training takes.\n")
+            first = next(iter(self.stages))
         # The word is none of the configuration's, but belongs to the command that the summary prints.
-        words = len(call.program) + bool(first)
+        words = len(call.program) + (first in call.arguments[:1])
         return start_training(call.argv, call.environment, self.stages[first], words, call.usage_name)
 
 

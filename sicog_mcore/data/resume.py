@@ -16,6 +16,7 @@ import numpy as np
 from sicog_mcore.config import Experiment
 from sicog_mcore.data.fingerprint import (
     ORDER_SETTINGS,
+    STEP_ROWS,
     DataFingerprint,
     FileFingerprint,
     describe_appended,
@@ -25,7 +26,8 @@ from sicog_mcore.data.fingerprint import (
 )
 from sicog_mcore.data.index.build_index import IndexOptions, build_index
 from sicog_mcore.data.index.indexed_files import MeasuredFile, OpenIndex, join_sizes, open_index
-from sicog_mcore.data.row_sizes import RowSizes
+from sicog_mcore.data.row_order import RowOrder
+from sicog_mcore.data.row_sizes import USABLE, RowSizes
 from sicog_mcore.data.sample import Sample
 from sicog_mcore.data.sources import MeasuredSource, RowFault, SampleIndex
 from sicog_mcore.errors import CheckpointError
@@ -152,6 +154,7 @@ class OpenRows:
             "rows_left": rows_left,
             "bad": list(bad),
             "shards": _hash_shards(self.rows.sizes_of(position.epoch)),
+            "window": _hash_window(self.rows.sizes_of(position.epoch), self.mark.settings, position),
         }
 
 
@@ -207,9 +210,7 @@ def reopen_rows(
         earlier, sizes = _first_rows(index.files, experiment, begun_with)
         rows = replace(opened.rows, earlier=earlier, epoch=position.epoch, earlier_sizes=sizes)
         opened = replace(opened, rows=rows, begun_with=begun_with)
-    if position.is_inside and saved.get("shards") != _hash_shards(opened.rows.sizes_of(position.epoch)):
-        # The same rows written in another way: their order, which the place counts in, is made of these blocks.
-        change = "the same rows stand in other blocks of rows that are shuffled as one (other format or line ends)"
+    if change := _other_packs(opened.rows.sizes_of(position.epoch), now.settings, position, saved):
         return _start_epoch(
             OpenRows(EpochRows(opened.rows.all, all_sizes=opened.sizes), now, start=position),
             [change],
@@ -217,6 +218,17 @@ def reopen_rows(
             experiment,
         )
     return replace(opened, notes=notes)
+
+
+def _other_packs(sizes: RowSizes, settings: Mapping[str, Any], position: LoaderState, saved: Mapping[str, Any]) -> str:
+    """Why the same rows under the same settings make other packs than at the checkpoint; empty if they do not."""
+    if position.is_inside and saved.get("shards") != _hash_shards(sizes):
+        # The same rows written in another way: their order, which the place counts in, is made of these blocks.
+        return "the same rows stand in other blocks of rows that are shuffled as one (other format or line ends)"
+    if position.pack and "window" in saved and saved["window"] != _hash_window(sizes, settings, position):
+        # An image that was missing has come, or was replaced and indexed again: the packs behind the place are others.
+        return "images of the rows that are packed together there have other sizes, are gone, or were missing before"
+    return ""
 
 
 def _joining(position: LoaderState, begun_with: Sequence[FileFingerprint]) -> str:
@@ -286,6 +298,18 @@ def _join_sizes(parts: Sequence[tuple[RowSizes, int]], rows: SampleIndex, experi
 def _hash_shards(sizes: RowSizes) -> str:
     """Hashes the shards, on which the order of an epoch depends beside the rows themselves."""
     return hash_bytes(np.ascontiguousarray(sizes.shards, dtype="<i8").tobytes())
+
+
+def _hash_window(sizes: RowSizes, settings: Mapping[str, Any], position: LoaderState) -> str:
+    """What the packs of the window at a place are made of; empty at its beginning, where any packs will do."""
+    if not position.pack:
+        return ""
+    shards = np.asarray(sizes.shards, np.int64)
+    buffer_rows, step_rows = settings["data.window_samples"], settings[STEP_ROWS]
+    rows = RowOrder(shards, buffer_rows, step_rows, settings["train.seed"], position.epoch).rows(position.window)
+    usable = sizes.reason[rows] == USABLE
+    columns = (usable, *(column[rows] for column in (sizes.num_tokens, sizes.num_slices, sizes.attention)))
+    return hash_bytes(np.stack([column.astype("<i8") for column in columns]).tobytes())
 
 
 def _marks(saved: Sequence[Sequence[Any]]) -> tuple[FileFingerprint, ...]:

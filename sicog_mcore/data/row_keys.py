@@ -7,7 +7,6 @@ A key is looked up by its letters and digits alone, so that "Image_Path", "image
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from reprlib import Repr
@@ -78,6 +77,8 @@ LABEL = "label"
 # Optional key of a row that is no pair: by which number the losses of its answers are multiplied, in a mean over tokens
 # whose weights are divided by. It stands in no set of used keys, because its value decides whether it may be used.
 WEIGHT = "weight"
+# Losses are summed in fp32: beyond these the mean over a step would be NaN or 0, with a step that never comes right.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 NAMED = PICTURE | PICTURES | FILM_OR_SOUND | DIALOGUE | HISTORY | SYSTEM | TOOLS | PREFERENCE | {LABEL, *LEARNING}
 # Question and answer in fields of their own; beside ``conversations`` they are what it was made of.
 TEXTS = ("instruction", "input", "output", "query", "response", "prompt", "completion", "question", "answer", "text")
@@ -203,6 +204,12 @@ def row_weight(row: Mapping[str, Any]) -> float:
     return 1.0 if is_empty(value) else float(value)  # type: ignore[arg-type]  # row_faults has seen it
 
 
+def changed_weight(row: Mapping[str, Any], used: frozenset[str]) -> float | None:
+    """The weight of a row where it is used and not 1; None for all other rows."""
+    value = row.get(WEIGHT)
+    return float(value) if "rejected" not in used and _is_weight(value) and value != 1 else None  # type: ignore[arg-type]
+
+
 def suggestion(row: Mapping[str, Any], wanted: str) -> str:
     """Which key may be meant where ``wanted`` is missing, as an end of a sentence; empty if none looks like it."""
     plain = {_plain(key): key for key in list(row)[:MAX_LOOKED_AT]}
@@ -230,7 +237,8 @@ def _row_fault(key: str, row: Mapping[str, Any], used: frozenset[str], num_image
     plain, value = _plain(key), row[key]
     name = f"the key {key[:MAX_KEY_CHARS]!r}"
     if key == WEIGHT and "rejected" not in used:
-        return "" if _is_weight(value) else f"{name} is {shown(value)}, expected a positive number; {WEIGHT_REMEDY}"
+        wanted = f"expected a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:,.0f}"
+        return "" if _is_weight(value) else f"{name} is {shown(value)}, {wanted}; {WEIGHT_REMEDY}"
     # The key differs from a used one in case or signs alone, so it was surely meant.
     if plain in used and plain != "id":  # all used keys are plain themselves
         return "" if row.get(plain) == value else f"{name} is not known; rename it to {plain!r}"
@@ -272,10 +280,8 @@ def _preference_fault(name: str, used: frozenset[str]) -> str:
 
 
 def _is_weight(value: object) -> bool:
-    """Whether a value is a positive number that is finite as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 < value <= sys.float_info.max
+    """Whether a value is a number that losses can be multiplied by."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_WEIGHT <= value <= MOST_WEIGHT
 
 
 def _is_neutral(plain: str, value: object, is_answer: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from sicog_mcore.data.row_keys import (
     IGNORED,
@@ -18,6 +18,8 @@ from sicog_mcore.data.row_keys import (
     MAX_KEY_CHARS,
     MESSAGE_TURN,
     TURN_KEYS,
+    WEIGHT,
+    changed_weight,
     did_you_mean,
     is_empty,
     row_faults,
@@ -112,6 +114,37 @@ class NameCounts:
             yield f"{len(rest):,} more of this kind, the most frequent of them: {rest[0]}"
 
 
+class WeightRange:
+    """The rows that name a weight for their losses: how many, the least and the greatest weight, and the first row."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._least, self._most = float("inf"), 0.0
+        self._path, self._first = "", cast(int | str, 0)
+
+    def add(self, least: float, most: float, path: str, place: int | str, rows: int = 1) -> None:
+        """Counts a row, or as many as ``rows`` says, with weights from ``least`` to ``most``."""
+        if not self._rows:
+            self._path, self._first = path, place
+        self._rows += rows
+        self._least, self._most = min(self._least, least), max(self._most, most)
+
+    def state(self) -> list[list[Any]]:
+        """The range as JSON has it: one entry, or none where no row names a weight."""
+        return [[self._least, self._most, self._first, self._rows]] if self._rows else []
+
+    def merge(self, state: Sequence[Sequence[Any]], path: str, line: int) -> None:
+        """Adds the rows of a part of a file, see ``NameCounts.merge``."""
+        for least, most, place, rows in state:
+            self.add(least, most, path, place + line - 1 if isinstance(place, int) else place, rows)
+
+    def notes(self) -> Iterator[str]:
+        """Gives the note for the user, if any row names a weight."""
+        if self._rows:
+            text = f"losses are multiplied by the row's key {WEIGHT!r}, from {self._least:g} to {self._most:g}"
+            yield str(Count(text, self._path, self._first, "row", self._rows))
+
+
 class RowSurvey:
     """Counts what is not used and what is refused, over all files.
 
@@ -125,6 +158,7 @@ class RowSurvey:
         self._refused = NameCounts("other keys for which rows are refused")
         self._unused = NameCounts("other keys are not used")
         self._remarks = NameCounts("other remarks")
+        self._weights = WeightRange()
         self._lacks: dict[str, str] = {}  # by missing key and keys of the row; looking for a suggestion takes its time
 
     def add_row(self, row: dict[str, Any], num_images: int, path: str, place: int | str) -> None:
@@ -135,6 +169,8 @@ class RowSurvey:
             for turn in turns if isinstance(turns, list) else [turns]:
                 if isinstance(turn, dict) and turn.keys() != LLAVA_TURN and turn.keys() != MESSAGE_TURN:
                     _add_turn(turn, refused, unused)
+        if (weight := changed_weight(row, self._used)) is not None:
+            self._weights.add(weight, weight, path, place)
         for found, counts in ((refused, self._refused), (unused, self._unused)):
             for key, text in found.items():
                 # The note is only worded for the first row: looking for a similar name takes its time.
@@ -148,16 +184,19 @@ class RowSurvey:
 
     def state(self) -> list[list[list[Any]]]:
         """All counts as JSON has them; ``merge`` takes them."""
-        return [counts.state() for counts in (self._refused, self._unused, self._remarks)]
+        return [counts.state() for counts in self._parts()]
 
     def merge(self, state: Sequence[Sequence[Sequence[Any]]], path: str, line: int = 1) -> None:
         """Adds what was counted in a part of a file, see ``NameCounts.merge``."""
-        for counts, part in zip((self._refused, self._unused, self._remarks), state, strict=True):
+        for counts, part in zip(self._parts(), state, strict=True):
             counts.merge(part, path, line)
 
     def notes(self) -> list[str]:
-        """Gives the notes for the user; empty if every key is used or known not to matter."""
-        return [*self._refused.notes(), *self._remarks.notes(), *self._unused.notes()]
+        """Gives the notes for the user; empty if every key is used in the usual way or known not to matter."""
+        return [*self._weights.notes(), *self._refused.notes(), *self._remarks.notes(), *self._unused.notes()]
+
+    def _parts(self) -> tuple[NameCounts | WeightRange, ...]:
+        return self._refused, self._unused, self._remarks, self._weights
 
     def _of_row(self, row: dict[str, Any], num_images: int) -> tuple[dict[str, str], dict[str, str]]:
         """Sorts a row's own keys into those that are refused and those that are not used, with their texts."""

@@ -19,6 +19,7 @@ from sicog_mcore.config import DataConfig, ModelConfig
 from sicog_mcore.data.batch import EncodedSample, PackedBatch
 from sicog_mcore.data.collate import collate
 from sicog_mcore.data.encode import Encoder
+from sicog_mcore.data.index.block_table import BlockUnreadable
 from sicog_mcore.data.plan import PackPlan
 from sicog_mcore.data.quarantine import Rejection
 from sicog_mcore.data.resume import EpochRows
@@ -30,8 +31,11 @@ WORKER_REMEDY = "look for out-of-memory kills, or lower data.workers"
 Decoded = tuple[PackedBatch, list[Rejection]]
 
 
-class PackBuilder(Dataset[Decoded]):
-    """Decodes the samples of a pack; what runs in the workers."""
+class PackBuilder(Dataset[Decoded | DataError]):
+    """Decodes the samples of a pack; what runs in the workers.
+
+    An index that cannot be read any more is returned, not raised: a worker's exception arrives with a page of traceback.
+    """
 
     def __init__(self, rows: EpochRows, encoder: Encoder, model: ModelConfig, data: DataConfig) -> None:
         self._rows = rows.without_sizes()
@@ -39,7 +43,18 @@ class PackBuilder(Dataset[Decoded]):
         self._model = model
         self._data = data
 
-    def __getitem__(self, plan: PackPlan) -> Decoded:
+    def __getitem__(self, plan: PackPlan) -> Decoded | DataError:
+        try:
+            return self.build(plan)
+        except BlockUnreadable as error:
+            return DataError(f"{error}; was the index deleted while a run needs it? the same command builds it again")
+
+    def build(self, plan: PackPlan) -> Decoded:
+        """The batch of a pack, and what could not be decoded.
+
+        Raises:
+            BlockUnreadable: the index is gone.
+        """
         samples = self._rows.of(plan.epoch)
         outcomes = [self._encode(samples, row, plan.epoch) for row in plan.members]
         batch = collate(
@@ -100,12 +115,12 @@ class PackDecoder(Iterator[Decoded]):
         """The next pack.
 
         Raises:
-            DataError: a worker died, or nothing came within data.worker_timeout_s.
+            DataError: a worker died, nothing came within data.worker_timeout_s, or the index is gone.
         """
         # In a thread: whatever stops (a worker, its pipe, the storage), this one goes on.
         fetched = self._fetching.submit(next, self._batches)
         try:
-            return fetched.result(timeout=self._data.worker_timeout_s)
+            decoded = fetched.result(timeout=self._data.worker_timeout_s)
         except TimeoutError as error:
             self._kill_workers()  # so that the thread ends, and the process can
             found = f"no batch within data.worker_timeout_s ({self._data.worker_timeout_s} s)"
@@ -117,6 +132,9 @@ class PackDecoder(Iterator[Decoded]):
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise DataError(f"decoding stopped: {error}; {WORKER_REMEDY}") from error
+        if isinstance(decoded, DataError):
+            raise decoded
+        return decoded
 
     def close(self) -> None:
         """Ends the workers and the thread."""
@@ -128,7 +146,7 @@ class PackDecoder(Iterator[Decoded]):
         for worker in self._workers:
             worker.kill()
 
-    def _decode(self) -> Generator[Decoded, None, None]:
+    def _decode(self) -> Generator[Decoded | DataError, None, None]:
         others = set(active_children())
         batches = iter(
             DataLoader(

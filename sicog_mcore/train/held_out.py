@@ -167,7 +167,7 @@ class PackSource:
         self._builder = builder
 
     def __next__(self) -> PackedBatch:
-        batch, refused = self._builder[next(self._packs)]
+        batch, refused = self._builder.build(next(self._packs))
         self.ids.append(batch.sample_ids)
         self.refused += refused
         return batch

@@ -17,6 +17,7 @@ import pytest
 
 from sicog_mcore.config import DataConfig, Experiment, SourceConfig
 from sicog_mcore.data.fingerprint import HARMLESS, ORDER, ORDER_VERSION, TOKENIZER, mark_files, stream_settings
+from sicog_mcore.data.index.index_settings import index_folder
 from sicog_mcore.data.loader import Loader
 from sicog_mcore.data.quarantine import Quarantine
 from sicog_mcore.data.resume import NOT_COMPARED, LoaderState, OpenRows, open_rows, reopen_rows
@@ -228,6 +229,25 @@ def test_other_blocks_of_rows_are_another_order(folder: Path) -> None:
         opened.start == LoaderState(1, 0, 0) and f"{NUM_ROWS - len(ids)} rows of epoch 0 are skipped" in opened.notes[0]
     )
     assert reopen_rows(experiment, LoaderState(1, 0, 0), saved).notes == ()
+
+
+def test_an_image_that_came_or_went_inside_a_window_is_refused_in_words(folder: Path) -> None:
+    path, late = folder / "data.jsonl", folder / "images" / "late.jpg"
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
+    given = [json.dumps({"id": f"late{i}", "image": "late.jpg", "conversations": turns}) for i in range(4)]
+    write_rows(path, [*rows_of(path), *given])
+    experiment = experiment_on(folder, window_samples=64)
+    _, inside, saved = run(experiment, open_rows(experiment), steps=2)
+    _, begins, saved_before = run(experiment, open_rows(experiment))
+    write_image(late, 32, 32, seed=1)
+    with pytest.raises(CheckpointError, match=r"images of the rows that are packed together(.|\n)*restart_epoch"):
+        reopen_rows(experiment, inside, saved)
+    opened = reopen_rows(experiment_on(folder, window_samples=64, on_change="restart_epoch"), inside, saved)
+    assert opened.start == LoaderState(1) and "images of the rows" in opened.notes[0]
+    assert reopen_rows(experiment, begins, saved_before).notes == ()  # packs of a window that begins may be any
+    late.unlink()
+    shutil.rmtree(index_folder(experiment))  # otherwise the image is missed only when it is decoded
+    assert reopen_rows(experiment, inside, saved).start == inside
 
 
 @pytest.mark.parametrize("num_new", [1, 50])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sicog_mcore.config import DataConfig, SourceConfig
 from sicog_mcore.data.pairs import build_pair
-from sicog_mcore.data.row_keys import IGNORED, IGNORED_BESIDE_IMAGE, IGNORED_IN_TURNS
+from sicog_mcore.data.row_keys import IGNORED, IGNORED_BESIDE_IMAGE, IGNORED_IN_TURNS, WEIGHT
 from sicog_mcore.data.rows import build_sample
 from sicog_mcore.data.sample import Turn
 from sicog_mcore.data.sources import SampleIndex, open_sources
@@ -49,6 +49,9 @@ def _fate(index: SampleIndex, key: str) -> str:
         [note] = index.notes
         assert note.startswith("refused: ") and repr(key) in note and note.endswith("rows.jsonl:1"), note
         return REFUSED
+    if key == WEIGHT and any("multiplied" in note for note in index.notes):  # it is used
+        assert index.notes[0].startswith(f"losses are multiplied by the row's key {key!r}") and len(index.notes) == 1
+        return USED
     assert not index.notes or index.notes[0].startswith(f"key {key!r}") and len(index.notes) == 1, index.notes
     return REPORTED if index.notes else IRRELEVANT
 
@@ -83,8 +86,12 @@ TABLE: tuple[tuple[str, object, str, str], ...] = (
     ("loss", False, REFUSED, REFUSED),
     ("loss", True, IRRELEVANT + "?", IRRELEVANT + "?"),
     ("loss_mask", [0, 1], REFUSED, REFUSED),
-    *(("weight", value, IRRELEVANT, IRRELEVANT) for value in (1, 0.5, 70, 1e-300)),
-    *(("weight", value, REFUSED, REFUSED) for value in (0, -1, True, "0.5", "70 kg", [0.5], {"a": 1}, 10**400)),
+    ("weight", 1, IRRELEVANT, IRRELEVANT),
+    *(("weight", value, USED, USED) for value in (0.5, 70, 1e-6, 1e6)),
+    *(
+        ("weight", value, REFUSED, REFUSED)
+        for value in (0, -1, True, "0.5", "70 kg", [0.5], {"a": 1}, 1e-7, 1e7, 10**400)
+    ),
     ("weights", [1, 2], REFUSED, REFUSED),
     ("mask", 1, REFUSED, REFUSED),
     ("mask", [0, 1, 1], REFUSED, REFUSED),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sicog_mcore.data.row_keys import ROW_KEYS
+from sicog_mcore.data.row_keys import PAIR_KEYS, ROW_KEYS
 from sicog_mcore.data.row_survey import MAX_DISTINCT, MAX_NOTES, MAX_PLACE_CHARS, NameCounts, RowSurvey, escaped
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -45,6 +45,21 @@ def test_rows_that_are_used_whole_say_nothing() -> None:
     survey = RowSurvey(ROW_KEYS)
     survey.add_row({"id": "a", "image": "a.png", "conversations": TURNS}, 1, "x.jsonl", 1)
     assert survey.notes() == []
+
+
+def test_rows_that_weigh_more_or_less_are_said_with_number_and_range() -> None:
+    survey, rest, pairs = RowSurvey(ROW_KEYS), RowSurvey(ROW_KEYS), RowSurvey(PAIR_KEYS)
+    for line, weight in enumerate((1, 2, 0.5, None, 1.0), start=1):
+        survey.add_row({"conversations": TURNS, "weight": weight}, 0, "x.jsonl", line)
+    rest.add_row({"conversations": TURNS, "weight": 3}, 0, "y.jsonl", 1)
+    survey.merge(rest.state(), "y.jsonl", 7)
+    assert survey.notes() == [
+        "losses are multiplied by the row's key 'weight', from 0.5 to 3: 3 rows, first at x.jsonl:2"
+    ]
+    survey.add_row({"conversations": TURNS, "weight": -1}, 0, "x.jsonl", 9)
+    assert "from 0.5 to 3: 3 rows" in survey.notes()[0] and "-1, expected a number" in survey.notes()[1]
+    pairs.add_row({"conversations": TURNS, "chosen": "a", "rejected": "b", "weight": 2}, 0, "x.jsonl", 1)
+    assert not any("multiplied by the row's" in note for note in pairs.notes())
 
 
 def test_a_place_is_one_printable_line_of_bounded_length() -> None:

@@ -1,5 +1,8 @@
 """The numbers of one block of rows as a file: Arrow IPC, uncompressed, so that it is memory-mapped and nothing is copied.
 
+The file is an Arrow stream, behind whose end stand 16 bytes: the hash of all before them. Arrow checks no number that it
+reads, so a file with one wrong bit would plan other packs, or crash.
+
 In: columns of a block   Out: a file that appears whole or not at all; BlockTable   Next: block_rows.py, indexed_files.py
 Columns, one entry per row: offset and length (bytes from the block's start; 0 in shards), line (from the block's first line,
 which is 1; 0 in shards), num_tokens, num_slices, attention, truncated, reason (0: usable, or a place in the header's
@@ -20,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sicog_mcore.files import whole_file
+from sicog_mcore.files import hash_bytes, whole_file
 
 NUMBERS: Mapping[str, str] = {
     "offset": "int64",
@@ -41,7 +44,12 @@ LISTS: Mapping[str, tuple[str, int]] = {
     MEMBERS: ("int64", 4),
 }  # type and number of an entry's fields
 HEADER = b"sicog"
+SEAL_BYTES = 16  # of the hash behind the stream
 DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
+
+
+class BlockUnreadable(Exception):
+    """A block's file is not there, or holds other bytes than were written to it."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,17 @@ def write_block(path: Path, header: BlockHeader, columns: BlockColumns) -> None:
     metadata = {HEADER: json.dumps(asdict(header)).encode()}
     schema = pa.schema([(name, array.type) for name, array in arrays.items()], metadata=metadata)
     batch = pa.record_batch(list(arrays.values()), schema=schema)
-    with whole_file(path, shared=True) as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(batch)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(batch)
+    stream = sink.getvalue()
+    with whole_file(path, shared=True) as temporary, temporary.open("wb") as file:
+        file.write(stream)
+        file.write(_seal(stream))
+
+
+def _seal(stream: Any) -> bytes:
+    return bytes.fromhex(hash_bytes(memoryview(stream)))
 
 
 def _list_array(entries: Sequence[Sequence[Sequence[int]]], kind: str, fields: int) -> Any:
@@ -125,7 +141,7 @@ class BlockTable:
     """A block's file, mapped into memory when it is first asked for; picklable by its path.
 
     Args:
-        path: the file; reading it raises one of DAMAGE if it is none.
+        path: the file; using it raises BlockUnreadable if it cannot be read.
     """
 
     def __init__(self, path: str) -> None:
@@ -136,12 +152,23 @@ class BlockTable:
 
     @cached_property
     def _batch(self) -> Any:
-        with pa.memory_map(self.path) as source:  # the mapping outlives the file, which many blocks could not keep open
-            return pa.ipc.open_file(source).get_batch(0)
+        try:
+            with pa.memory_map(self.path) as source:  # the mapping outlives the file, which many could not keep open
+                whole = source.read_buffer()
+            stream = whole.slice(0, max(0, whole.size - SEAL_BYTES))
+            if whole.slice(stream.size).to_pybytes() != _seal(stream):
+                raise ValueError("its hash is wrong")
+            with pa.ipc.open_stream(stream) as reader:
+                return reader.read_next_batch()
+        except DAMAGE as error:
+            raise BlockUnreadable(f"{self.path} cannot be read: {error}") from error
 
     @cached_property
     def header(self) -> BlockHeader:
-        return BlockHeader(**json.loads(self._batch.schema.metadata[HEADER]))
+        try:
+            return BlockHeader(**json.loads(self._batch.schema.metadata[HEADER]))
+        except DAMAGE as error:
+            raise BlockUnreadable(f"{self.path} has no header of ours: {error}") from error
 
     def __len__(self) -> int:
         return int(self._batch.num_rows)

@@ -58,7 +58,9 @@ class IndexProgress:
 
     def __str__(self) -> str:
         share = self.done_bytes / max(1, self.total_bytes)
-        left_s = self.seconds / share * (1 - share) if share else 0.0
+        if not share:
+            return "indexing: no block is finished yet"
+        left_s = self.seconds / share * (1 - share)
         rate = self.rows / max(self.seconds, 1e-9)
         return f"indexing: {share:.0%}, {self.rows:,} rows, {rate:,.0f} rows/s, {left_s:,.0f} s left"
 

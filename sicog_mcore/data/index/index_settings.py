@@ -16,7 +16,7 @@ from sicog_mcore.data.pairs import build_pair
 from sicog_mcore.data.rows import BuildSample, build_sample
 from sicog_mcore.files import hash_json
 
-FORMAT = 1  # goes up when what an index holds, or how it is measured, changes
+FORMAT = 2  # goes up when what an index holds, or how it is measured, changes
 FOLDER = "index"  # in a run's output folder, unless data.index names another
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sicog_mcore.config import Experiment
-from sicog_mcore.data.index.block_table import DAMAGE, BlockTable
+from sicog_mcore.data.index.block_table import BlockTable, BlockUnreadable
 from sicog_mcore.data.index.index_settings import IndexSettings, index_folder
 from sicog_mcore.data.index.row_blocks import BlockSpan
 from sicog_mcore.data.sources import DataFile
@@ -105,7 +105,7 @@ class IndexStore:
         table = BlockTable(str(self.block(file, span)))
         try:
             return table if len(table) == span.rows and table.header.rows == span.rows else None
-        except DAMAGE:
+        except BlockUnreadable:
             return None
 
     def known(self, file: DataFile) -> FileBlocks | None:

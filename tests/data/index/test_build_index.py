@@ -23,6 +23,7 @@ from sicog_mcore.config import Experiment, SourceConfig
 from sicog_mcore.data.index import build_index as building
 from sicog_mcore.data.index import image_recheck, index_store, row_blocks
 from sicog_mcore.data.index.block_rows import BlockIndexer
+from sicog_mcore.data.index.block_table import BlockTable, BlockUnreadable
 from sicog_mcore.data.index.build_index import IndexOptions, IndexProgress, IndexReport, build_index
 from sicog_mcore.data.index.index_store import IndexStore
 from sicog_mcore.data.index.indexed_files import open_index
@@ -254,6 +255,25 @@ def test_a_damaged_or_missing_block_is_built_again(experiment: Experiment, monke
     assert blocks(experiment) == good
 
 
+def test_a_block_with_one_wrong_bit_is_found_and_built_again(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_store, "RESTED_NS", -1)
+    build_index(experiment, ALONE)
+    good = blocks(experiment)
+    name = min(good)
+    path = IndexStore(experiment).folder / "blocks" / name
+    for place in range(0, len(good[name]), 1 + len(good[name]) // 50):
+        damaged = bytearray(good[name])
+        damaged[place] ^= 1 << place % 8
+        path.unlink()  # a mapped file must keep its bytes
+        path.write_bytes(damaged)
+        with pytest.raises(BlockUnreadable, match="its hash is wrong"):
+            len(BlockTable(str(path)))
+    assert build_index(experiment, ALONE).built_blocks == 1
+    assert blocks(experiment) == good
+
+
 def test_an_image_that_was_missing_is_looked_for_again(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +357,7 @@ def test_a_file_that_changes_while_it_is_indexed_is_refused(
 
 
 def test_progress_says_rate_share_and_time_left() -> None:
+    assert str(IndexProgress(0, 0, 100, 10.0)) == "indexing: no block is finished yet"
     assert str(IndexProgress(500, 25, 100, 10.0)) == "indexing: 25%, 500 rows, 50 rows/s, 30 s left"
     assert (
         IndexReport(Path("i/d"), 1, 10, 2, 5, 1, 0.5)
