@@ -87,7 +87,7 @@ class Page:
         return time.perf_counter() - start
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives."""
+        """Returns the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")

@@ -1,4 +1,4 @@
-"""What holds for every test: quick ones run first, those without their device are skipped, torch uses one thread."""
+"""Every test runs under these rules: quick ones first, those without their device skipped, torch with one thread."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def _rank_main(function: Callable, rank: int, world_size: int, init_method: str,
 
 
 class Rank:
-    """What a rank function needs to join the others."""
+    """Numbers that a rank function needs to join the others."""
 
     def __init__(self, rank: int, world_size: int, init_method: str):
         self.rank, self.world_size, self.init_method = rank, world_size, init_method

@@ -92,7 +92,7 @@ def kept_table(results: Sequence[SeedResult]) -> list[str]:
 
 
 def reading(results: Sequence[SeedResult]) -> list[str]:
-    """What follows, in sentences that the numbers choose."""
+    """Draws the conclusions, in sentences that the numbers choose."""
     arms, lines = results[0].arms.keys(), []
     for name in results[0].kept:
         kept = [result.kept[name] for result in results]
@@ -120,7 +120,7 @@ def reading(results: Sequence[SeedResult]) -> list[str]:
 
 
 def verdict(gain: Difference) -> str:
-    """What an interval allows to say."""
+    """Words the statement that an interval allows."""
     if gain.half != gain.half:
         return "one seed says nothing"
     if gain.is_above_zero:

@@ -1,4 +1,4 @@
-"""What one seed of the experiment runs: the framework's own stages, as lanes of steps.
+"""One seed of the experiment runs the framework's own stages, as lanes of steps.
 
 In: Regime, seed   Out: Lanes   Next: lanes.py (runs them), results.py (reads what they wrote)
 Every arm starts from the same first weights and ends with the same fine-tuning on the labels. Arms differ in what the model
@@ -146,7 +146,7 @@ class _Seed:
             yield from self.candidates()
 
     def candidates(self) -> Iterator[WorkflowStep]:
-        """What the base model writes about unlabelled pictures, how far it agrees, and what of it is kept."""
+        """Steps that let the base model write about unlabelled pictures, measure its agreement, and keep a part."""
         yield self.generate("candidates", self.task)
         yield self.score("scores", "candidates")
         for tau in TAUS:

@@ -46,7 +46,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a curation kept, in %.
+    """Shares that a curation kept, in %.
 
     Attributes:
         share: of the unlabelled pictures.

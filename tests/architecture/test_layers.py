@@ -13,7 +13,7 @@ from tests.architecture.source import dotted, imports, python_files, read
 
 
 class Rule(NamedTuple):
-    """What the files of a package may import: of ours, and of others (the standard library is always allowed)."""
+    """Modules that the files of a package may import: of ours, and of others (the standard library is always allowed)."""
 
     ours: tuple[str, ...]
     others: tuple[str, ...]
@@ -130,7 +130,7 @@ def below(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def layer_violations(file: Path, tree: ast.AST) -> list[str]:
-    """What a file imports against the table."""
+    """Lists the imports of a file that the table forbids."""
     rule = next((rule for prefix, rule in RULES if file.as_posix().startswith(prefix)), None)
     if rule is None:
         return [f"{file} belongs to no layer: add a row to RULES"]

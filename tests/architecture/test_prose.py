@@ -38,19 +38,26 @@ def first_lines(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
 
 
 def prose_violations(file: Path, tree: ast.Module) -> list[str]:
-    """Docstrings that lean on another one, name no noun or only an owner, or, of public things, have hardly a word."""
+    """Docstrings that lean on another one, name only an owner, or, of public things, have hardly a word."""
     found = []
     for line, name, text in first_lines(tree):
         where = f"{file}:{line} {name or 'module'}"
         if LEANS_ON_ANOTHER.match(text):
             found.append(f"{where} begins with words that point elsewhere: {text}")
-        if NAMES_NO_NOUN.match(text):
-            found.append(f"{where} begins with a clause, not with the field's noun or a verb: {text}")
         if ONLY_AN_OWNER.fullmatch(text):
             found.append(f"{where} names only an owner: {text}")
         if len(text.split()) < FEWEST_WORDS and not name.startswith("_"):
             found.append(f"{where} has fewer than {FEWEST_WORDS} words: {text}")
     return found
+
+
+def clause_violations(file: Path, tree: ast.Module) -> list[str]:
+    """Docstrings that begin with a clause where the field's noun or a verb belongs."""
+    return [
+        f"{file}:{line} {name or 'module'} begins with a clause, not with a noun or a verb: {text}"
+        for line, name, text in first_lines(tree)
+        if NAMES_NO_NOUN.match(text)
+    ]
 
 
 def own_line_comments(text: str) -> int:
@@ -78,6 +85,11 @@ def test_docstrings_stand_by_themselves(file: Path) -> None:
     assert prose_violations(file, read(file)) == []
 
 
+@pytest.mark.parametrize("file", python_files(), ids=str)
+def test_docstrings_begin_with_a_noun_or_a_verb(file: Path) -> None:
+    assert clause_violations(file, read(file)) == []
+
+
 def test_the_share_of_comments_has_not_fallen() -> None:
     share = comment_share((ROOT / file).read_text(encoding="utf-8") for file in python_files(*PACKAGES))
     assert share >= OWN_LINE_SHARE, f"own-line comments are {share:.2%} of lines: say why where a body is hard"
@@ -93,8 +105,6 @@ class Cosine:
         """Rows."""
     async def others(self):
         """Such rows of the matrix."""
-    def result(self):
-        """What the rows came to."""
     def right(self):
         """Thoseness is a word, and the rows are the user's."""
 '''
@@ -104,7 +114,13 @@ class Cosine:
         "x.py:2 Cosine has fewer than 3 words: The embedder's.",
         "x.py:4 matrix has fewer than 3 words: Zeros.",
         "x.py:8 others begins with words that point elsewhere: Such rows of the matrix.",
-        "x.py:10 result begins with a clause, not with the field's noun or a verb: What the rows came to.",
+    ]
+
+
+def test_the_check_of_beginnings_sees_a_violation() -> None:
+    code = '"""Whatever a row holds is read."""\ndef came(rows):\n    """What the rows came to."""\n'
+    assert clause_violations(Path("x.py"), ast.parse(code)) == [
+        "x.py:2 came begins with a clause, not with a noun or a verb: What the rows came to."
     ]
 
 

@@ -139,7 +139,7 @@ def in_a_tensor(folder: Path, marker: Path) -> None:
 
 
 def in_an_object_among_the_shards(folder: Path, marker: Path) -> None:
-    """What Megatron opens with full pickles: the states of layers, and in 0.19 all that is no tensor (``common_state``)."""
+    """Hides a program in a state that Megatron unpickles in full: of a layer, or in 0.19 of all but tensors."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
     content = _metadata(folder)

@@ -1,4 +1,4 @@
-"""What stands beside weights: a folder that could mean two models is refused, and what is left aside is said."""
+"""Files beside weights: a folder that could mean two models is refused, and files that are not read are named."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _outcome(command: Callable[[Experiment, Path], None], experiment: Experiment
 
 
 def marker(run: Path) -> Path:
-    """What a program in a checkpoint would leave."""
+    """Names the file that a program in a checkpoint would leave."""
     return run.with_name("ran")
 
 
@@ -164,7 +164,7 @@ def test_a_hostile_checkpoint_runs_nothing_and_is_one_message(name: str, source:
 
 
 def test_the_payloads_would_run(source: Any, tmp_path: Path) -> None:
-    """What a plain reader does with them; otherwise the test above proves nothing."""
+    """A plain reader runs the programs in them; otherwise the test above proves nothing."""
     make_hostile("reduce_system", tmp_path / "run", source[1], tmp_path / "one")
     pickle.loads((tmp_path / "run" / "checkpoints" / source[1].name / ".metadata").read_bytes())
     make_hostile("in_common", tmp_path / "run", source[1], tmp_path / "two")

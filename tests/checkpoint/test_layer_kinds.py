@@ -133,7 +133,7 @@ def test_transformer_engines_attention_forgives_by_itself_where_we_keep_it(topol
 
 
 def with_extra_states(model: VisionLanguageModel, original: Any) -> Any:
-    """What versions before this one wrote beside the weights."""
+    """Wraps ``original`` so that it adds the states that versions before this one wrote beside the weights."""
 
     def described(prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
         state = original(prefix, sharded_offsets, metadata)

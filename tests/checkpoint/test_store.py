@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit; a checkpoint of another run is refused; a save that fails harms nothing."""
+"""A checkpoint comes back bit for bit; one of another run is refused; a save that fails harms nothing."""
 
 from __future__ import annotations
 

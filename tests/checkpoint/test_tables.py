@@ -90,7 +90,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def our_shapes(experiment: Experiment, part: ModelPart, topology: Any) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """What we expect of a file for one part, and the patterns we ignore; the model takes no memory."""
+    """Returns the tensors expected in a file for one part, and the patterns we ignore; the model takes no memory."""
     from sicog_mcore.build import build_chunks, plan_build
     from sicog_mcore.checkpoint.targets import describe, part_of
 

@@ -41,7 +41,7 @@ FINISH = {"cut": "length", "filtered": "content_filter"}
 
 @dataclass
 class Counts:
-    """What the server saw and did."""
+    """Requests that the server saw, and the answers it gave."""
 
     calls: int = 0
     done: Counter[str] = field(default_factory=Counter)  # by what was done

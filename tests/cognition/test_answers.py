@@ -1,4 +1,4 @@
-"""What answers say: equal forms, numbers with tolerance, chosen letters, attributes; all by hand."""
+"""Answers are read: equal forms, numbers with tolerance, chosen letters, attributes; all by hand."""
 
 from __future__ import annotations
 

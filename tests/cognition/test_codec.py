@@ -1,4 +1,4 @@
-"""What is written in steps is read back exactly; what models write is read tolerantly, or fails with a defined problem."""
+"""Our own text in steps is read back exactly; text of models is read tolerantly, or fails with a defined problem."""
 
 from __future__ import annotations
 

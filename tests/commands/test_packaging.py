@@ -1,4 +1,4 @@
-"""What a wheel holds: every package of the tree, every file that is read at run time, and the one command."""
+"""A wheel holds every package of the tree, every file that is read at run time, and the one command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA = (".json", ".yaml", ".j2", ".css", ".js", ".jpg", ".md", ".typed")
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py hands over."""
+    """Returns the arguments that setup.py hands over."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **words: found.update(words))
     runpy.run_path(str(ROOT / "setup.py"))

@@ -1,4 +1,4 @@
-"""What the command says of a measurement; that the measurement is the loss of training is shown with held-out rows."""
+"""The command prints a measurement; that the measurement is the loss of training is shown with held-out rows."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from sicog_mcore.errors import ConfigError, ConfigProblem, DataError, MachineErr
 
 @dataclass(frozen=True, kw_only=True)
 class Repeated:
-    """What is asked.
+    """Options of the verb under test.
 
     Attributes:
         times: how often.

@@ -41,7 +41,7 @@ def _refusal(index: SampleIndex, row: int = 0) -> SampleError:
 
 
 def _fate(index: SampleIndex, key: str) -> str:
-    """What becomes of a key of the only row; a refusal must name it, both at the start and when the row is read."""
+    """Returns the fate of a key of the only row; a refusal must name it, both at the start and when the row is read."""
     try:
         index.read(0)
     except SampleError as error:

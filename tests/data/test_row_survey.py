@@ -1,4 +1,4 @@
-"""What rows have in common is counted once and said in a few lines, however many rows and names there are."""
+"""Notes on rows are counted once and said in a few lines, however many rows and names there are."""
 
 from __future__ import annotations
 

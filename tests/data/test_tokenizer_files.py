@@ -1,4 +1,4 @@
-"""What stands beside a tokenizer is compared with the run, known to be irrelevant, or named; none of it stops a run."""
+"""Files beside a tokenizer are compared with the run, known to be irrelevant, or named; none of them stops a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QWEN2_INSTRUCT: dict[str, Any] = {
 
 
 def notes(folder: Path, template: str = "chatml", **files: Any) -> list[str]:
-    """What is said of the tokenizer of the tests with files beside it; ``__`` in a name stands for a dot."""
+    """Lists the notes on the tokenizer of the tests with files beside it; ``__`` in a name stands for a dot."""
     (folder / "tokenizer.json").write_bytes(Path(TOKENIZER).read_bytes())
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)

@@ -1,4 +1,4 @@
-"""What the exported processor (processing_sicog.py, image_processing_sicog.py) makes of images is what we train on."""
+"""The exported processor (processing_sicog.py, image_processing_sicog.py) makes of images the pixels that we train on."""
 
 from __future__ import annotations
 

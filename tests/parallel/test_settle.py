@@ -79,7 +79,7 @@ READERS: dict[str, Any] = {
 
 
 def _observe(rank: Rank, plain: Experiment, late: Experiment) -> dict[str, Any]:
-    """What each reader and writer finds after a step, against a model whose weights never arrive late."""
+    """Compares each reader and writer after a step with a model whose weights never arrive late."""
     import sicog_mcore.parallel.ddp as ddp
     from sicog_mcore.build import build_model, plan_build
 

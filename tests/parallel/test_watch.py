@@ -24,7 +24,7 @@ CLOSED = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]
 
 
 class Store:
-    """What the watch needs of torch's store, in memory."""
+    """A store in memory with the methods of torch's store that the watch needs."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}

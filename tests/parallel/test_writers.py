@@ -26,7 +26,7 @@ def _sharded(rank: int, values: torch.Tensor) -> dict[str, ShardedTensor]:
 
 
 def _save_and_load(rank: Rank, folder: str) -> tuple[list[float], list[str], str]:
-    """What is read back, the processes that a save left, and how a save into a folder that is gone fails."""
+    """Returns the numbers read back, the processes that a save left, and how a save into a folder that is gone fails."""
     rank.start(ParallelConfig())
     values = torch.arange(SIZE, dtype=torch.float32) + SIZE * rank.rank
     dist_checkpointing.save(_sharded(rank.rank, values), folder)

@@ -28,7 +28,7 @@ from tests.builders import tiny_experiment, write_image
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 EXPERIMENT = tiny_experiment(Path("unused"))
 SIZES = ((64, 64), (100, 180), None, (300, 140), (200, 200), (240, 340), (33, 57))  # 0, 2, 3, 4 and 6 slices; no image
-ITEMS, PLACES = 21, 4
+ITEMS, SLOTS = 21, 4
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=24)
 DRAWN = Sampling(temperature=1.0, top_p=0.9, top_k=0, max_new_tokens=8)
 LOG_PROB = 1e-4
@@ -53,8 +53,8 @@ def engines(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> tup
         model.language_model.output_layer.weight.mul_(SHARPNESS)
     encoder = Encoder(EXPERIMENT.model, EXPERIMENT.data)
     folder = tmp_path_factory.mktemp("export") / "decoder"
-    ours = NativeEngine(model, encoder, topology, PLACES)
-    return VllmEngine(model, encoder, topology, folder, PLACES, 2, GREEDY.max_new_tokens), ours
+    ours = NativeEngine(model, encoder, topology, SLOTS)
+    return VllmEngine(model, encoder, topology, folder, SLOTS, 2, GREEDY.max_new_tokens), ours
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the doctor says about this machine, and about broken ones."""
+"""The doctor describes this machine, and broken ones."""
 
 from __future__ import annotations
 

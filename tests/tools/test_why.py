@@ -36,7 +36,7 @@ def steps(run: Path, rank: int, *entries: tuple[int, list[str]]) -> None:
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed, as one line."""
+    """Joins the printed text into one line."""
     return " ".join(capsys.readouterr().out.split())
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 shows, on a terminal and in a log file."""
+"""Rank 0 shows the run on a terminal and in a log file."""
 
 from __future__ import annotations
 

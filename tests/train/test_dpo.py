@@ -88,7 +88,7 @@ def written_out(config: DpoConfig, losses: Tensor, reference: list[float]) -> fl
 
 
 def terms_of(config: DpoConfig, batch: PackedBatch, losses: Tensor) -> GlobalTerms:
-    """What ``Preferences.prepare`` gathers over ranks, for a global batch of this one."""
+    """Terms that ``Preferences.prepare`` gathers over ranks, for a global batch of this one."""
     ratios = answer_log_probs(batch, losses) - batch.segment_reference
     tokens = sum(lengths[0] - 2 for lengths in LENGTHS)
     drifts = [max(0.0, float(side.mean())) for side in (ratios[::2], ratios[1::2])]

@@ -1,4 +1,4 @@
-"""What is ruined is neither learned nor kept: finiteness is judged before the step, explosion before the commit."""
+"""Ruined numbers are neither learned nor kept: finiteness is judged before the step, explosion before the commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written for every step, and what a run adds up to."""
+"""Metrics are written for every step, and a run adds them up."""
 
 from __future__ import annotations
 

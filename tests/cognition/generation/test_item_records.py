@@ -1,4 +1,4 @@
-"""What an item is asked and what its record says of it, without any model."""
+"""Requests and records of items, tested without any model."""
 
 from __future__ import annotations
 

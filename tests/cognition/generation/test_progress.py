@@ -1,4 +1,4 @@
-"""What a generation run says while it works: counts, speed, time left and cost, by the main rank alone."""
+"""A generation run shows counts, speed, time left and cost while it works, by the main rank alone."""
 
 from __future__ import annotations
 

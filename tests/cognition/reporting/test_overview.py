@@ -1,4 +1,4 @@
-"""What a report counts and which items it draws."""
+"""A report counts items and draws some of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an index says of the rows is what reading and measuring each of them says, and opening it reads none.
+"""An index holds of the rows the numbers that reading and measuring each of them gives, and opening it reads none.
 
 Tested with it: block_rows.py, block_table.py.
 """
