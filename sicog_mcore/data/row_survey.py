@@ -195,7 +195,7 @@ class RowSurvey:
         """Gives the notes for the user; empty if every key is used in the usual way or known not to matter."""
         return [*self._weights.notes(), *self._refused.notes(), *self._remarks.notes(), *self._unused.notes()]
 
-    def _parts(self) -> tuple[NameCounts, NameCounts, NameCounts, WeightRange]:
+    def _parts(self) -> tuple[NameCounts | WeightRange, ...]:
         return self._refused, self._unused, self._remarks, self._weights
 
     def _of_row(self, row: dict[str, Any], num_images: int) -> tuple[dict[str, str], dict[str, str]]:

@@ -41,3 +41,11 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_knows_how_it_was_started(word: str, program: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [word, "join-records"])
     assert own_program() == program
+
+
+def test_the_help_of_the_warm_up_needs_no_first_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["warmup", "--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and "The first word is perception or reasoning" in printed and "--optim.lr" in printed
+    assert main(["warmup"]) == 2

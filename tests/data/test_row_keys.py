@@ -49,9 +49,7 @@ def _fate(index: SampleIndex, key: str) -> str:
         [note] = index.notes
         assert note.startswith("refused: ") and repr(key) in note and note.endswith("rows.jsonl:1"), note
         return REFUSED
-    if key == WEIGHT and any(
-        "multiplied" in note for note in index.notes
-    ):  # it is used
+    if key == WEIGHT and any("multiplied" in note for note in index.notes):  # it is used
         assert index.notes[0].startswith(f"losses are multiplied by the row's key {key!r}") and len(index.notes) == 1
         return USED
     assert not index.notes or index.notes[0].startswith(f"key {key!r}") and len(index.notes) == 1, index.notes
