@@ -90,6 +90,8 @@ class IndexVerb:
             "--stage", choices=tuple(STAGES), default="", help="training stage whose defaults count (default: none)"
         )
         own, words = parser.parse_known_args(list(call.arguments))
+        if own.processes < 0:
+            parser.error(f"--processes {own.processes}: expected 0 or more")
         if {"-h", "--help"} & set(words):
             print(parser.format_help())
 

@@ -101,7 +101,7 @@ def run_loop(options: LoopOptions, console: Console, environment: Mapping[str, s
     from sicog_mcore.lock import owned
     from sicog_mcore.recipes import resolve
 
-    if options.config == DEMO_RECIPE and not Path(options.config).exists():
+    if options.config == DEMO_RECIPE and not Path(options.config).is_file():
         from sicog_mcore.commands.demo import make_loop_data
 
         if made := make_loop_data():

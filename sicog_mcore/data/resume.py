@@ -301,7 +301,7 @@ def _hash_shards(sizes: RowSizes) -> str:
 
 
 def _hash_window(sizes: RowSizes, settings: Mapping[str, Any], position: LoaderState) -> str:
-    """What the packs of the window at a place are made of; empty at its beginning, where any packs will do."""
+    """Hash of the sizes behind the packs of the window at a place; empty at its beginning, where any packs will do."""
     if not position.pack:
         return ""
     shards = np.asarray(sizes.shards, np.int64)

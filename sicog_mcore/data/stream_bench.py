@@ -200,8 +200,8 @@ def show_figures(figures: Sequence[StreamFigures]) -> str:
     lines = []
     for one in figures:
         head = f"{one.mix:6} {one.planner:8} {one.packs:7,} packs  fill {one.fill:.4f}  {one.rows_per_s:10,.0f} rows/s"
-        slowest = "  ".join(f"{name} {value:.4f}" for name, value in one.stragglers.items())
-        slices = "  ".join(f"{name} {value:.4f}" for name, value in one.slices.items())
+        slowest = "  ".join(f"{name} {_ratio(value)}" for name, value in one.stragglers.items())
+        slices = "  ".join(f"{name} {_ratio(value)}" for name, value in one.slices.items())
         opened = "  ".join(f"{name} replicas {value:.4f}" for name, value in one.opened.items())
         lines += [
             head,
@@ -210,6 +210,10 @@ def show_figures(figures: Sequence[StreamFigures]) -> str:
             f"       images opened by one:   {opened}",
         ]
     return "\n".join(lines)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.4f}" if value else "(too few packs)"
 
 
 def plain_figures(figures: Sequence[StreamFigures]) -> list[dict[str, Any]]:

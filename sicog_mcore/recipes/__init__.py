@@ -24,7 +24,7 @@ def find_recipe(name: str) -> Path | None:
 
 def resolve(file: str) -> str:
     """Returns the path of a configuration: the file itself, or where there is none the recipe of that name."""
-    found = None if Path(file).is_file() else find_recipe(file)
+    found = None if Path(file).exists() and not Path(file).is_dir() else find_recipe(file)
     return str(found) if found else file
 
 

@@ -39,3 +39,9 @@ def test_numbers_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as caught:
         main(["bench", "data", "--rows", "0"])
     assert caught.value.code == 2 and "each must be at least 1" in capsys.readouterr().err
+
+
+def test_figures_that_too_few_packs_cannot_give_are_not_shown_as_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "data", "--mixes", "sft", "--rows", "50", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "slowest replica / mean: 32 x 1 (too few packs)" in printed and "0.0000" not in printed

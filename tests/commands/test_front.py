@@ -50,3 +50,11 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 141)  # the whole list may fit into the pipe before head has gone
     assert done.stdout.startswith("demo ") and done.stderr == ""
+
+
+def test_the_help_of_the_warm_up_needs_no_first_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["warmup", "--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and "The first word is perception or reasoning" in printed and "--optim.lr" in printed
+    assert main(["warmup"]) == 2

@@ -53,3 +53,9 @@ def test_mistakes_are_one_message(words: list[str], capsys: pytest.CaptureFixtur
     assert main([*words, "--data.sources", '[{"path": "nowhere.jsonl"}]', "--data.tokenbudget", "3"]) == EXIT_CONFIG
     found = capsys.readouterr().err
     assert found.startswith("index: 2 configuration problems:") and "data.tokenbudget" in found and "nowhere" in found
+
+
+def test_a_negative_number_of_processes_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--processes", "-3"])
+    assert caught.value.code == EXIT_CONFIG and "--processes -3: expected 0 or more" in capsys.readouterr().err

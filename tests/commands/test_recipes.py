@@ -24,6 +24,9 @@ def test_a_name_is_a_configuration_where_no_file_has_it(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert load_experiment(["--config", "demo"], 2).train.steps == 60
     assert resolve("demo.yaml") == resolve("demo") == str(find_recipe("demo"))
+    (tmp_path / "demo").mkdir()
+    assert resolve("demo") == str(find_recipe("demo"))  # a folder is no configuration
+    (tmp_path / "demo").rmdir()
     Path("demo").write_text("preset: tiny\ntrain: {steps: 3}\n")
     assert load_experiment(["--config", "demo"], 1).train.steps == 3
     assert resolve("none") == "none"

@@ -7,6 +7,7 @@ A build that is killed has lost the blocks under way and nothing else: the same 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ def _choose(experiment: Experiment, options: IndexOptions, work: _Work, config: 
             f"the index of {work.total_bytes / 2**30:,.2f} GiB of rows is missing, and building it would take about"
             f" {alone_s / processes:,.0f} s with {processes} processes"
         )
-        fix = f"build it beforehand: sicog index --config {config}; or raise the limit"
+        fix = f"build it beforehand: sicog index --config {shlex.quote(str(config))}; or raise the limit"
         raise ConfigError([ConfigProblem("data.index_limit_s", options.limit_s, found, fix)])
     return processes
 

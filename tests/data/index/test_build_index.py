@@ -211,10 +211,11 @@ def test_processes_build_what_one_builds(experiment: Experiment) -> None:
 
 
 def test_what_would_take_too_long_is_refused_with_the_command(experiment: Experiment) -> None:
+    experiment = replace(experiment, output=f"{experiment.output} of today")
     with pytest.raises(ConfigError) as caught:
         build_index(experiment, IndexOptions(processes=1, limit_s=1e-6))
     config = IndexStore(experiment).folder / "experiment.yaml"
-    assert f"sicog index --config {config}" in str(caught.value) and caught.value.exit_code == EXIT_CONFIG
+    assert f"sicog index --config '{config}'" in str(caught.value) and caught.value.exit_code == EXIT_CONFIG
     assert json.loads(config.read_text()) == json.loads(json.dumps(experiment.to_dict()))
     assert blocks(experiment) == {}
     assert build_index(experiment, IndexOptions(processes=1, limit_s=1000.0)).built_rows == NUM_ROWS
