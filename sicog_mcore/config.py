@@ -379,7 +379,7 @@ class HeldOutConfig:
     Args:
         every_steps: steps between two measurements; the last step is measured too. 0 measures never.
         sources: data sets whose answers are predicted, as in ``data.sources``; metrics.jsonl gets the mean loss of their
-            answers' tokens (next-token loss, whatever the objective) and the perplexity.
+            answers' tokens (next-token loss, whatever the objective) and the perplexity. Weights of rows do not count here.
         benchmark: questions with reference answers that the model is asked, greedily: a .tsv or .jsonl file, or
             "easy-vqa:test"; metrics.jsonl gets the accuracy, judged as tools/evaluate.py does. Empty asks nothing.
         images: folder that the image paths of ``benchmark`` are relative to.
