@@ -2,8 +2,9 @@
 
 In: Experiment   Out: where the index of a block is, what is known of a file   Next: build_index.py, indexed_files.py
 ``<data.index>/<settings>/blocks/<hash of a block's bytes>.arrow`` is found by content, so it is right wherever the block
-stands. ``files/<hash of path and stamp>.json`` tells the blocks of a file that had this path, size, inode and these times:
-as long as it has them, it is taken to be unchanged, and is not read. Everything here may be deleted at any time.
+stands. ``files/<hash of path and stamp>.json`` tells the blocks of a file that had this path, size, inode and these times,
+and ends with a hash of what it tells: as long as the file has them, it is taken to be unchanged, and is not read.
+Everything here may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -116,10 +117,11 @@ class IndexStore:
         """
         stamp = FileStamp.of(file.path)
         try:
-            noted = json.loads(self._note(file, stamp).read_bytes())
-            spans = tuple(BlockSpan(*span) for span in noted["blocks"])
-            if not stamp.has_rested(noted["looked_at_ns"]):
+            noted, seal = json.loads(self._note(file, stamp).read_bytes())
+            # A digit that a disk has changed would move rows without a word: such a note counts as none.
+            if seal != hash_json(noted) or not stamp.has_rested(noted["looked_at_ns"]):
                 return None
+            spans = tuple(BlockSpan(*span) for span in noted["blocks"])
         except (OSError, ValueError, LookupError, TypeError):
             return None
         return self.opened(file, spans)
@@ -141,7 +143,7 @@ class IndexStore:
         """
         if FileStamp.of(file.path) == stamp:
             value = {"path": str(file.path), "looked_at_ns": looked_at_ns, "blocks": spans}
-            write_json(self._note(file, stamp), value, shared=True)
+            write_json(self._note(file, stamp), [value, hash_json(value)], shared=True)
 
     def _note(self, file: DataFile, stamp: FileStamp) -> Path:
         parts = [os.path.abspath(file.path), file.kind, os.path.realpath(file.images), *stamp]

@@ -28,6 +28,8 @@ from sicog_mcore.data.index.build_index import IndexOptions, IndexProgress, Inde
 from sicog_mcore.data.index.index_store import IndexStore
 from sicog_mcore.data.index.indexed_files import open_index
 from sicog_mcore.data.resume import open_rows
+from sicog_mcore.data.rows import build_sample
+from sicog_mcore.data.sources import list_files, new_survey
 from sicog_mcore.errors import EXIT_CONFIG, ConfigError
 from tests.builders import QUESTIONS, tiny_experiment, write_image
 
@@ -273,6 +275,23 @@ def test_a_block_with_one_wrong_bit_is_found_and_built_again(
             len(BlockTable(str(path)))
     assert build_index(experiment, ALONE).built_blocks == 1
     assert blocks(experiment) == good
+
+
+def test_a_note_with_one_wrong_digit_is_none(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_store, "RESTED_NS", -1)
+    build_index(experiment, ALONE)
+    store = IndexStore(experiment)
+    (file,), _ = list_files(experiment.data.sources, new_survey(build_sample))
+    assert store.known(file) is not None
+    (note,) = (store.folder / "files").iterdir()
+    good = note.read_bytes()
+    digits = [place for place, byte in enumerate(good) if chr(byte).isdigit()]
+    for place in digits[:: 1 + len(digits) // 40]:
+        damaged = bytearray(good)
+        damaged[place] ^= 1
+        note.write_bytes(damaged)
+        assert store.known(file) is None
+    assert build_index(experiment, ALONE).built_blocks == 0 and note.read_bytes() != damaged
 
 
 def test_an_image_that_was_missing_is_looked_for_again(
