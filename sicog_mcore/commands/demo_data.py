@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,10 +18,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sicog_mcore.commands.picture_sources import CAPTIONS, MissingPackage, PictureKind, Pictures, open_pictures
-from sicog_mcore.commands.verb import Verb, VerbCall
+from sicog_mcore.commands.verb import Verb, VerbCall, reporting
 from sicog_mcore.config import DataConfig
 from sicog_mcore.data.rows import JsonRow
-from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
 from sicog_mcore.files import commit_folder, hash_file, whole_folder
 from sicog_mcore.flags import flag
 
@@ -264,13 +262,12 @@ def _prepare(out: Path, num_images: int, pictures: Pictures) -> DemoData:
 
 def main(options: DemoDataOptions, call: VerbCall) -> int:
     """Makes the folder and says what it holds; returns the exit code."""
-    try:
+
+    def work() -> str:
         made = prepare_demo_data(options)
-    except (MissingPackage, SicogError, ValueError, OSError) as error:
-        print(f"prepare_demo_data: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(f"{made.out}: {made.contents or 'already complete'}")
-    return EXIT_OK
+        return f"{made.out}: {made.contents or 'already complete'}"
+
+    return reporting("prepare_demo_data", work, (MissingPackage, ValueError))
 
 
 VERB = Verb((__doc__ or "").splitlines()[0], DemoDataOptions, main)

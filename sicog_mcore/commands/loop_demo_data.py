@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,8 @@ from sicog_mcore.cognition.codec import render
 from sicog_mcore.cognition.prompts import ask, find_prompt
 from sicog_mcore.commands.demo_data import DemoImage, conversation, photographs, train_tokenizer
 from sicog_mcore.commands.picture_sources import CAPTIONS, MissingPackage, PictureKind, Pictures, open_pictures
-from sicog_mcore.commands.verb import Verb, VerbCall
+from sicog_mcore.commands.verb import Verb, VerbCall, reporting
 from sicog_mcore.data.rows import JsonRow
-from sicog_mcore.errors import EXIT_OK, SicogError, exit_code
 
 SOURCE = "{}, sentences made by rule"
 SHAPES = ("circle", "rectangle", "triangle")
@@ -259,13 +257,12 @@ def _prepare(out: Path, count: int, pictures: Pictures) -> LoopDemoData:
 
 def main(options: LoopDemoDataOptions, call: VerbCall) -> int:
     """Makes the folder and says what it holds; returns the exit code."""
-    try:
+
+    def work() -> str:
         made = prepare_loop_demo(options)
-    except (MissingPackage, SicogError, ValueError, OSError) as error:
-        print(f"prepare_loop_demo: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(f"{made.out}: {', '.join(f'{count} {name}' for name, count in made.counts.items())}")
-    return EXIT_OK
+        return f"{made.out}: {', '.join(f'{count} {name}' for name, count in made.counts.items())}"
+
+    return reporting("prepare_loop_demo", work, (MissingPackage, ValueError))
 
 
 VERB = Verb((__doc__ or "").splitlines()[0], LoopDemoDataOptions, main)

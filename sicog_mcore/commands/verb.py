@@ -149,15 +149,17 @@ class VerbFamily:
         return verb.main(options, call)
 
 
-def reporting(name: str, work: Callable[[], str]) -> int:
+def reporting(name: str, work: Callable[[], str], mistakes: tuple[type[Exception], ...] = ()) -> int:
     """Does the work, prints the text it returns, or one message where it fails; returns the exit code.
 
     Args:
         name: stands before the message, for instance ``score``.
+        mistakes: further errors of the work that are one message.
     """
+    expected: tuple[type[Exception], ...] = (SicogError, OSError, *mistakes)
     try:
         text = work()
-    except (SicogError, OSError) as error:
+    except expected as error:
         print(printable(f"{name}: {error}"), file=sys.stderr)
         return exit_code(error)
     print(printable(text))
